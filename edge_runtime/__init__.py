@@ -1,0 +1,1 @@
+"""The device: predicts with personal adapters and trains them within a budget."""

@@ -1,0 +1,160 @@
+"""Adapters as vectors.
+
+Each role (generalist, specialist, router) is one contiguous float32 vector; the manifest names its
+slices. A program's inputs and outputs are views into such vectors, so an optimizer step, an average
+or a checkpoint is one operation on one array.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from edge_runtime.bundle import Bundle
+from edge_runtime.errors import AdapterError
+from edge_runtime.files import write_atomic
+from protos import manifest_pb2 as pb
+
+Vector = NDArray[np.float32]
+Vectors = dict[str, Vector]
+
+ROUTER = "router"
+ROUTER_FILE = "router.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+
+
+def zeros(manifest: pb.Manifest) -> Vectors:
+    """A zero vector per role, in the manifest's order."""
+    return {role.name: np.zeros(role.size, np.float32) for role in manifest.roles}
+
+
+def views(manifest: pb.Manifest, vectors: Mapping[str, Vector]) -> dict[str, Vector]:
+    """Tensor name -> view of its slice, for the roles in `vectors`. Nothing is copied.
+
+    Raises:
+        AdapterError: a vector is not float32 of its role's size.
+    """
+    sizes = {role.name: role.size for role in manifest.roles}
+    for role, vector in vectors.items():
+        if vector.shape != (sizes.get(role),) or vector.dtype != np.float32:
+            raise AdapterError(
+                f"{role} is {vector.dtype}{list(vector.shape)}, the bundle wants "
+                f"float32[{sizes.get(role, 0)}]; use the bundle that these adapters came from"
+            )
+    return {
+        tensor.name: vectors[tensor.role][
+            tensor.offset : tensor.offset + math.prod(tensor.shape)
+        ].reshape(tuple(tensor.shape))
+        for tensor in manifest.tensors
+        if tensor.role in vectors
+    }
+
+
+def load_fresh(bundle: Bundle) -> Vectors:
+    """The untrained adapters that the bundle was exported with."""
+    return load_directory(bundle.manifest, bundle.path, checked_by=bundle)
+
+
+def load_directory(
+    manifest: pb.Manifest, path: Path, *, checked_by: Bundle | None = None
+) -> Vectors:
+    """Reads every role from `path`, laid out as in a bundle (see `save_directory`).
+
+    Raises:
+        AdapterError: a file is missing or damaged, or has other tensors or shapes.
+        BundleError: with `checked_by`, a file differs from that bundle's manifest.
+    """
+    vectors = zeros(manifest)
+    into = views(manifest, vectors)
+    for role in manifest.roles:
+        file = role_file(role)
+        source = checked_by.file(file) if checked_by else path / file
+        stored = _read(source)
+        wanted = {_key_in_file(name): view for name, view in into.items() if _role(name) == role.name}
+        if stored.keys() != wanted.keys():
+            odd = sorted(stored.keys() ^ wanted.keys())
+            raise AdapterError(
+                f"{source} does not hold the bundle's {role.name}: {odd[0]} is in only one of "
+                "them; export again or use the bundle that it came from"
+            )
+        for key, view in wanted.items():
+            if stored[key].shape != view.shape:
+                raise AdapterError(
+                    f"{source}: {key} has shape {list(stored[key].shape)}, the bundle wants "
+                    f"{list(view.shape)} (rank {manifest.mixture.rank}); use an adapter of that "
+                    "rank, or export a bundle with the adapter's"
+                )
+            view[...] = stored[key]
+    return vectors
+
+
+def save_directory(manifest: pb.Manifest, vectors: Mapping[str, Vector], path: Path) -> None:
+    """Writes each expert as a PEFT directory and the router as one safetensors file.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    named = views(manifest, vectors)
+    for role in manifest.roles:
+        if role.name not in vectors:
+            continue
+        tensors = {
+            _key_in_file(name): np.ascontiguousarray(view)
+            for name, view in named.items()
+            if _role(name) == role.name
+        }
+        write_atomic(path / role_file(role), save(tensors, metadata={"format": "pt"}))
+        if role.name != ROUTER:
+            config = json.dumps(peft_config(manifest, role.name), indent=2) + "\n"
+            write_atomic(path / role.path / ADAPTER_CONFIG, config.encode())
+
+
+def peft_config(manifest: pb.Manifest, role: str) -> dict[str, Any]:
+    """`adapter_config.json` of one expert, as PEFT reads it."""
+    modules = {t.name.split("/", 1)[1] for t in manifest.tensors if t.role == role}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": manifest.base.name,
+        "r": manifest.mixture.rank,
+        "lora_alpha": manifest.mixture.alpha,
+        "use_rslora": True,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": manifest.base.architecture == "gpt2",
+        "target_modules": sorted({module.rsplit(".lora_", 1)[0] for module in modules}),
+        "inference_mode": True,
+    }
+
+
+def role_file(role: pb.Role) -> str:
+    """Path, inside the bundle, of the safetensors file that holds `role`."""
+    return role.path if role.name == ROUTER else f"{role.path}/{ADAPTER_FILE}"
+
+
+def _role(tensor: str) -> str:
+    return tensor.split("/", 1)[0]
+
+
+def _key_in_file(tensor: str) -> str:
+    role, module = tensor.split("/", 1)
+    return module if role == ROUTER else PEFT_PREFIX + module
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        return load(path.read_bytes())
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error.strerror}") from error
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is damaged: {error}; restore it from a copy") from error

@@ -1,0 +1,117 @@
+"""Reading a bundle: the manifest is checked first, every file before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from edge_runtime.errors import BundleError
+from protos import manifest_pb2 as pb
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest has been read and understood."""
+
+    path: Path
+    manifest: pb.Manifest
+
+    def file(self, relative: str) -> Path:
+        """Path of a file that the manifest lists, after checking its size and SHA-256.
+
+        Raises:
+            BundleError: not listed, missing, truncated or altered.
+        """
+        entry = next((f for f in self.manifest.files if f.path == relative), None)
+        if entry is None:
+            raise BundleError(f"bundle {self.path}: {relative} is not listed in its manifest")
+        path = self.path / relative
+        if not path.is_file():
+            raise BundleError(f"bundle {self.path}: {relative} is missing; copy the bundle again")
+        if path.stat().st_size != entry.size:
+            raise BundleError(
+                f"bundle {self.path}: {relative} has {path.stat().st_size} bytes instead of "
+                f"{entry.size}; copy the bundle again"
+            )
+        if sha256_of(path) != entry.sha256:
+            raise BundleError(
+                f"bundle {self.path}: {relative} was altered (its SHA-256 differs from the "
+                "manifest's); copy the bundle again"
+            )
+        return path
+
+    def program(self, name: str, engine: str) -> pb.Program:
+        """The manifest's entry of a program.
+
+        Raises:
+            BundleError: the bundle has no such program for this engine.
+        """
+        for program in self.manifest.programs:
+            if (program.name, program.engine) == (name, engine):
+                return program
+        engines = sorted({p.engine for p in self.manifest.programs}) or ["none"]
+        raise BundleError(
+            f"bundle {self.path} has no {name} for engine {engine} (engines in it: "
+            f"{', '.join(engines)}); export it again with --engine {engine}"
+        )
+
+    def experts(self) -> list[str]:
+        """Role names of the experts: the generalist, then the specialists."""
+        return [role.name for role in self.manifest.roles if role.name != "router"]
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Reads and checks the manifest of the bundle at `path`. Loads no program.
+
+    Raises:
+        BundleError: no bundle there, not readable, or written for newer readers.
+    """
+    file = path / MANIFEST
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BundleError(
+            f"no bundle at {path}: {MANIFEST} is missing; make one with `comigs export`"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"cannot read {file}: {error}; copy the bundle again") from error
+    manifest = pb.Manifest()
+    try:
+        json_format.Parse(text, manifest, ignore_unknown_fields=True)
+    except json_format.ParseError as error:
+        raise BundleError(
+            f"{file} is not a valid manifest: {error}; copy the bundle again"
+        ) from error
+    if manifest.minimum_reader_version > FORMAT_VERSION:
+        raise BundleError(
+            f"bundle {path} needs a reader of format {manifest.minimum_reader_version}, this "
+            f"program reads up to {FORMAT_VERSION}; update comigs"
+        )
+    if manifest.format_version == 0 or not manifest.tensors:
+        raise BundleError(f"{file} is not a valid manifest: it is incomplete; export it again")
+    return Bundle(path, manifest)
+
+
+def shared_tensors(manifest: pb.Manifest) -> list[pb.Tensor]:
+    """The tensors that may leave a device, in manifest order."""
+    shared = {role.name for role in manifest.roles if role.shared}
+    return [tensor for tensor in manifest.tensors if tensor.role in shared]
+
+
+def contract_sha256(manifest: pb.Manifest) -> str:
+    """Hash of what two sides must agree on to exchange generalists."""
+    digest = hashlib.sha256(manifest.base.sha256.encode())
+    for tensor in shared_tensors(manifest):
+        digest.update(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    return digest.hexdigest()

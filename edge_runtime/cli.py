@@ -1,0 +1,84 @@
+"""The `comigs` command: collects the subcommands that the installed packages register."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from edge_runtime.errors import ComigsError, MissingPartError
+
+# Which extra brings the packages that a group of commands needs.
+EXTRAS = {
+    "device": ("device", "predict", "plan", "doctor"),
+    "coordinator": ("serve",),
+    "export": ("export",),
+    "benchmarks": ("demo",),
+}
+
+
+class Format(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="Output for people or for programs.")]
+
+# Progress and messages go to stderr, results to stdout: `--format json | jq` must work.
+messages = Console(stderr=True)
+
+
+def emit(value: dict[str, Any]) -> None:
+    """Prints a command's result as one JSON document."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def build() -> typer.Typer:
+    """The command with everything that is installed."""
+    app = typer.Typer(
+        name="comigs",
+        help="Personalised next-token prediction that learns on the device, together.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for point in sorted(entry_points(group="comigs.commands"), key=lambda p: p.name):
+        try:
+            register = point.load()
+        except ModuleNotFoundError as error:
+            _register_missing(app, point.name, error.name or "a package")
+        else:
+            register(app)
+    return app
+
+
+def _register_missing(app: typer.Typer, group: str, package: str) -> None:
+    """Commands of a part that is not installed say which extra brings it."""
+    extra = "dev" if group == "benchmarks" else group
+
+    def refuse() -> None:
+        raise MissingPartError(
+            f"{package} is not installed; install it with `pip install 'comigs[{extra}]'`"
+        )
+
+    for name in EXTRAS[group]:
+        app.command(
+            name,
+            hidden=True,
+            context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        )(refuse)
+
+
+def main() -> None:
+    try:
+        build()()
+    except ComigsError as error:
+        messages.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(130)

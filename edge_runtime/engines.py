@@ -1,0 +1,182 @@
+"""The two engines behind one interface: a program bound to arrays, run again and again.
+
+    program = load_engine("onnxruntime", threads=2).load(bundle, "decode")
+    step = program.bind(inputs, outputs)   # name -> array; kept, not copied
+    inputs["tokens"][0] = 17
+    step()                                 # reads `inputs`, writes `outputs`
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.bundle import Bundle
+from edge_runtime.errors import BundleError, MissingPartError
+from protos import manifest_pb2 as pb
+
+Array = NDArray[Any]
+ENGINES = ("onnxruntime", "executorch")
+
+
+class Program(Protocol):
+    """A loaded program."""
+
+    def bind(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> Callable[[], None]:
+        """A call that reads `inputs` and writes `outputs` in place, as they are at that moment.
+
+        Raises:
+            BundleError: an array is missing, or has another shape or dtype than the program.
+        """
+
+
+class Engine(Protocol):
+    """Loads programs."""
+
+    name: str
+
+    def load(self, bundle: Bundle, program: str) -> Program:
+        """Checks the files of `program` against the manifest and loads it."""
+
+
+def load_engine(name: str, *, threads: int | None = None) -> Engine:
+    """The engine called `name`, with `threads` worker threads (default: all cores).
+
+    Raises:
+        MissingPartError: its package is not installed.
+    """
+    if name not in ENGINES:
+        raise MissingPartError(f"engine {name} is unknown; choose {' or '.join(ENGINES)}")
+    package = {"onnxruntime": "device", "executorch": "export"}
+    if importlib.util.find_spec(name) is None:
+        raise MissingPartError(
+            f"engine {name} is not installed; install it with "
+            f"`pip install 'comigs[{package[name]}]'`"
+        )
+    count = threads or os.cpu_count() or 1
+    return OnnxRuntime(count) if name == "onnxruntime" else ExecuTorch(count)
+
+
+def allocate(ports: Mapping[str, pb.Port]) -> dict[str, Array]:
+    """A zeroed array for each port."""
+    return {
+        name: np.zeros(tuple(port.shape), np.dtype(port.dtype)) for name, port in ports.items()
+    }
+
+
+def _check(ports: Mapping[str, pb.Port], arrays: Mapping[str, Array], what: str) -> None:
+    for name, port in ports.items():
+        array = arrays.get(name)
+        if array is None:
+            raise BundleError(f"{what} {name} is not bound")
+        if array.shape != tuple(port.shape) or array.dtype != port.dtype:
+            raise BundleError(
+                f"{what} {name} is {array.dtype}{list(array.shape)}, the program wants "
+                f"{port.dtype}{list(port.shape)}"
+            )
+        if not array.flags.c_contiguous:
+            raise BundleError(f"{what} {name} is not contiguous")
+
+
+class OnnxRuntime:
+    """ONNX Runtime on the CPU; arrays are passed by address."""
+
+    name = "onnxruntime"
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def load(self, bundle: Bundle, program: str) -> Program:
+        import onnxruntime
+
+        entry = bundle.program(program, self.name)
+        path = bundle.file(entry.file)
+        for data in entry.data_files:
+            bundle.file(data)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Spinning worker threads would starve the other devices on a small machine.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        return _OnnxProgram(entry, session)
+
+
+class _OnnxProgram:
+    def __init__(self, entry: pb.Program, session: Any) -> None:
+        self.session = session
+        # An input that the program does not depend on is dropped by the exporter.
+        taken = {port.name for port in session.get_inputs()}
+        self.inputs = {port.name: port for port in entry.inputs if port.name in taken}
+        self.outputs = {port.name: port for port in entry.outputs}
+
+    def bind(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> Callable[[], None]:
+        _check(self.inputs, inputs, "input")
+        _check(self.outputs, outputs, "output")
+        binding = self.session.io_binding()
+        for name in self.inputs:
+            a = inputs[name]
+            binding.bind_input(name, "cpu", 0, a.dtype.type, a.shape, a.ctypes.data)
+        for name in self.outputs:
+            a = outputs[name]
+            binding.bind_output(name, "cpu", 0, a.dtype.type, a.shape, a.ctypes.data)
+        kept = (dict(inputs), dict(outputs))  # the binding holds addresses, not references
+
+        def call() -> None:
+            assert kept
+            self.session.run_with_iobinding(binding)
+
+        return call
+
+
+class ExecuTorch:
+    """ExecuTorch with XNNPACK. Its Python runtime brings torch along; the programs do not use it."""
+
+    name = "executorch"
+
+    def __init__(self, threads: int) -> None:
+        # The runtime's thread pool takes its size from the cores that the process may use.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+    def load(self, bundle: Bundle, program: str) -> Program:
+        from executorch.runtime import Runtime, Verification
+
+        entry = bundle.program(program, self.name)
+        path = bundle.file(entry.file)
+        loaded = Runtime.get().load_program(path, verification=Verification.Minimal)
+        return _ExecuTorchProgram(entry, loaded.load_method(entry.method))
+
+
+class _ExecuTorchProgram:
+    def __init__(self, entry: pb.Program, method: Any) -> None:
+        self.method = method
+        self.inputs = {port.name: port for port in entry.inputs}
+        self.outputs = {port.name: port for port in entry.outputs}
+
+    def bind(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> Callable[[], None]:
+        import torch
+
+        _check(self.inputs, inputs, "input")
+        _check(self.outputs, outputs, "output")
+        arguments = [torch.from_numpy(inputs[name]) for name in self.inputs]
+        results = [torch.from_numpy(outputs[name]) for name in self.outputs]
+
+        def call() -> None:
+            for into, value in zip(results, self.method.execute(arguments), strict=True):
+                into.copy_(value)
+
+        return call

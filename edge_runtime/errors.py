@@ -1,0 +1,77 @@
+"""What can go wrong, as exit codes that scripts may rely on.
+
+Every error is one line for a person: what is wrong, and what to do about it.
+
+| code | class | meaning |
+|---|---|---|
+| 0 | | success |
+| 1 | | a bug: a traceback was printed |
+| 2 | | wrong usage of the command line |
+| 10 | BundleError | bundle missing, truncated, altered or newer than this program |
+| 11 | AdapterError | adapters or device state do not fit the bundle |
+| 12 | DataError | training text missing, unreadable or too short |
+| 13 | BudgetError | no plan fits the memory or compute budget |
+| 14 | UnreachableError | the coordinator could not be reached |
+| 15 | TrustError | the other side's certificate is not trusted, or the identity was refused |
+| 16 | AddressError | the port cannot be listened on |
+| 17 | StorageError | the disk is full or cannot be written |
+| 18 | BaseModelError | the base model is not available or not supported |
+| 19 | ParityError | a compiled program disagrees with PyTorch |
+| 20 | MissingPartError | a needed package is not installed |
+| 21 | RefusedError | the coordinator refused an update or a request |
+| 130 | | interrupted |
+"""
+
+
+class ComigsError(Exception):
+    """An error that the user can act on; `code` is the process's exit code."""
+
+    code = 1
+
+
+class BundleError(ComigsError):
+    code = 10
+
+
+class AdapterError(ComigsError):
+    code = 11
+
+
+class DataError(ComigsError):
+    code = 12
+
+
+class BudgetError(ComigsError):
+    code = 13
+
+
+class UnreachableError(ComigsError):
+    code = 14
+
+
+class TrustError(ComigsError):
+    code = 15
+
+
+class AddressError(ComigsError):
+    code = 16
+
+
+class StorageError(ComigsError):
+    code = 17
+
+
+class BaseModelError(ComigsError):
+    code = 18
+
+
+class ParityError(ComigsError):
+    code = 19
+
+
+class MissingPartError(ComigsError):
+    code = 20
+
+
+class RefusedError(ComigsError):
+    code = 21

@@ -1,0 +1,55 @@
+"""Files that are either wholly there or not there at all."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from edge_runtime.errors import StorageError
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError while writing `path` into a StorageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}; free some space or choose another "
+            "directory, then start again: what was saved before is intact"
+        ) from error
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content`, durable when it returns.
+
+    A crash at any moment leaves the old content or the new one.
+
+    Raises:
+        StorageError: the disk is full or not writable; the old content is intact.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Deletes what an interrupted `write_atomic` left in `directory`."""
+    for path in directory.glob(".*.tmp"):
+        path.unlink(missing_ok=True)

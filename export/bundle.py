@@ -1,0 +1,249 @@
+"""Writes a bundle: compile, check, measure, and only then move it into place."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from edge_runtime import adapters
+from edge_runtime.bundle import FORMAT_VERSION, MANIFEST, Bundle, open_bundle, sha256_of
+from edge_runtime.engines import load_engine
+from edge_runtime.errors import StorageError
+from edge_runtime.files import storage_errors
+from edge_runtime.measure import measure
+from export import mixture as mixtures
+from export import parity
+from export.base import Base
+from export.decoder import Decoder
+from export.mixture import Mixture
+from export.programs import Specification, flat_graph, specifications
+from export.tiers import Tier
+from protos import manifest_pb2 as pb
+
+TOKENIZER_FILE = "tokenizer.json"
+Progress = Callable[[str], None]
+
+
+def export_bundle(
+    base: Base,
+    mixture: Mixture,
+    tier: Tier,
+    *,
+    engines: Sequence[str],
+    out: Path,
+    seed: int = 0,
+    programs: Sequence[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda _: None,
+) -> Bundle:
+    """Compiles every program of `tier` for `engines` and writes the bundle to `out`.
+
+    Args:
+        seed: of the fresh adapters and of the parity gate's inputs.
+        programs: only those whose name before the dot is listed (default: all).
+        overwrite: replace an existing bundle; it stays whole until the new one is complete.
+        progress: told what happens, one line at a time.
+
+    Raises:
+        ParityError: a program disagrees with PyTorch; `out` is untouched.
+        StorageError: `out` exists and `overwrite` is not set, or cannot be written.
+    """
+    if out.exists() and not overwrite:
+        raise StorageError(f"{out} exists; give another --out, or --overwrite to replace it")
+    staging = out.with_name(out.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    with storage_errors(staging):
+        staging.mkdir(parents=True)
+        manifest = _manifest(base, mixture, tier)
+        base.tokenizer.save(str(staging / TOKENIZER_FILE))
+        adapters.save_directory(manifest, mixtures.fresh(manifest, seed), staging)
+        decoder = Decoder(base, mixture)
+        chosen = [
+            s
+            for s in specifications(decoder, manifest.tensors, tier)
+            if programs is None or s.name.split(".")[0] in programs
+        ]
+        examples = {s.name: parity.example_arguments(s, manifest, seed) for s in chosen}
+        graphs = {}
+        for specification in chosen:
+            progress(f"tracing {specification.name}")
+            graphs[specification.name] = flat_graph(specification, examples[specification.name])
+        for engine in engines:
+            compile_for = _compile_onnx if engine == "onnxruntime" else _compile_executorch
+            manifest.programs.extend(
+                compile_for(chosen, graphs, examples, manifest, staging, progress)
+            )
+        _list_files(manifest, staging)
+        _write_manifest(manifest, staging)
+        staged = open_bundle(staging)
+        for specification in chosen:
+            for engine in engines:
+                progress(f"checking {specification.name} for {engine} against PyTorch")
+                entry = next(
+                    p
+                    for p in manifest.programs
+                    if (p.name, p.engine) == (specification.name, engine)
+                )
+                entry.parity.CopyFrom(
+                    parity.check(
+                        specification, examples[specification.name], staged, load_engine(engine)
+                    )
+                )
+        for engine in engines:
+            progress(f"measuring memory under {engine}")
+            _measure(manifest, staging, engine, 4 * base.parameters)
+        _write_manifest(manifest, staging)
+        shutil.rmtree(out, ignore_errors=True)
+        staging.rename(out)
+    return open_bundle(out)
+
+
+def _manifest(base: Base, mixture: Mixture, tier: Tier) -> pb.Manifest:
+    """Everything that is known before a program is compiled."""
+    config = base.config
+    roles, tensors = mixtures.roles_and_tensors(mixture, layers=config.n_layer, width=config.n_embd)
+    end = config.eos_token_id
+    known_end = end is not None and end < config.vocab_size
+    return pb.Manifest(
+        format_version=FORMAT_VERSION,
+        minimum_reader_version=FORMAT_VERSION,
+        base=pb.Base(
+            name=base.name,
+            architecture=config.model_type,
+            sha256=base.sha256,
+            parameters=base.parameters,
+            layers=config.n_layer,
+            width=config.n_embd,
+            heads=config.n_head,
+            vocabulary=config.vocab_size,
+            positions=config.n_positions,
+        ),
+        tokenizer=pb.Tokenizer(file=TOKENIZER_FILE, end_id=end if known_end else -1),
+        mixture=mixture.to_manifest(),
+        roles=roles,
+        tensors=tensors,
+        tier=tier.to_manifest(),
+    )
+
+
+def _entry(
+    specification: Specification,
+    manifest: pb.Manifest,
+    arguments: Sequence[object],
+    **where: object,
+) -> pb.Program:
+    def port(name: str, value: object) -> pb.Port:
+        dtype = str(value.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
+        return pb.Port(name=name, dtype=dtype, shape=value.shape)  # type: ignore[attr-defined]
+
+    inputs = [name for name, _, _ in specification.inputs] + [t.name for t in manifest.tensors]
+    results = specification.call(*arguments)
+    return pb.Program(
+        name=specification.name,
+        inputs=[port(n, v) for n, v in zip(inputs, arguments, strict=True)],
+        outputs=[port(n, v) for n, v in zip(specification.outputs, results, strict=True)],
+        **where,  # type: ignore[arg-type]
+    )
+
+
+def _compile_onnx(
+    chosen: Sequence[Specification],
+    graphs: dict,
+    examples: dict,
+    manifest: pb.Manifest,
+    staging: Path,
+    progress: Progress,
+) -> list[pb.Program]:
+    from export import onnx_engine
+
+    store = onnx_engine.WeightStore(staging)
+    entries = []
+    for specification in chosen:
+        progress(f"compiling {specification.name} for onnxruntime")
+        file = f"onnx/{specification.name}.onnx"
+        entry = _entry(
+            specification,
+            manifest,
+            examples[specification.name],
+            engine="onnxruntime",
+            file=file,
+            data_files=[onnx_engine.WEIGHTS_FILE],
+        )
+        onnx_engine.compile_program(
+            graphs[specification.name],
+            examples[specification.name],
+            [port.name for port in entry.inputs],
+            specification.outputs,
+            file=staging / file,
+            store=store,
+        )
+        entries.append(entry)
+    return entries
+
+
+def _compile_executorch(
+    chosen: Sequence[Specification],
+    graphs: dict,
+    examples: dict,
+    manifest: pb.Manifest,
+    staging: Path,
+    progress: Progress,
+) -> list[pb.Program]:
+    from export import executorch_engine
+
+    progress(f"compiling {', '.join(s.name for s in chosen)} for executorch")
+    methods = {s.name: s.name.replace(".", "_") for s in chosen}
+    arenas = executorch_engine.compile_programs(
+        {methods[name]: (graphs[name], examples[name]) for name in methods},
+        file=staging / executorch_engine.PROGRAM_FILE,
+    )
+    return [
+        _entry(
+            s,
+            manifest,
+            examples[s.name],
+            engine="executorch",
+            file=executorch_engine.PROGRAM_FILE,
+            method=methods[s.name],
+            planned_arena_bytes=arenas[methods[s.name]],
+        )
+        for s in chosen
+    ]
+
+
+def _measure(manifest: pb.Manifest, staging: Path, engine: str, base_bytes: int) -> None:
+    """Fills in what each program of `engine` needs, and what the engine costs as a whole."""
+    runtime = 0
+    files = set()
+    for entry in (p for p in manifest.programs if p.engine == engine):
+        measured = measure(staging, entry.name, engine)
+        entry.memory_bytes = measured["program_bytes"]
+        runtime = max(runtime, measured["runtime_bytes"])
+        files.update([entry.file, *entry.data_files])
+    manifest.engines.append(
+        pb.EngineCost(
+            engine=engine,
+            base_bytes=base_bytes,
+            disk_bytes=sum((staging / file).stat().st_size for file in files),
+            runtime_bytes=runtime,
+        )
+    )
+
+
+def _list_files(manifest: pb.Manifest, staging: Path) -> None:
+    for path in sorted(p for p in staging.rglob("*") if p.is_file() and p.name != MANIFEST):
+        manifest.files.append(
+            pb.File(
+                path=path.relative_to(staging).as_posix(),
+                size=path.stat().st_size,
+                sha256=sha256_of(path),
+            )
+        )
+
+
+def _write_manifest(manifest: pb.Manifest, staging: Path) -> None:
+    text = json_format.MessageToJson(manifest, preserving_proto_field_name=True)
+    (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")

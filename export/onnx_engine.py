@@ -1,0 +1,90 @@
+"""Flat graphs to ONNX files that share one file of weights."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import external_data_helper
+from torch import Tensor, fx
+
+WEIGHTS_FILE = "onnx/weights.bin"
+# Page-aligned, so that a weight can be mapped into memory on its own.
+ALIGNMENT = 4096
+# Smaller constants stay inside the graph, where shape inference can see them.
+INLINE_BYTES = 1024
+
+
+class WeightStore:
+    """One file that holds every distinct weight once, whatever number of programs use it."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.path = bundle / WEIGHTS_FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_bytes(b"")
+        self.offsets: dict[bytes, int] = {}
+
+    def place(self, content: bytes) -> int:
+        """Offset of `content` in the file, after appending it if it is new."""
+        key = hashlib.sha256(content).digest()
+        if key not in self.offsets:
+            with self.path.open("ab") as file:
+                file.write(b"\0" * (-file.tell() % ALIGNMENT))
+                self.offsets[key] = file.tell()
+                file.write(content)
+        return self.offsets[key]
+
+
+def compile_program(
+    graph_module: fx.GraphModule,
+    arguments: Sequence[Tensor],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    *,
+    file: Path,
+    store: WeightStore,
+) -> None:
+    """Writes `graph_module` to `file`, its weights to `store`."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        exported = torch.export.export(graph_module, tuple(arguments), strict=False)
+        program = torch.onnx.export(
+            exported,
+            tuple(arguments),
+            dynamo=True,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    if [i.name for i in model.graph.input] != list(input_names):
+        raise AssertionError("the ONNX exporter changed the inputs")
+    _externalise(model, store, file)
+    file.write_bytes(model.SerializeToString())
+
+
+def _externalise(model: onnx.ModelProto, store: WeightStore, file: Path) -> None:
+    # ONNX resolves locations relative to the model file; both lie in the same folder.
+    location = store.path.relative_to(file.parent).as_posix()
+    for tensor in model.graph.initializer:
+        content = tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
+        if len(content) <= INLINE_BYTES:
+            continue
+        tensor.raw_data = content
+        external_data_helper.set_external_data(
+            tensor, location, offset=store.place(content), length=len(content)
+        )
+        tensor.ClearField("raw_data")
+        tensor.ClearField("float_data")
+    # Names and shapes of intermediate values and traces of the exporter's source are of no use.
+    del model.graph.value_info[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""

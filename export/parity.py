@@ -1,0 +1,89 @@
+"""The parity gate: a compiled program is compared with PyTorch before it may be written.
+
+The program runs through the device's own engine code, on random adapters of which nothing is
+zero; every output, and so every gradient, is compared as a whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_runtime.adapters import views
+from edge_runtime.bundle import Bundle
+from edge_runtime.engines import Engine, allocate
+from edge_runtime.errors import ParityError
+from export import mixture
+from export.programs import Specification
+from protos import manifest_pb2 as pb
+
+# Relative errors of a whole tensor. XNNPACK approximates exp and tanh; ONNX Runtime reorders sums.
+TOLERANCE = {"onnxruntime": 1e-4, "executorch": 2e-3}
+
+
+def example_arguments(
+    specification: Specification, manifest: pb.Manifest, seed: int
+) -> list[Tensor]:
+    """Random inputs in the program's order: tokens, a half-filled cache, non-zero adapters."""
+    rng = np.random.default_rng(seed)
+    arguments = []
+    for name, dtype, shape in specification.inputs:
+        if name in ("tokens", "targets"):
+            value = rng.integers(0, manifest.base.vocabulary, shape)
+        elif name == "position":
+            value = np.full(shape, manifest.tier.context // 2)
+        elif name == "last":
+            value = np.full(shape, manifest.tier.prefill_chunk - 2)
+        else:
+            value = rng.normal(0.0, 1.0, shape)
+        arguments.append(torch.from_numpy(np.asarray(value)).to(dtype))
+    adapters = views(manifest, mixture.random(manifest, seed))
+    return [*arguments, *(torch.from_numpy(adapters[t.name].copy()) for t in manifest.tensors)]
+
+
+def check(
+    specification: Specification,
+    arguments: Sequence[Tensor],
+    bundle: Bundle,
+    engine: Engine,
+) -> pb.Parity:
+    """Runs the compiled program and the PyTorch one on the same arguments.
+
+    Raises:
+        ParityError: an output differs by more than the engine's tolerance, or is not finite.
+    """
+    entry = bundle.program(specification.name, engine.name)
+    wanted = dict(zip(specification.outputs, specification.call(*arguments), strict=True))
+    inputs = {
+        port.name: value.numpy() for port, value in zip(entry.inputs, arguments, strict=True)
+    }
+    outputs = allocate({port.name: port for port in entry.outputs})
+    engine.load(bundle, specification.name).bind(inputs, outputs)()
+    errors = {name: _relative_error(outputs[name], want) for name, want in wanted.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    tolerance = TOLERANCE[engine.name]
+    # Written so that a NaN fails too.
+    if not errors[worst] <= tolerance:
+        raise ParityError(
+            f"{specification.name} compiled for {engine.name} disagrees with PyTorch: {worst} is "
+            f"off by {errors[worst]:.2e} relative (allowed {tolerance:.0e}); nothing was written; "
+            "this is a defect of the compiler or the engine, please report it"
+        )
+    return pb.Parity(
+        worst_relative_error=errors[worst],
+        worst_output=worst,
+        outputs=len(errors),
+        tolerance=tolerance,
+    )
+
+
+def _relative_error(got: np.ndarray, want: Tensor) -> float:
+    reference = want.detach().double().numpy()
+    scale = float(np.linalg.norm(reference))
+    error = float(np.linalg.norm(got.astype(np.float64) - reference))
+    if not np.isfinite(error):
+        return float("inf")
+    return error / scale if scale else error
