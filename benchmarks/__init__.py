@@ -1,0 +1,1 @@
+"""Measures what this project does, beside what people would otherwise use."""

@@ -1,0 +1,1 @@
+"""The coordinator: runs rounds in which devices exchange the generalist, and nothing else."""

@@ -1,0 +1,346 @@
+"""What the coordinator remembers: a SQLite database, and a file for every generalist and update.
+
+A file is written before the row that names it, and the row is committed before anyone is told, so a
+kill at any moment loses nothing that was acknowledged. There is always exactly one current round,
+the only one that is WAITING or OPEN; it knows the generalist that it starts from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ForeignKey, create_engine, event, func, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from edge_runtime.errors import BundleError, StorageError
+from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
+
+DATABASE = "coordinator.sqlite3"
+LOCK = "lock"
+
+
+class Status(StrEnum):
+    WAITING = "waiting"  # not begun: too few devices are here, or all rounds are over
+    OPEN = "open"
+    AGGREGATED = "aggregated"
+    ABANDONED = "abandoned"  # its deadline passed with too few updates
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Device(Base):
+    __tablename__ = "devices"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    key_sha256: Mapped[bytes]
+    """Hash of the enrolment key that the device chose."""
+    token_sha256: Mapped[bytes]
+    enrolled_at: Mapped[float]
+    """Here and below: seconds since the epoch."""
+
+
+class Round(Base):
+    __tablename__ = "rounds"
+
+    number: Mapped[int] = mapped_column(primary_key=True)
+    """From 1."""
+    status: Mapped[str]
+    """A Status."""
+    opened_at: Mapped[float | None]
+    deadline: Mapped[float | None]
+    generalist_file: Mapped[str]
+    """What the round starts from, as a path below the state directory."""
+    generalist_sha256: Mapped[str]
+
+
+class Participant(Base):
+    __tablename__ = "participants"
+
+    round: Mapped[int] = mapped_column(ForeignKey(Round.number), primary_key=True)
+    device: Mapped[str] = mapped_column(ForeignKey(Device.id), primary_key=True)
+
+
+class Update(Base):
+    """An accepted update. The primary key makes it impossible to count a device twice."""
+
+    __tablename__ = "updates"
+
+    round: Mapped[int] = mapped_column(ForeignKey(Round.number), primary_key=True)
+    device: Mapped[str] = mapped_column(ForeignKey(Device.id), primary_key=True)
+    file: Mapped[str]
+    """Payload, as a path below the state directory; deleted once the round is over."""
+    sha256: Mapped[bytes]
+    tokens: Mapped[int]
+    train_loss: Mapped[float]
+    """Nats per token, as is `valid_loss`."""
+    valid_loss: Mapped[float]
+
+
+class Refusal(Base):
+    __tablename__ = "refusals"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    round: Mapped[int]
+    """As the device claimed; there may be no such round."""
+    device: Mapped[str] = mapped_column(ForeignKey(Device.id))
+    reason: Mapped[str]
+    time: Mapped[float]
+
+
+class Settings(Base):
+    """One row: the bundle that the state belongs to, and how the last start wanted the rounds."""
+
+    __tablename__ = "settings"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    contract_sha256: Mapped[str]
+    rounds: Mapped[int]
+    min_devices: Mapped[int]
+    deadline_seconds: Mapped[float]
+    average: Mapped[str]
+    training: Mapped[str]
+    """TrainingConfig in proto3 JSON."""
+
+
+class State:
+    """The state directory of one coordinator. Methods block; each write is durable on return.
+
+    Methods that write raise StorageError if they cannot; nothing has changed then.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Opens or makes the state in `directory` and keeps other coordinators out of it.
+
+        Raises:
+            StorageError: not writable, not ours to read, or in use by another process.
+        """
+        self.directory = directory
+        with storage_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise StorageError(
+                f"{directory} is in use by another coordinator; stop that one first, or choose "
+                "another --state"
+            ) from error
+        self._engine = create_engine(f"sqlite:///{directory / DATABASE}")
+        event.listen(self._engine, "connect", _configure)
+        with self._storage_errors():
+            Base.metadata.create_all(self._engine)
+        self._clean()
+
+    def close(self) -> None:
+        self._engine.dispose()
+        os.close(self._lock)
+
+    def begin(self, settings: Settings, generalist: bytes) -> None:
+        """Starts round 1 from `generalist` in a new state; in an old one, takes new settings.
+
+        Raises:
+            BundleError: the state belongs to a bundle with another contract.
+        """
+        with self._transaction() as session:
+            known = session.get(Settings, 1)
+            if known is None:
+                session.add(self._round_from(1, Status.WAITING, generalist))
+            elif known.contract_sha256 != settings.contract_sha256:
+                raise BundleError(
+                    f"{self.directory} belongs to a bundle with another base or other shared "
+                    "tensors; serve that bundle, or choose another --state"
+                )
+            settings.id = 1
+            session.merge(settings)
+
+    # Devices
+
+    def enroll(self, device: str, name: str, *, key: bytes, token: bytes) -> str | None:
+        """Adds a device, or gives the one that chose `key` under this name a new token.
+
+        Only hashes of `key` and `token` are kept.
+
+        Returns:
+            The device's id; None if another device has the name.
+        """
+        key_sha256 = hashlib.sha256(key).digest()
+        with self._transaction() as session:
+            known = session.scalar(select(Device).where(Device.name == name))
+            if known is None:
+                known = Device(
+                    id=device, name=name, key_sha256=key_sha256, enrolled_at=time.time()
+                )
+                session.add(known)
+            elif known.key_sha256 != key_sha256:
+                return None
+            known.token_sha256 = hashlib.sha256(token).digest()
+            return known.id
+
+    def device(self, device: str) -> Device | None:
+        with self._transaction() as session:
+            return session.get(Device, device)
+
+    # Rounds
+
+    def current(self) -> Round:
+        """The one round that is WAITING or OPEN."""
+        with self._transaction() as session:
+            ongoing = Round.status.in_([Status.WAITING, Status.OPEN])
+            return session.scalars(select(Round).where(ongoing)).one()
+
+    def round(self, number: int) -> Round | None:
+        with self._transaction() as session:
+            return session.get(Round, number)
+
+    def aggregated_rounds(self) -> list[int]:
+        """Numbers of the rounds that ended in an average, in order."""
+        with self._transaction() as session:
+            aggregated = select(Round.number).where(Round.status == Status.AGGREGATED)
+            return list(session.scalars(aggregated.order_by(Round.number)))
+
+    def open(self, number: int, *, deadline: float, participants: Iterable[str]) -> None:
+        """Lets a waiting round begin now."""
+        with self._transaction() as session:
+            opened = session.get_one(Round, number)
+            opened.status = Status.OPEN
+            opened.opened_at = time.time()
+            opened.deadline = deadline
+            session.add_all(Participant(round=number, device=device) for device in participants)
+
+    def postpone(self, number: int, deadline: float) -> None:
+        """Gives an open round another deadline."""
+        with self._transaction() as session:
+            session.get_one(Round, number).deadline = deadline
+
+    def aggregate(self, number: int, generalist: bytes) -> None:
+        """Closes an open round; `generalist` is what the next one, now waiting, starts from."""
+        successor = self._round_from(number + 1, Status.WAITING, generalist)
+        with self._transaction() as session:
+            session.get_one(Round, number).status = Status.AGGREGATED
+            session.add(successor)
+        self._clean()
+
+    def abandon(self, number: int) -> None:
+        """Closes an open round; the next one, now waiting, starts from the same generalist."""
+        with self._transaction() as session:
+            abandoned = session.get_one(Round, number)
+            abandoned.status = Status.ABANDONED
+            session.add(
+                Round(
+                    number=number + 1,
+                    status=Status.WAITING,
+                    generalist_file=abandoned.generalist_file,
+                    generalist_sha256=abandoned.generalist_sha256,
+                )
+            )
+        self._clean()
+
+    # Participants, updates and refusals
+
+    def join(self, number: int, device: str) -> None:
+        """Makes `device` a participant of the round; nothing happens if it is one."""
+        with self._transaction() as session:
+            session.merge(Participant(round=number, device=device))
+
+    def participants(self, number: int) -> set[str]:
+        with self._transaction() as session:
+            chosen = select(Participant.device).where(Participant.round == number)
+            return set(session.scalars(chosen))
+
+    def updates(self, number: int) -> list[Update]:
+        """The round's accepted updates, in the order of device ids."""
+        with self._transaction() as session:
+            accepted = select(Update).where(Update.round == number).order_by(Update.device)
+            return list(session.scalars(accepted))
+
+    def update(self, number: int, device: str) -> Update | None:
+        with self._transaction() as session:
+            return session.get(Update, (number, device))
+
+    def write_payload(self, number: int, device: str, payload: bytes) -> str:
+        """Stores an update's bytes; only `add_update` makes them count.
+
+        Returns:
+            The path below the state directory. It holds the content's hash, so another update of
+            the same device never replaces it.
+        """
+        name = f"{device}-{hashlib.sha256(payload).hexdigest()}.safetensors"
+        relative = f"{_updates_of(number)}/{name}"
+        write_atomic(self.directory / relative, payload)
+        return relative
+
+    def add_update(self, update: Update) -> None:
+        with self._transaction() as session:
+            session.add(update)
+
+    def add_refusal(self, number: int, device: str, reason: str) -> None:
+        with self._transaction() as session:
+            session.add(Refusal(round=number, device=device, reason=reason, time=time.time()))
+
+    def refused(self, number: int) -> set[str]:
+        """Devices that had something refused in the round and nothing accepted."""
+        with self._transaction() as session:
+            refused = session.scalars(select(Refusal.device).where(Refusal.round == number))
+            accepted = session.scalars(select(Update.device).where(Update.round == number))
+            return set(refused) - set(accepted)
+
+    # The inside
+
+    def _round_from(self, number: int, status: Status, generalist: bytes) -> Round:
+        digest = hashlib.sha256(generalist).hexdigest()
+        relative = f"generalists/{number}-{digest}.safetensors"
+        write_atomic(self.directory / relative, generalist)
+        return Round(
+            number=number, status=status, generalist_file=relative, generalist_sha256=digest
+        )
+
+    def _clean(self) -> None:
+        """Deletes the updates of rounds that are over, and what interrupted writes left."""
+        with self._transaction() as session:
+            latest = session.scalar(select(func.max(Round.number))) or 1
+        updates = self.directory / _updates_of(latest)
+        for other in updates.parent.glob("*"):
+            if other != updates:
+                shutil.rmtree(other, ignore_errors=True)
+        for place in (updates, self.directory / "generalists", self.directory):
+            remove_leftovers(place)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Session]:
+        with self._storage_errors(), Session(self._engine, expire_on_commit=False) as session:
+            with session.begin():
+                yield session
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            raise StorageError(
+                f"cannot use {self.directory / DATABASE}: {error.orig}; free some space or check "
+                "the file, then start again: what was acknowledged before is intact"
+            ) from error
+
+
+def _updates_of(number: int) -> str:
+    return f"updates/{number}"
+
+
+def _configure(connection: Any, _record: Any) -> None:
+    """Every commit reaches the disk before it returns."""
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")

@@ -1,0 +1,360 @@
+"""The device's commands: `comigs device run | evaluate`, `predict`, `plan`, `doctor`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from edge_runtime import adapters, planner, training_config
+from edge_runtime.bundle import open_bundle
+from edge_runtime.cli import Format, FormatOption, emit, messages
+from edge_runtime.data import load_tokenizer, read_splits, tokenize
+from edge_runtime.device import Device
+from edge_runtime.engines import ENGINES, load_engine
+from edge_runtime.errors import AdapterError, DataError
+from edge_runtime.predict import Predictor, Suggestion
+from edge_runtime.store import DeviceConfig, Home
+from edge_runtime.training import Evaluator
+
+HomeOption = Annotated[Path, typer.Option(help="The device's home directory.")]
+EngineOption = Annotated[
+    str | None, typer.Option(help=f"{' or '.join(ENGINES)} (default: the home's).")
+]
+ThreadsOption = Annotated[int | None, typer.Option(help="Worker threads (default: all cores).")]
+
+
+def register(app: typer.Typer) -> None:
+    device = typer.Typer(help="Be a device: train, evaluate.", no_args_is_help=True)
+    device.command("run")(run)
+    device.command("evaluate")(evaluate)
+    app.add_typer(device, name="device")
+    app.command("predict")(predict)
+    app.command("plan")(plan)
+    app.command("doctor")(doctor)
+
+
+def run(
+    home: HomeOption,
+    data: Annotated[
+        Path, typer.Option(help="train.txt, valid.txt and test.txt, or any text files.")
+    ],
+    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of the coordinator.")] = None,
+    alone: Annotated[bool, typer.Option(help="Train without a coordinator.")] = False,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle; needed the first time, remembered after.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name at the coordinator.")] = None,
+    seed: Annotated[int, typer.Option(help="Order of the text; set the first time.")] = 0,
+    ca: Annotated[
+        Path | None, typer.Option(help="ca.pem of the coordinator's certificate authority.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option(help="Connect without TLS.")] = False,
+    engine: EngineOption = None,
+    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 512MiB.")] = None,
+    compute: Annotated[
+        str | None, typer.Option(help="Training time per round, such as 60s.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="With --alone: rounds to train.")] = 3,
+    training: Annotated[
+        Path | None, typer.Option(help="With --alone: TrainingConfig as JSON.")
+    ] = None,
+    retry: Annotated[float, typer.Option(help="Seconds to retry an unreachable coordinator.")] = 120,
+    threads: ThreadsOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Train on this device's text, with a coordinator or alone. Safe to kill and run again."""
+    if alone == (coordinator is not None):
+        raise typer.BadParameter("give either --coordinator HOST:PORT or --alone")
+    if coordinator and not insecure and ca is None:
+        raise typer.BadParameter("give --ca (the coordinator prints its path) or --insecure")
+    config = _training_config(training, rounds)
+    batch = config.batch_sequences
+    report = _reporter(output)
+    at = Home(home)
+    with at.locked():
+        device_config = _device_config(at, name=name, seed=seed, bundle=bundle, engine=engine)
+        opened = open_bundle(Path(device_config.bundle))
+        limit = planner.parse_size(memory) if memory else None
+        chosen = planner.choose(opened, engine or device_config.engine, batch, limit)
+        report(
+            {
+                "event": "plan",
+                "micro_batch": chosen.micro_batch,
+                "memory_mib": round(chosen.total_bytes / 2**20, 1),
+            }
+        )
+        device = Device(
+            home=at,
+            config=device_config,
+            bundle=opened,
+            engine=load_engine(engine or device_config.engine, threads=threads),
+            data=data,
+            plan=chosen,
+            memory_bytes=limit,
+            compute_seconds=planner.parse_seconds(compute) if compute else None,
+            report=report,
+        )
+        list(device.batches(config))  # too little text: say so before anything is computed
+        if alone:
+            device.train_alone(config)
+        else:
+            _with_coordinator(device, str(coordinator), ca, insecure, retry)
+    report({"event": "summary", **device.summary()})
+
+
+def _with_coordinator(
+    device: Device, address: str, ca: Path | None, insecure: bool, retry: float
+) -> None:
+    from edge_runtime.client import Client
+
+    def wait(message: str) -> None:
+        device.report({"event": "waiting", "message": message})
+
+    client = Client(address, ca=ca, insecure=insecure, retry_seconds=retry, on_wait=wait)
+    try:
+        device.take_part(client)
+    finally:
+        device.report(
+            {
+                "event": "network",
+                "bytes_sent": client.bytes_sent,
+                "bytes_received": client.bytes_received,
+            }
+        )
+        client.close()
+
+
+def _training_config(path: Path | None, rounds: int) -> Any:
+    try:
+        config = training_config.load(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--training") from error
+    config.rounds = config.rounds or rounds
+    return config
+
+
+def _device_config(
+    home: Home, *, name: str | None, seed: int, bundle: Path | None, engine: str | None
+) -> DeviceConfig:
+    """The home's configuration; made and stored the first time."""
+    config = home.config()
+    if config is None:
+        if bundle is None:
+            raise AdapterError(
+                f"{home.path} is new: give --bundle DIR (make one with `comigs export`)"
+            )
+        open_bundle(bundle)
+        config = DeviceConfig(
+            name=name or home.path.resolve().name,
+            seed=seed,
+            bundle=str(bundle.resolve()),
+            engine=engine or ENGINES[0],
+        )
+        home.save_config(config)
+    elif bundle is not None and str(bundle.resolve()) != config.bundle:
+        # A bundle may move; that its adapters fit is checked when the state is loaded.
+        config.bundle = str(bundle.resolve())
+        home.save_config(config)
+    return config
+
+
+def _reporter(output: Format) -> Any:
+    """Prints events: JSON lines on stdout for programs, short lines on stderr for people."""
+
+    def for_programs(event: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
+
+    def for_people(event: dict[str, Any]) -> None:
+        kind = event["event"]
+        rest = ", ".join(f"{k} {v}" for k, v in event.items() if k != "event" and v != "")
+        messages.print(f"[bold]{kind.replace('_', ' ')}[/]  {rest}", highlight=False)
+
+    return for_programs if output is Format.JSON else for_people
+
+
+def evaluate(
+    home: HomeOption,
+    data: Annotated[Path, typer.Option(help="The device's text.")],
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    fresh: Annotated[bool, typer.Option(help="The base, with untrained adapters.")] = False,
+    engine: EngineOption = None,
+    threads: ThreadsOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Perplexity over a whole split, each token predicted once."""
+    at = Home(home)
+    config = _existing(at)
+    opened = open_bundle(Path(config.bundle))
+    state, _ = at.load_state(opened)
+    vectors = adapters.load_fresh(opened) if fresh else state.vectors
+    splits = read_splits(data)
+    if split not in splits:
+        raise DataError(f"{data} has no {split} split; add {split}.txt")
+    tokens = tokenize(load_tokenizer(opened), splits[split])
+    if len(tokens) < 2:
+        raise DataError(f"{data}: the {split} split is empty; add text to it")
+    loaded = load_engine(engine or config.engine, threads=threads)
+    loss = Evaluator(opened, loaded, vectors).loss(tokens)
+    result = {
+        "name": config.name,
+        "split": split,
+        "tokens": len(tokens),
+        "loss": loss,
+        "perplexity": math.exp(loss),
+    }
+    if output is Format.JSON:
+        emit(result)
+    else:
+        print(f"{config.name}: perplexity {math.exp(loss):.2f} over {len(tokens)} {split} tokens")
+
+
+def _existing(home: Home) -> DeviceConfig:
+    config = home.config()
+    if config is None:
+        raise AdapterError(f"no device at {home.path}; make one with `comigs device run`")
+    return config
+
+
+def predict(
+    home: HomeOption,
+    text: Annotated[
+        str | None, typer.Argument(help="Text to continue; without it, an interactive line.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Number of suggestions.", min=1)] = 5,
+    explain: Annotated[bool, typer.Option(help="Show where each token was routed.")] = False,
+    engine: EngineOption = None,
+    threads: ThreadsOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Suggest the next token, with this device's freshest adapters."""
+    at = Home(home)
+    config = _existing(at)
+    opened = open_bundle(Path(config.bundle))
+    modified = at.state_modified()
+    state, _ = at.load_state(opened)
+    predictor = Predictor(
+        opened, load_engine(engine or config.engine, threads=threads), state.vectors
+    )
+    if text is None:
+        from edge_runtime.interactive import converse
+
+        def refresh() -> None:
+            nonlocal modified
+            if at.state_modified() != modified:
+                modified = at.state_modified()
+                predictor.use(at.load_state(opened)[0].vectors)
+
+        converse(predictor, top=top, refresh=refresh)
+        return
+    suggestions = predictor.suggest(text, top)
+    routing = predictor.explain(text) if explain else None
+    if output is Format.JSON:
+        result: dict[str, Any] = {
+            "text": text,
+            "suggestions": [vars(suggestion) for suggestion in suggestions],
+        }
+        if routing is not None:
+            result["routing"] = [{"token": token, **shares} for token, shares in routing]
+        emit(result)
+        return
+    _print_suggestions(suggestions)
+    if routing is not None:
+        _print_routing(routing)
+
+
+def _print_suggestions(suggestions: list[Suggestion]) -> None:
+    for suggestion in suggestions:
+        bar = "█" * round(30 * suggestion.probability)
+        print(f"{suggestion.probability:6.1%}  {suggestion.text!r:16} {bar}")
+
+
+def _print_routing(routing: list[tuple[str, dict[str, float]]]) -> None:
+    from rich.table import Table
+
+    experts = list(routing[0][1]) if routing else []
+    table = Table("token", *experts)
+    for token, shares in routing:
+        cells = [Text(f"{p:5.1%} " + "▇" * round(10 * p)) for p in shares.values()]
+        table.add_row(Text(repr(token)), *cells)
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def plan(
+    bundle: Annotated[Path, typer.Option(help="The bundle to plan for.")],
+    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 512MiB.")] = None,
+    compute: Annotated[str | None, typer.Option(help="Training time per round.")] = None,
+    engine: Annotated[str, typer.Option(help=" or ".join(ENGINES))] = ENGINES[0],
+    batch: Annotated[int, typer.Option(help="Sequences per optimizer step.", min=1)] = 8,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Say what fits a budget, from the manifest alone. Loads no program."""
+    opened = open_bundle(bundle)
+    limit = planner.parse_size(memory) if memory else None
+    seconds = planner.parse_seconds(compute) if compute else None
+    chosen = planner.choose(opened, engine, batch, limit)
+    options = planner.plans(opened, engine, batch)
+    if output is Format.JSON:
+        emit(
+            {
+                "engine": engine,
+                "chosen_micro_batch": chosen.micro_batch,
+                "compute_seconds": seconds,
+                "plans": [
+                    {
+                        "micro_batch": o.micro_batch,
+                        "total_bytes": o.total_bytes,
+                        "runtime_bytes": o.runtime_bytes,
+                        "program_bytes": o.program_bytes,
+                        "adapter_bytes": o.adapter_bytes,
+                        "rest_bytes": o.rest_bytes,
+                    }
+                    for o in options
+                ],
+            }
+        )
+        return
+    for option in options:
+        mark = "→" if option == chosen else " "
+        print(
+            f"{mark} {option.micro_batch} sequences at a time: "
+            f"{planner.mebibytes(option.total_bytes)} (engine "
+            f"{planner.mebibytes(option.runtime_bytes)}, programs "
+            f"{planner.mebibytes(option.program_bytes)}, adapters and optimizer "
+            f"{planner.mebibytes(option.adapter_bytes)}, everything else "
+            f"{planner.mebibytes(option.rest_bytes)})"
+        )
+    if seconds:
+        print(f"  training stops before the step that would exceed {seconds:g} s in a round")
+
+
+def doctor(
+    home: Annotated[
+        Path, typer.Option(help="Directory whose disk is looked at.")
+    ] = Path(),
+    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT for a round trip.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="ca.pem of the coordinator.")] = None,
+    insecure: Annotated[bool, typer.Option(help="Round trip without TLS.")] = False,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Check this installation and name the command that mends what is wrong."""
+    from edge_runtime.doctor import examine
+
+    findings = examine(home, coordinator, ca, insecure)
+    if output is Format.JSON:
+        emit({"checks": [vars(f) for f in findings], "ok": all(f.ok for f in findings)})
+    else:
+        for finding in findings:
+            print(f"{'ok ' if finding.ok else 'BAD'}  {finding.what}: {finding.found}")
+            if finding.mend:
+                print(f"     mend it with: {finding.mend}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(20)

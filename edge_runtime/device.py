@@ -1,0 +1,268 @@
+"""The device: takes part in rounds, or trains alone, and survives a kill at any moment.
+
+Training state is saved every `save_every` steps and at the end of a round, with the counters that
+fix the next batch. A device that starts again repeats the few steps since then bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_runtime import planner, wire
+from edge_runtime.bundle import Bundle, contract_sha256
+from edge_runtime.client import Client, Identity
+from edge_runtime.data import Batches, Tokens, load_tokenizer, read_splits, tokenize
+from edge_runtime.engines import Engine
+from edge_runtime.errors import AdapterError, RefusedError
+from edge_runtime.measure import peak_bytes
+from edge_runtime.planner import Plan
+from edge_runtime.store import DeviceConfig, Home, Progress
+from edge_runtime.training import Evaluator, Trainer, TrainingState
+from protos import coordinator_pb2 as pb
+
+# Held-out text looked at after each round for the learning curve, in tokens.
+CURVE_TOKENS = 8192
+CHECK_IN_SECONDS = 10.0
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Device:
+    """One device in one process.
+
+    Args:
+        plan: for the default batch; made again if the coordinator asks for another one.
+        memory_bytes: the budget that plans must fit (None: no limit).
+        compute_seconds: training time per round (None: no limit). Training stops before the step
+            that would exceed it, and the round goes on with the steps that were made.
+        report: told what happens, as dictionaries with an "event".
+    """
+
+    home: Home
+    config: DeviceConfig
+    bundle: Bundle
+    engine: Engine
+    data: Path
+    plan: Plan
+    memory_bytes: int | None
+    compute_seconds: float | None
+    report: Report
+    save_every: int = 10
+    state: TrainingState = field(init=False)
+    progress: Progress = field(init=False)
+    tokens: dict[str, Tokens] = field(init=False)
+    _trainer: Trainer | None = field(init=False, default=None)
+    _evaluator: Evaluator | None = field(init=False, default=None)
+    _step_seconds: list[float] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        tokenizer = load_tokenizer(self.bundle)
+        self.tokens = {
+            name: tokenize(tokenizer, text) for name, text in read_splits(self.data).items()
+        }
+        self.state, self.progress = self.home.load_state(self.bundle)
+
+    def take_part(self, client: Client) -> None:
+        """Enrols if needed and takes part until the coordinator says that all rounds are over.
+
+        Raises:
+            UnreachableError, TrustError, RefusedError: see `Client`.
+            StorageError: the home cannot be written; what was saved is intact.
+        """
+        self._enrol(client)
+        while True:
+            reply = client.check_in(CHECK_IN_SECONDS)
+            answered = self.progress.uploaded and reply.round == self.progress.round
+            if reply.action == pb.CheckInReply.TRAIN and not answered:
+                self._round(client, reply)
+            elif reply.action == pb.CheckInReply.FINISH:
+                self._finish(client, reply.round)
+                return
+            else:
+                time.sleep(min(max(reply.retry_seconds, 0.2), CHECK_IN_SECONDS))
+
+    def train_alone(self, config: pb.TrainingConfig) -> None:
+        """The same rounds without a coordinator: nothing is exchanged."""
+        for number in range(max(1, self.progress.round), config.rounds + 1):
+            if number != self.progress.round:
+                self._start_round(number, config)
+            self._train(config)
+        self.progress.finished = True
+        self._save()
+
+    # --- a round ---------------------------------------------------------------------------
+
+    def _enrol(self, client: Client) -> None:
+        stored = self.home.identity()
+        if stored is None:
+            identity = client.enroll(self.config.name, contract_sha256(self.bundle.manifest))
+            self.home.save_identity(
+                {"device_id": identity.device_id, "token": identity.token}
+            )
+        else:
+            client.identity = Identity(**stored)
+
+    def _round(self, client: Client, reply: pb.CheckInReply) -> None:
+        if reply.round != self.progress.round:
+            self._receive(client, reply.round)
+            self._start_round(reply.round, reply.training)
+        self._train(reply.training)
+        steps = self.state.expert_steps - self.progress.round_start
+        header = pb.UploadHeader(
+            round=reply.round,
+            tokens=steps * reply.training.batch_sequences * self._length,
+            train_loss=self.progress.loss_sum / max(1, steps),
+            valid_loss=self.progress.curve[-1][1] if self.progress.curve else 0.0,
+        )
+        answer = client.upload(header, wire.encode(self.bundle.manifest, self.state.vectors))
+        self.progress.uploaded = True
+        self._save()
+        event = "uploaded" if answer.accepted else "refused"
+        self.report({"event": event, "round": reply.round, "reason": answer.reason})
+
+    def _receive(self, client: Client, number: int) -> None:
+        """Takes over the generalist that round `number` starts from."""
+        payload = client.download(number)
+        try:
+            received = wire.decode(self.bundle.manifest, payload)
+        except AdapterError as error:
+            raise RefusedError(f"the coordinator sent an unusable generalist: {error}") from error
+        for role, vector in received.items():
+            # In place: the programs are bound to this memory.
+            self.state.vectors[role][...] = vector
+        self.report({"event": "downloaded", "round": number, "bytes": len(payload)})
+
+    def _start_round(self, number: int, config: pb.TrainingConfig) -> None:
+        if not self.progress.curve:
+            self._measure_curve()
+        self.progress.round = number
+        self.progress.round_start = self.state.expert_steps
+        self.progress.round_seconds = self.progress.loss_sum = 0.0
+        self.progress.uploaded = False
+        self._save()
+        self.report({"event": "round", "round": number, "rounds": config.rounds})
+
+    def _train(self, config: pb.TrainingConfig) -> None:
+        """The rest of the current round's steps, within the compute budget."""
+        trainer = self._get_trainer(config)
+        done = False
+        while not done:
+            made = self.state.expert_steps - self.progress.round_start
+            if made >= config.local_steps or self._out_of_time(made):
+                break
+            started = time.monotonic()
+            loss = trainer.step()
+            seconds = time.monotonic() - started
+            self._step_seconds.append(seconds)
+            self.progress.round_seconds += seconds
+            self.progress.loss_sum += loss
+            self.report(
+                {
+                    "event": "step",
+                    "round": self.progress.round,
+                    "step": self.state.expert_steps,
+                    "loss": round(loss, 4),
+                }
+            )
+            if (made + 1) % self.save_every == 0 and made + 1 < config.local_steps:
+                self._save()
+        if not self.progress.curve or self.progress.curve[-1][0] != self.state.expert_steps:
+            self._measure_curve()
+        self._save()
+
+    def _out_of_time(self, made: int) -> bool:
+        """Whether the next step would exceed the budget, judged by the slowest recent one."""
+        if self.compute_seconds is None or made == 0:
+            return False
+        recent = self._step_seconds[-5:]
+        expected = max(recent) if recent else self.progress.round_seconds / made
+        stop = self.progress.round_seconds + expected > self.compute_seconds
+        if stop:
+            self.report(
+                {
+                    "event": "compute_budget",
+                    "round": self.progress.round,
+                    "steps": made,
+                    "seconds": round(self.progress.round_seconds, 2),
+                }
+            )
+        return stop
+
+    def _finish(self, client: Client, number: int) -> None:
+        if not self.progress.finished:
+            self._receive(client, number)
+            self._measure_curve()
+            self.progress.finished = True
+            self._save()
+        self.report({"event": "finished", "round": number})
+
+    # --- helpers ---------------------------------------------------------------------------
+
+    @property
+    def _length(self) -> int:
+        return self.bundle.manifest.tier.train_length
+
+    def batches(self, config: pb.TrainingConfig) -> Iterator[Batches]:
+        """The training and the held-out split's batches.
+
+        Raises:
+            DataError: a split is too small for one batch.
+        """
+        for name, salt in (("train", 1), ("valid", 2)):
+            split = Batches(self.tokens[name], self._length, self.config.seed * 10 + salt)
+            split.require(config.batch_sequences, "training" if salt == 1 else "held-out")
+            yield split
+
+    def _get_trainer(self, config: pb.TrainingConfig) -> Trainer:
+        if self._trainer is None or self._trainer.config != config:
+            train, valid = self.batches(config)
+            self.plan = planner.choose(
+                self.bundle, self.engine.name, config.batch_sequences, self.memory_bytes
+            )
+            self._trainer = Trainer(
+                bundle=self.bundle,
+                engine=self.engine,
+                state=self.state,
+                config=config,
+                micro_batch=self.plan.micro_batch,
+                train=train,
+                valid=valid,
+            )
+        return self._trainer
+
+    def _measure_curve(self) -> None:
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self.bundle, self.engine, self.state.vectors)
+        loss = self._evaluator.loss(self.tokens["valid"], most_tokens=CURVE_TOKENS)
+        self.progress.curve.append((self.state.expert_steps, loss))
+        self.report(
+            {
+                "event": "held_out",
+                "round": self.progress.round,
+                "step": self.state.expert_steps,
+                "loss": round(loss, 4),
+            }
+        )
+
+    def _save(self) -> None:
+        self.home.save_state(self.bundle, self.state, self.progress)
+
+    def summary(self) -> dict[str, Any]:
+        """What the device did: planned against measured."""
+        times = sorted(self._step_seconds)
+        return {
+            "name": self.config.name,
+            "engine": self.engine.name,
+            "rounds": self.progress.round,
+            "steps": self.state.expert_steps,
+            "micro_batch": self.plan.micro_batch,
+            "step_seconds": times[len(times) // 2] if times else None,
+            "planned_memory_mib": round(self.plan.total_bytes / 2**20, 1),
+            "peak_rss_mib": round(peak_bytes() / 2**20, 1),
+            "held_out_loss": self.progress.curve,
+        }

@@ -1,0 +1,110 @@
+"""Looks at an installation and says what to do about what it finds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from edge_runtime.errors import ComigsError
+
+# What works together: executorch's wheel is built for one torch.
+PAIRS = {"executorch": ("1.4.1", "torch", "2.13.0")}
+ENOUGH_MEMORY = 512 * 2**20
+ENOUGH_DISK = 1 * 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was looked at, what was found, and the command that mends it."""
+
+    what: str
+    ok: bool
+    found: str
+    mend: str = ""
+
+
+def examine(home: Path, coordinator: str | None, ca: Path | None, insecure: bool) -> list[Finding]:
+    """All checks; the network only if a coordinator is named."""
+    findings = [_python(), _onnxruntime(), _executorch(), _threads(), _memory(), _disk(home)]
+    if coordinator is not None:
+        findings.append(_round_trip(coordinator, ca, insecure))
+    return findings
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _python() -> Finding:
+    found = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python", sys.version_info >= (3, 11), found)
+
+
+def _onnxruntime() -> Finding:
+    found = _installed("onnxruntime")
+    if found is None:
+        return Finding(
+            "engine onnxruntime", False, "not installed", "pip install 'comigs[device]'"
+        )
+    return Finding("engine onnxruntime", True, found)
+
+
+def _executorch() -> Finding:
+    found = _installed("executorch")
+    if found is None:
+        return Finding("engine executorch", True, "not installed (only needed for .pte programs)")
+    wanted, partner, partner_wanted = PAIRS["executorch"]
+    partner_found = (_installed(partner) or "none").split("+")[0]
+    return Finding(
+        "engine executorch",
+        (found, partner_found) == (wanted, partner_wanted),
+        f"{found} with {partner} {partner_found}",
+        ""
+        if (found, partner_found) == (wanted, partner_wanted)
+        else f"pip install executorch=={wanted} {partner}=={partner_wanted}",
+    )
+
+
+def _threads() -> Finding:
+    usable = len(os.sched_getaffinity(0))
+    return Finding("threads", True, f"{usable} of {os.cpu_count()} cores usable")
+
+
+def _memory() -> Finding:
+    free = psutil.virtual_memory().available
+    return Finding(
+        "memory",
+        free >= ENOUGH_MEMORY,
+        f"{free // 2**20} MiB available",
+        "" if free >= ENOUGH_MEMORY else "comigs plan --bundle DIR --memory SIZE",
+    )
+
+
+def _disk(home: Path) -> Finding:
+    existing = next(p for p in [home.resolve(), *home.resolve().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    return Finding(
+        "disk",
+        free >= ENOUGH_DISK,
+        f"{free // 2**20} MiB free at {existing}",
+        "" if free >= ENOUGH_DISK else "choose another --home, on a disk with 1 GiB free",
+    )
+
+
+def _round_trip(address: str, ca: Path | None, insecure: bool) -> Finding:
+    from edge_runtime.client import ping
+
+    try:
+        milliseconds = 1000 * ping(address, ca=ca, insecure=insecure)
+    except ComigsError as error:
+        return Finding("coordinator", False, str(error), f"comigs serve --listen {address} ...")
+    return Finding("coordinator", True, f"{address} answers in {milliseconds:.0f} ms")

@@ -1,0 +1,107 @@
+"""What fits a memory budget, computed from the manifest before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from edge_runtime.bundle import Bundle
+from edge_runtime.errors import BudgetError
+from protos import manifest_pb2 as pb
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+# Per trainable number: value, two moments, gradient and its sum over micro-batches.
+BYTES_PER_PARAMETER = 5 * 4
+# Libraries for text, network and progress, and the text itself: measured on a device, rounded up.
+REST_BYTES = 96 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a device will train. Sizes in bytes."""
+
+    micro_batch: int
+    runtime_bytes: int
+    program_bytes: int
+    adapter_bytes: int
+    rest_bytes: int = REST_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        return self.runtime_bytes + self.program_bytes + self.adapter_bytes + self.rest_bytes
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `text`, such as "512MiB", "1.5 GB" or "300000000".
+
+    Raises:
+        BudgetError: not a size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    if not match:
+        raise BudgetError(f"{text!r} is not a size; write for example 512MiB or 1GB")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds in `text`, such as "60s", "5m" or "90".
+
+    Raises:
+        BudgetError: not a positive duration.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(s|m|min|h)?\s*", text.lower())
+    if not match or float(match[1]) <= 0:
+        raise BudgetError(f"{text!r} is not a duration; write for example 60s or 5m")
+    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2] or "s"]
+
+
+def mebibytes(size: int) -> str:
+    return f"{-(-size // 2**20)}MiB"
+
+
+def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
+    """Every way to train with this bundle, the largest micro-batch first.
+
+    Raises:
+        BundleError: the bundle cannot train with this engine.
+        BudgetError: no micro-batch divides `batch_sequences`.
+    """
+    manifest = bundle.manifest
+    evaluation = bundle.program("eval_loss", engine)
+    sizes = [b for b in manifest.tier.micro_batches if batch_sequences % b == 0]
+    if not sizes:
+        raise BudgetError(
+            f"no micro-batch of the bundle ({', '.join(map(str, manifest.tier.micro_batches))}) "
+            f"divides a batch of {batch_sequences} sequences; change batch_sequences"
+        )
+    return [
+        Plan(
+            micro_batch=size,
+            runtime_bytes=engine_cost(manifest, engine).runtime_bytes,
+            program_bytes=bundle.program(f"train_step.b{size}", engine).memory_bytes
+            + evaluation.memory_bytes,
+            adapter_bytes=BYTES_PER_PARAMETER * sum(role.size for role in manifest.roles),
+        )
+        for size in sorted(sizes, reverse=True)
+    ]
+
+
+def choose(bundle: Bundle, engine: str, batch_sequences: int, memory: int | None) -> Plan:
+    """The largest plan within `memory` bytes (None: no limit).
+
+    Raises:
+        BudgetError: nothing fits; says the smallest budget that would.
+    """
+    options = plans(bundle, engine, batch_sequences)
+    for plan in options:
+        if memory is None or plan.total_bytes <= memory:
+            return plan
+    assert memory is not None
+    raise BudgetError(
+        f"training needs at least --memory {mebibytes(options[-1].total_bytes)} with this bundle "
+        f"and engine, the budget is {mebibytes(memory)}; raise it, or export for a smaller tier"
+    )
+
+
+def engine_cost(manifest: pb.Manifest, engine: str) -> pb.EngineCost:
+    return next(cost for cost in manifest.engines if cost.engine == engine)

@@ -1,0 +1,129 @@
+"""Next-token suggestions with personal adapters, and where each token was routed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from edge_runtime.adapters import Vector, views
+from edge_runtime.bundle import Bundle
+from edge_runtime.data import load_tokenizer, tokenize
+from edge_runtime.engines import Array, Engine, allocate
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A next token as text, and its probability."""
+
+    text: str
+    probability: float
+
+
+class Predictor:
+    """Keeps a KV cache: text that continues the last one costs only what is new."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, vectors: Mapping[str, Vector]) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.tokenizer: Tokenizer = load_tokenizer(bundle)
+        self.experts = bundle.experts()
+        self.context, self.chunk = manifest.tier.context, manifest.tier.prefill_chunk
+        # Own copies, so that `use` can replace a person's adapters without binding again.
+        self._vectors = {role: vector.copy() for role, vector in vectors.items()}
+        self._inputs: dict[str, dict[str, Array]] = {}
+        self._outputs: dict[str, dict[str, Array]] = {}
+        self._calls = {}
+        shared: dict[str, Array] = dict(views(manifest, self._vectors))
+        for name in ("prefill", "decode"):
+            entry = bundle.program(name, engine.name)
+            own = allocate({p.name: p for p in entry.inputs if p.name not in shared})
+            # The cache is one set of arrays for both programs.
+            shared |= {key: array for key, array in own.items() if key.startswith("cache.")}
+            self._inputs[name] = shared | own
+            self._outputs[name] = allocate({p.name: p for p in entry.outputs})
+            program = engine.load(bundle, name)
+            self._calls[name] = program.bind(self._inputs[name], self._outputs[name])
+        self._caches = {key: array for key, array in shared.items() if key.startswith("cache.")}
+        self._held: list[int] = []  # tokens whose keys and values are in the cache
+        self._routing: list[NDArray[np.float32]] = []  # per held token, (L, n)
+
+    def use(self, vectors: Mapping[str, Vector]) -> None:
+        """Switches to other adapters of the same bundle."""
+        for role, vector in vectors.items():
+            self._vectors[role][...] = vector
+        self._held, self._routing = [], []
+
+    def logits(self, tokens: list[int]) -> NDArray[np.float32]:
+        """Logits (V,) of the token after `tokens`; of a long text only the end that fits counts.
+
+        Raises:
+            ValueError: `tokens` is empty.
+        """
+        if not tokens:
+            raise ValueError("there must be at least one token")
+        tokens = tokens[-self.context :]
+        same = 0
+        for old, new in zip(self._held, tokens[:-1], strict=False):
+            if old != new:
+                break
+            same += 1
+        del self._held[same:], self._routing[same:]
+        output = self._outputs["decode"]
+        while len(self._held) < len(tokens):
+            left = tokens[len(self._held) :]
+            name = "prefill" if len(left) > 1 else "decode"
+            output = self._extend(name, left[: self.chunk if name == "prefill" else 1])
+        return output["logits"]
+
+    def suggest(self, text: str, top: int = 5) -> list[Suggestion]:
+        """The `top` most probable next tokens after `text`, the best first."""
+        ids = tokenize(self.tokenizer, text).tolist() or [max(0, self._start())]
+        logits = self.logits(ids).astype(np.float64)
+        probabilities = np.exp(logits - logits.max())
+        probabilities /= probabilities.sum()
+        best = np.argsort(-probabilities, kind="stable")[:top]
+        return [Suggestion(self.tokenizer.decode([int(i)]), float(probabilities[i])) for i in best]
+
+    def explain(self, text: str) -> list[tuple[str, dict[str, float]]]:
+        """For each token of `text` that is still in view: its share of each expert, over blocks."""
+        ids = tokenize(self.tokenizer, text).tolist()[-self.context :]
+        if not ids:
+            return []
+        self.logits(ids)
+        shares = (
+            np.stack(self._routing).mean(1)
+            if self._routing
+            else np.ones((len(ids), 1), np.float32)
+        )
+        return [
+            (
+                self.tokenizer.decode([token]),
+                {expert: float(p) for expert, p in zip(self.experts, row, strict=True)},
+            )
+            for token, row in zip(ids, shares, strict=True)
+        ]
+
+    def _start(self) -> int:
+        """What comes before the first token of a text."""
+        return self.bundle.manifest.tokenizer.end_id
+
+    def _extend(self, name: str, tokens: list[int]) -> dict[str, Array]:
+        inputs, outputs = self._inputs[name], self._outputs[name]
+        position, count = len(self._held), len(tokens)
+        inputs["tokens"][...] = 0
+        inputs["tokens"][:count] = tokens
+        inputs["position"][0] = position
+        if "last" in inputs:
+            inputs["last"][0] = count - 1
+        self._calls[name]()
+        for key, cache in self._caches.items():
+            fresh = outputs[key.replace("cache.", "new.", 1)]
+            cache[:, position : position + count] = fresh[:, :count]
+        if "routing" in outputs:
+            self._routing.extend(outputs["routing"][:, i].copy() for i in range(count))
+        self._held.extend(tokens)
+        return outputs

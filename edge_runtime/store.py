@@ -1,0 +1,175 @@
+"""A device's home directory: it survives a kill at any moment.
+
+    HOME/device.json          who this device is: name, seed, bundle, engine, coordinator
+    HOME/state.safetensors    adapters, optimizer moments and counters, in one file
+    HOME/identity.json        what the coordinator gave it (readable by the owner only)
+    HOME/lock                 held by the process that trains
+
+Every file is replaced as a whole, so a reader sees the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from edge_runtime.adapters import load_fresh
+from edge_runtime.bundle import Bundle, contract_sha256
+from edge_runtime.errors import AdapterError, StorageError
+from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
+from edge_runtime.training import TrainingState, new_state
+
+STATE_VERSION = 1
+
+
+@dataclass
+class DeviceConfig:
+    """Fixed when the home is made."""
+
+    name: str
+    seed: int
+    bundle: str
+    engine: str
+
+
+@dataclass
+class Progress:
+    """Where the device is in its round, beside what `TrainingState` holds."""
+
+    round: int = 0  # round being trained, 0 before the first
+    round_start: int = 0  # expert step at which it began
+    round_seconds: float = 0.0  # training time spent in it
+    loss_sum: float = 0.0  # training losses of its steps, summed
+    uploaded: bool = False  # its update was accepted
+    finished: bool = False  # the final generalist is in place
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (expert step, held-out loss)
+
+
+class Home:
+    """Reads and writes one home directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the home for one training process.
+
+        Raises:
+            StorageError: another process trains in this home.
+        """
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StorageError(
+                    f"another process trains in {self.path}; stop it, or use another --home"
+                ) from None
+            remove_leftovers(self.path)
+            yield
+
+    def config(self) -> DeviceConfig | None:
+        value = self._json("device.json")
+        return None if value is None else DeviceConfig(**value)
+
+    def save_config(self, config: DeviceConfig) -> None:
+        self._save_json("device.json", asdict(config))
+
+    def identity(self) -> dict[str, str] | None:
+        return self._json("identity.json")
+
+    def save_identity(self, identity: dict[str, str]) -> None:
+        self._save_json("identity.json", identity)
+
+    def state_modified(self) -> int:
+        """Changes whenever a state is saved: modification time in ns, 0 before the first."""
+        path = self.path / "state.safetensors"
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    def save_state(self, bundle: Bundle, state: TrainingState, progress: Progress) -> None:
+        """Replaces the saved state.
+
+        Raises:
+            StorageError: the disk is full or not writable; the old state is intact.
+        """
+        arrays = {}
+        for role, vector in state.vectors.items():
+            arrays[f"{role}/value"] = vector
+            arrays[f"{role}/first_moment"] = state.first_moment[role]
+            arrays[f"{role}/second_moment"] = state.second_moment[role]
+        metadata = {
+            "version": STATE_VERSION,
+            "contract": contract_sha256(bundle.manifest),
+            "expert_steps": state.expert_steps,
+            "router_steps": state.router_steps,
+            "progress": asdict(progress),
+        }
+        content = save(arrays, metadata={"comigs": json.dumps(metadata)})
+        write_atomic(self.path / "state.safetensors", content)
+
+    def load_state(self, bundle: Bundle) -> tuple[TrainingState, Progress]:
+        """The saved state, or the bundle's fresh one if nothing was saved yet.
+
+        Raises:
+            AdapterError: the state is damaged or belongs to another bundle.
+        """
+        path = self.path / "state.safetensors"
+        if not path.exists():
+            return new_state(bundle.manifest, load_fresh(bundle)), Progress()
+        try:
+            with safe_open(path, "np") as file:
+                metadata = json.loads(file.metadata()["comigs"])
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise AdapterError(
+                f"{path} is damaged: {error}; restore it from a copy, or move it away to start "
+                "from fresh adapters"
+            ) from error
+        sizes = {role.name: role.size for role in bundle.manifest.roles}
+        stored = {
+            key.removesuffix("/value"): len(value)
+            for key, value in arrays.items()
+            if key.endswith("/value")
+        }
+        same_base = metadata["contract"] == contract_sha256(bundle.manifest)
+        if metadata["version"] != STATE_VERSION or stored != sizes or not same_base:
+            raise AdapterError(
+                f"{path} was made with another bundle than {bundle.path} (another base, rank or "
+                "number of experts); use that bundle, or another --home"
+            )
+        writable = {key: np.array(value, np.float32) for key, value in arrays.items()}
+        state = TrainingState(
+            vectors={role: writable[f"{role}/value"] for role in sizes},
+            first_moment={role: writable[f"{role}/first_moment"] for role in sizes},
+            second_moment={role: writable[f"{role}/second_moment"] for role in sizes},
+            expert_steps=metadata["expert_steps"],
+            router_steps=metadata["router_steps"],
+        )
+        progress = Progress(**metadata["progress"])
+        progress.curve = [(int(step), float(loss)) for step, loss in progress.curve]
+        return state, progress
+
+    def _json(self, name: str) -> Any:
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"{path} is damaged: {error}; restore it from a copy") from error
+
+    def _save_json(self, name: str, value: dict[str, Any]) -> None:
+        content = json.dumps(value, indent=2) + "\n"
+        write_atomic(self.path / name, content.encode())
