@@ -321,9 +321,12 @@ class State:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Session]:
-        with self._storage_errors(), Session(self._engine, expire_on_commit=False) as session:
-            with session.begin():
-                yield session
+        with (
+            self._storage_errors(),
+            Session(self._engine, expire_on_commit=False) as session,
+            session.begin(),
+        ):
+            yield session
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:

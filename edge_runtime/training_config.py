@@ -20,8 +20,8 @@ DEFAULTS = {
     "beta2": 0.95,
     "router_steps": 10,
 }
-# Zero is a meaning of its own here, so these hold only where nobody chose anything.
-UNCHOSEN = {"weight_decay": 0.01, "tau": 30}
+# In these two zero is a choice of its own, so their defaults hold only where nobody chose anything.
+UNCHOSEN = pb.TrainingConfig(weight_decay=0.01, tau=30)
 
 
 def with_defaults(config: pb.TrainingConfig) -> pb.TrainingConfig:
@@ -41,7 +41,7 @@ def load(path: Path | None) -> pb.TrainingConfig:
         ValueError: with one line, if the file cannot be read or is not a sensible configuration.
     """
     if path is None:
-        return with_defaults(pb.TrainingConfig(**UNCHOSEN))
+        return with_defaults(UNCHOSEN)
     config = pb.TrainingConfig()
     try:
         json_format.Parse(path.read_text(encoding="utf-8"), config)

@@ -6,7 +6,8 @@ product is a plain matrix product; what the exporters get wrong or slow is writt
 
 * the loss is logsumexp(logits) - <h, W[target]>: no gather over V, so no scatter in its backward;
 * queries, keys and values have a weight each, so nothing is split;
-* top-k is a rank by comparison: no TopK, no scatter, ties go to the lower index on every engine.
+* top-k is a rank by comparison: no TopK, no scatter, ties go to the lower index on every engine;
+* GELU is a sigmoid: see `gelu`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ from export.mixture import GENERALIST, Mixture
 
 Adapters = Mapping[str, Tensor]
 NEGATIVE = -1e9  # an exponent of zero that survives arithmetic, unlike -inf
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's tanh GELU as x sigmoid(2u), with 1 + tanh(u) = 2 sigmoid(2u) (Hendrycks 2016).
+
+    XNNPACK takes aten.gelu in either form and computes the erf one: off by 5e-4, silently.
+    """
+    slope = 2.0 * math.sqrt(2.0 / math.pi)
+    return x * torch.sigmoid(x * (slope + slope * 0.044715 * x * x))
 
 
 @dataclass(frozen=True)
@@ -155,13 +165,13 @@ class Decoder(nn.Module):
         if self.mixture.mixing == "per_linear" or routing is None or not fc_pairs:
             if fc_pairs:
                 up = up + self.mix_low_rank([x], fc_pairs, routing)
-            inner = [F.gelu(up, approximate="tanh")]
+            inner = [gelu(up)]
             mixed = inner[0]
         else:
             # Whole MLPs, mixed at the output. What is frozen is linear there and the weights sum
             # to one, so sum_j p_j (W u_j + b) = W (sum_j p_j u_j) + b: one product for all.
             inner = [
-                F.gelu(up + (x @ a.T * self.mixture.scale) @ b.T, approximate="tanh")
+                gelu(up + (x @ a.T * self.mixture.scale) @ b.T)
                 for a, b in fc_pairs
             ]
             weighted = [u * routing.mix[:, j : j + 1] for j, u in enumerate(inner)]

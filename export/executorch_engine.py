@@ -17,6 +17,7 @@ from executorch.exir import (
     to_edge_transform_and_lower,
 )
 from torch import Tensor, fx
+from torch.fx.traceback import NodeSource
 
 PROGRAM_FILE = "executorch/programs.pte"
 
@@ -58,12 +59,18 @@ def compile_programs(
 
 @contextlib.contextmanager
 def _quiet():  # type: ignore[no-untyped-def]
-    """The lowering prints progress and warnings that no user can act on."""
+    """The lowering prints progress and warnings that no user can act on.
+
+    It also copies each node's history at each of its hundreds of passes, a fifth of its time;
+    nobody reads that history, so here it is shared instead.
+    """
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    NodeSource.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
+            del NodeSource.__deepcopy__  # type: ignore[attr-defined]
             logging.disable(previous)

@@ -1,0 +1,50 @@
+"""`comigs demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_runtime import training_config
+from edge_runtime.cli import Format, FormatOption, emit, messages
+from edge_runtime.engines import ENGINES
+
+
+def register(app: typer.Typer) -> None:
+    app.command("demo")(demo)
+
+
+def demo(
+    users: Annotated[
+        Path | None, typer.Option(help="One folder of text per user (default: built-in texts).")
+    ] = None,
+    base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2-mini",
+    engine: Annotated[str, typer.Option(help=" or ".join(ENGINES))] = ENGINES[0],
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    local_steps: Annotated[int, typer.Option(min=1, help="Expert steps per round.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of adapters and batches.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Compile, learn together, predict: the whole story on this machine."""
+    from benchmarks import report
+    from benchmarks.demo import Demo
+    from benchmarks.users import default_users, load_users
+
+    config = training_config.load(None)
+    config.rounds, config.local_steps = rounds, local_steps
+    # A burst per round: with few rounds, every 30 steps would leave the router nearly untrained.
+    config.tau, config.router_steps = local_steps, 5
+    texts = default_users() if users is None else load_users(users)
+    result = Demo(
+        users=texts, base=base, engine=engine, training=config, out=out, seed=seed
+    ).run()
+    page = out / "report.html"
+    report.write(result, page)
+    if output is Format.JSON:
+        emit(dict(result))
+    else:
+        messages.print(report.table(result))
+        messages.print(f"took {result['seconds']:.0f} s; the whole story: {page.resolve()}")

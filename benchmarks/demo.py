@@ -1,0 +1,435 @@
+"""`comigs demo`: one coordinator and four devices on this machine, from compiling to predicting.
+
+Three arms on the same text, with the same number of steps, sequences and trainable numbers:
+
+* `local`: every device alone, one LoRA of twice the rank;
+* `fedavg`: the same LoRA, averaged over the devices after every round;
+* `method`: CoMiGS, a generalist that is averaged, a specialist and a router that are not.
+
+Every device is a process of its own and talks to the coordinator over TLS. The test perplexities are
+taken from the device homes at the end, over each user's whole test split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
+
+from benchmarks.report import DemoResult, UserResult
+from benchmarks.users import UserText, write_users
+from edge_runtime.adapters import Vectors, load_fresh
+from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.cli import messages
+from edge_runtime.data import tokenize
+from edge_runtime.engines import Engine, load_engine
+from edge_runtime.errors import ComigsError
+from edge_runtime.predict import Predictor
+from edge_runtime.store import Home
+from edge_runtime.training import Evaluator
+from protos import coordinator_pb2 as pb
+
+ARMS = ("local", "fedavg", "method")
+RANK = 8
+SUGGESTIONS = 3  # places per user at which suggestions before and after are shown
+
+
+class ChildError(ComigsError):
+    """A process of the demo failed."""
+
+    code = 1
+
+
+@dataclass
+class Child:
+    """A `comigs` process whose JSON lines are followed as they come."""
+
+    arguments: Sequence[str]
+    on_event: Callable[[dict[str, Any]], None]
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "edge_runtime", *self.arguments, "--format", "json"],
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._follow, daemon=True)
+        self._reader.start()
+
+    def _follow(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            event = json.loads(line)
+            self.events.append(event)
+            self.on_event(event)
+
+    def last(self, kind: str) -> dict[str, Any]:
+        return next(e for e in reversed(self.events) if e["event"] == kind)
+
+    def wait_for(self, kind: str, seconds: float) -> dict[str, Any]:
+        """The first event of a kind, once it is there."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for event in list(self.events):
+                if event["event"] == kind:
+                    return event
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        self.process.kill()
+        self.finish()
+        raise ChildError(f"comigs {self.arguments[0]} said no {kind!r}")
+
+    def finish(self) -> None:
+        """Waits for the end.
+
+        Raises:
+            ChildError: it failed; ends with what it printed last.
+        """
+        code = self.process.wait()
+        self._reader.join()
+        self._errors.seek(0)
+        tail = self._errors.read().strip().splitlines()[-3:]
+        self._errors.close()
+        if code:
+            raise ChildError(
+                f"comigs {' '.join(self.arguments[:2])} ended with {code}: {' '.join(tail)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """What to run. `out` holds users, bundles, homes and the report."""
+
+    users: list[UserText]
+    base: str
+    engine: str
+    training: pb.TrainingConfig
+    out: Path
+    seed: int = 0
+
+    def run(self) -> DemoResult:
+        started = time.monotonic()
+        steps = self.training.rounds * self.training.local_steps
+        progress = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=messages,
+        )
+        shutil.rmtree(self.out / "homes", ignore_errors=True)
+        shutil.rmtree(self.out / "users", ignore_errors=True)
+        write_users(self.users, self.out / "users")
+        with Live(Group(progress), console=messages, refresh_per_second=4):
+            bundles = self._export(progress)
+            children = {arm: self._train(arm, bundles[arm], steps, progress) for arm in ARMS}
+            results = self._evaluate(bundles, children, progress)
+        return {
+            "users": results,
+            "seconds": round(time.monotonic() - started, 1),
+            "engine": self.engine,
+            "rounds": self.training.rounds,
+            "base": self.base,
+            "versions": {
+                name: version(name) for name in ("comigs", "torch", self.engine, "numpy", "grpcio")
+            },
+            "setup": self._setup(bundles["method"]),
+            "notes": self._notes(),
+        }
+
+    # --- compiling -------------------------------------------------------------------------
+
+    def _export(self, progress: Progress) -> dict[str, Bundle]:
+        """The method's bundle and the one that both baselines use."""
+        from export.base import load_base
+        from export.bundle import export_bundle
+        from export.mixture import Mixture
+        from export.tiers import tiers
+
+        task = progress.add_task("compile", total=2, note="loading the base")
+        base = load_base(self.base)
+        tier = replace(tiers()["laptop"], micro_batches=(self.training.batch_sequences,))
+        tier = tier.fitted(base.config.n_positions)
+        plans = {
+            "method": (Mixture(specialists=1, rank=RANK), None),
+            # Twice the rank: as many trainable numbers in the MLP as generalist and specialist.
+            "baseline": (
+                Mixture(specialists=0, rank=2 * RANK),
+                ("train_step", "eval_loss", "prefill", "decode")[:2],
+            ),
+        }
+        bundles = {}
+        for name, (mixture, programs) in plans.items():
+            key = hashlib.sha256(
+                f"{base.sha256} {mixture} {tier} {self.engine} {programs} {_sources()}".encode()
+            ).hexdigest()[:16]
+            out = self.out / "bundles" / f"{name}-{key}"
+            if out.exists():
+                bundles[name] = open_bundle(out)
+            else:
+                bundles[name] = export_bundle(
+                    base,
+                    mixture,
+                    tier,
+                    engines=[self.engine],
+                    out=out,
+                    seed=self.seed,
+                    programs=programs,
+                    progress=lambda line: progress.update(task, note=line),
+                )
+            progress.advance(task)
+        progress.update(task, note="")
+        baseline = bundles["baseline"]
+        return {"method": bundles["method"], "local": baseline, "fedavg": baseline}
+
+    # --- training --------------------------------------------------------------------------
+
+    def _home(self, arm: str, user: UserText) -> Path:
+        return self.out / "homes" / arm / user.name
+
+    def _train(
+        self, arm: str, bundle: Bundle, steps: int, progress: Progress
+    ) -> dict[str, Child]:
+        """Runs one arm: four device processes, and a coordinator unless they train alone."""
+        training = self.out / "homes" / arm / "training.json"
+        training.parent.mkdir(parents=True)
+        training.write_text(json_format.MessageToJson(self.training))
+        where = ["--alone", "--training", str(training)]
+        coordinator = None
+        if arm != "local":
+            coordinator = Child(
+                [
+                    "serve",
+                    *("--bundle", str(bundle.path)),
+                    *("--listen", "127.0.0.1:0"),
+                    *("--state", str(self.out / "homes" / arm / "coordinator")),
+                    *("--rounds", str(self.training.rounds)),
+                    *("--min-devices", str(len(self.users))),
+                    *("--training", str(training)),
+                    "--exit-when-done",
+                ],
+                lambda _: None,
+            )
+            listening = coordinator.wait_for("listening", 60)
+            where = ["--coordinator", listening["address"], "--ca", listening["ca"]]
+        children = {}
+        for index, user in enumerate(self.users):
+            task = progress.add_task(f"{arm}: {user.name}", total=steps, note="")
+            children[user.name] = Child(
+                [
+                    "device",
+                    "run",
+                    *where,
+                    *("--home", str(self._home(arm, user))),
+                    *("--data", str(self.out / "users" / user.name)),
+                    *("--bundle", str(bundle.path)),
+                    *("--engine", self.engine),
+                    *("--seed", str(self.seed + index)),
+                    *("--threads", "1"),
+                ],
+                _shower(progress, task),
+            )
+        try:
+            for child in children.values():
+                child.finish()
+        except ChildError:
+            for child in [*children.values(), *([coordinator] if coordinator else [])]:
+                child.process.kill()
+            raise
+        if coordinator:
+            coordinator.finish()
+        return children
+
+    # --- figures ---------------------------------------------------------------------------
+
+    def _evaluate(
+        self,
+        bundles: dict[str, Bundle],
+        children: dict[str, dict[str, Child]],
+        progress: Progress,
+    ) -> list[UserResult]:
+        task = progress.add_task("evaluate", total=len(self.users) * 4, note="whole test splits")
+        engine = load_engine(self.engine)
+        perplexities: dict[str, dict[str, float]] = {user.name: {} for user in self.users}
+        for arm in ("base", *ARMS):
+            bundle = bundles["method" if arm == "base" else arm]
+            vectors = load_fresh(bundle)
+            evaluator = Evaluator(bundle, engine, vectors)
+            for user in self.users:
+                if arm != "base":
+                    self._load(vectors, bundle, arm, user)
+                tokens = tokenize(self._tokenizer(bundle), user.test)
+                perplexities[user.name][arm] = math.exp(evaluator.loss(tokens))
+                progress.advance(task)
+        bundle = bundles["method"]
+        predictor = Predictor(bundle, engine, load_fresh(bundle))
+        return [
+            self._user_result(user, perplexities[user.name], children, bundle, predictor)
+            for user in self.users
+        ]
+
+    def _user_result(
+        self,
+        user: UserText,
+        perplexity: dict[str, float],
+        children: dict[str, dict[str, Child]],
+        bundle: Bundle,
+        predictor: Predictor,
+    ) -> UserResult:
+        method = children["method"][user.name]
+        network, summary = method.last("network"), method.last("summary")
+        trained = load_fresh(bundle)
+        fresh = {role: vector.copy() for role, vector in trained.items()}
+        self._load(trained, bundle, "method", user)
+        places = _places(user.test, SUGGESTIONS)
+        predictor.use(fresh)
+        before = [predictor.suggest(context) for context, _ in places]
+        predictor.use(trained)
+        after = [predictor.suggest(context) for context, _ in places]
+        routing = predictor.explain(_sentence(user.test))
+        return {
+            "name": user.name,
+            "description": user.description,
+            "test_perplexity": {
+                "base": perplexity["base"],
+                "local": perplexity["local"],
+                "fedavg": perplexity["fedavg"],
+                "method": perplexity["method"],
+            },
+            "bytes_sent": network["bytes_sent"],
+            "bytes_received": network["bytes_received"],
+            "peak_rss_mib": summary["peak_rss_mib"],
+            "step_seconds": summary["step_seconds"],
+            "curves": {
+                "local": _curve(children["local"][user.name]),
+                "fedavg": _curve(children["fedavg"][user.name]),
+                "method": _curve(method),
+            },
+            "suggestions": [
+                {
+                    "context": context[-80:],
+                    "truth": truth,
+                    "before": [(s.text, s.probability) for s in old],
+                    "after": [(s.text, s.probability) for s in new],
+                }
+                for (context, truth), old, new in zip(places, before, after, strict=True)
+            ],
+            "routing": {
+                "tokens": [token for token, _ in routing],
+                "experts": bundle.experts(),
+                "weights": [list(shares.values()) for _, shares in routing],
+            },
+        }
+
+    def _load(self, into: Vectors, bundle: Bundle, arm: str, user: UserText) -> None:
+        state, _ = Home(self._home(arm, user)).load_state(bundle)
+        for role, vector in state.vectors.items():
+            into[role][...] = vector
+
+    def _tokenizer(self, bundle: Bundle) -> Any:
+        from edge_runtime.data import load_tokenizer
+
+        return load_tokenizer(bundle)
+
+    def _setup(self, bundle: Bundle) -> dict[str, str]:
+        training, tier = self.training, bundle.manifest.tier
+        shared = sum(4 * role.size for role in bundle.manifest.roles if role.shared)
+        return {
+            "base": f"{self.base}, {bundle.manifest.base.parameters / 1e6:.1f} M parameters",
+            "experts": f"1 generalist and 1 specialist, rank {RANK}, per_linear; baselines: one "
+            f"LoRA of rank {2 * RANK}",
+            "training": f"{training.rounds} rounds of {training.local_steps} steps of "
+            f"{training.batch_sequences} x {tier.train_length} tokens; router: "
+            f"{training.router_steps} steps every {training.tau}",
+            "learning rate": f"{training.learning_rate:g} (cosine), router "
+            f"{training.router_learning_rate:g}",
+            "generalist": f"{shared / 2**20:.2f} MiB each way and round",
+        }
+
+    def _notes(self) -> list[str]:
+        return [
+            "Perplexities are per token over each user's whole test split, each token predicted "
+            "once, with the averaged generalist of the last round.",
+            "Peak memory is the largest resident set of the method's device process; step time is "
+            "the median of its expert steps while all devices train at once on this machine.",
+            "Bytes are the serialized gRPC messages of the method's device, without TLS and "
+            "HTTP/2 framing.",
+            "One run, one seed: small differences between arms are within what another seed "
+            "would change.",
+        ]
+
+
+def _shower(progress: Progress, task: TaskID) -> Callable[[dict[str, Any]], None]:
+    """Shows a device's events on its progress bar."""
+
+    def show(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            progress.update(
+                task,
+                completed=event["step"],
+                note=f"round {event['round']}  loss {event['loss']:.2f}",
+            )
+        elif event["event"] == "held_out":
+            progress.update(task, note=f"held-out perplexity {math.exp(event['loss']):.1f}")
+        elif event["event"] == "waiting":
+            progress.update(task, note=event["message"])
+
+    return show
+
+
+def _curve(child: Child) -> list[tuple[int, float]]:
+    """Held-out perplexity by expert step; the last measurement at a step counts."""
+    points = {int(step): math.exp(loss) for step, loss in child.last("summary")["held_out_loss"]}
+    return sorted(points.items())
+
+
+def _places(text: str, count: int) -> list[tuple[str, str]]:
+    """(context, the word that follows) at evenly spread places of `text`."""
+    places = []
+    for index in range(count):
+        at = int(len(text) * (index + 0.5) / count)
+        while at < len(text) - 1 and not (text[at] == " " and text[at + 1].isalpha()):
+            at += 1
+        follow = text[at : at + 40]
+        word = next(
+            (follow[:n] for n in range(2, len(follow)) if not follow[n].isalpha()), follow
+        )
+        places.append((text[max(0, at - 400) : at], word))
+    return places
+
+
+def _sentence(text: str) -> str:
+    """A passage of about two lines out of the middle of `text`."""
+    start = text.find("\n", len(text) // 3) + 1
+    end = text.find("\n", start + 120)
+    return text[start : end if end > 0 else None][:240]
+
+
+def _sources() -> str:
+    """Hash of the compiler's and the programs' sources: other code makes other bundles."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parents[1] / "export").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,119 @@
+"""`comigs serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edge_runtime import training_config
+from edge_runtime.cli import Format, FormatOption
+from edge_runtime.errors import MissingPartError
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this package's subcommands to `app`."""
+    app.command("serve")(serve)
+
+
+def serve(
+    *,
+    bundle: Annotated[Path, typer.Option(help="Bundle whose generalist the devices share.")],
+    state: Annotated[Path, typer.Option(help="Directory that holds everything it remembers.")],
+    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in all.")] = 3,
+    min_devices: Annotated[int, typer.Option(min=1, help="Updates that a round needs.")] = 2,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Longest round, in seconds.")] = 600,
+    average: Annotated[
+        str, typer.Option(help="Mean over devices: uniform, or weighted by tokens.")
+    ] = "uniform",
+    training: Annotated[
+        Path | None, typer.Option(help="How devices train: TrainingConfig as JSON.")
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="Further host name or address that devices reach it by."),
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS.")] = False,
+    exit_when_done: Annotated[
+        bool, typer.Option("--exit-when-done", help="End once the last devices have the result.")
+    ] = False,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Runs rounds in which devices exchange the generalist, and nothing else."""
+    try:
+        from coordinator.rounds import Average, Policy
+        from coordinator.server import Options
+        from coordinator.server import serve as run
+    except ModuleNotFoundError as error:
+        raise MissingPartError(
+            f"{error.name} is not installed; install it with `pip install 'comigs[coordinator]'`"
+        ) from error
+    if average not in list(Average):
+        raise typer.BadParameter(f"{average} is neither uniform nor tokens", param_hint="--average")
+    try:
+        config = training_config.load(training)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--training") from error
+    config.rounds = rounds
+    options = Options(
+        bundle=bundle,
+        listen=listen,
+        state=state,
+        policy=Policy(
+            rounds=rounds,
+            min_devices=min_devices,
+            deadline_seconds=deadline,
+            average=Average(average),
+            training=config,
+        ),
+        names=tuple(name or ()),
+        insecure=insecure,
+        exit_when_done=exit_when_done,
+    )
+    asyncio.run(run(options, _print_json if output is Format.JSON else _print_text))
+
+
+def _print_json(event: str, fields: dict[str, Any]) -> None:
+    line = json.dumps({"event": event, **fields}, separators=(",", ":"), ensure_ascii=False)
+    _print(line)
+
+
+def _print_text(event: str, fields: dict[str, Any]) -> None:
+    _print(TEXTS[event].format(**fields, **_readable(fields)))
+
+
+TEXTS = {
+    "listening": "listening on {address}, {trust}",
+    "round_opened": "round {round}: open",
+    "round_resumed": "round {round}: resumed with {updates} updates",
+    "update_accepted": "round {round}: {device} reported ({bytes} bytes)",
+    "update_refused": "round {round}: refused an update of {device}: {reason}",
+    "round_closed": "round {round}: averaged {updates} updates after {seconds:.1f} s; "
+    "training loss {train}, held-out loss {valid}",
+    "round_abandoned": "round {round}: abandoned at its deadline with only {updates} updates",
+    "storage_failed": "cannot store what a device sent: {reason}",
+    "finished": "all rounds are over; {bytes_received} bytes received, {bytes_sent} bytes sent",
+}
+
+
+def _readable(fields: dict[str, Any]) -> dict[str, str]:
+    """Words for what may be missing in `fields`."""
+    words = {}
+    if "ca" in fields:
+        ca = fields["ca"]
+        words["trust"] = f"devices need --ca {ca}" if ca else "without TLS: devices need --insecure"
+    for kind in ("train", "valid"):
+        if f"{kind}_loss" in fields:
+            loss = fields[f"{kind}_loss"]
+            words[kind] = "not measured" if loss is None else f"{loss:.4f}"
+    return words
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,335 @@
+"""Synchronous rounds: who trains when, what counts, and when a round is over.
+
+* The first round opens when `min_devices` devices are present, that is, waiting in a check-in. So
+  does the round after an abandoned one: devices are not sent to train while too few are there.
+* After an aggregated round the next one opens at once.
+* Whoever checks in while a round is open takes part. The clock starts when the round opens.
+* A round closes when nobody is missing and at least `min_devices` updates are there, or at the
+  deadline. Missing are participants without an update and, so that a group stays together, devices
+  that reported in the previous round and have not come back yet. A device that had an update
+  refused is not waited for, nor sent to train again in that round.
+* At the deadline with fewer updates the round is abandoned and its number is used up.
+* After a restart the open round goes on with the updates it has, and its clock starts again, since
+  nobody could report while the coordinator was down.
+
+All state changes are synchronous code on the event loop: no other coroutine sees a half of one, and
+a cancelled call cannot leave one. Only the average is computed in a thread; while it is, the round
+is closed to updates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from coordinator.aggregation import Contribution, mean
+from coordinator.state import Device, Round, State, Status, Update
+from edge_runtime import wire
+from protos import coordinator_pb2 as pb
+from protos import manifest_pb2
+
+MAX_WAIT_SECONDS = 30.0
+RETRY_SECONDS = 1.0
+# A device that was told to wait counts as present for so long after it was last heard of.
+PRESENT_SECONDS = MAX_WAIT_SECONDS + 5.0
+# How long to wait for the last round's devices to fetch the final generalist.
+DELIVERY_SECONDS = 60.0
+
+Report = Callable[[str, dict[str, Any]], None]
+"""Takes an event's name and its fields, for the operator to see."""
+
+
+class Average(StrEnum):
+    UNIFORM = "uniform"
+    TOKENS = "tokens"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How rounds are run."""
+
+    rounds: int
+    """Aggregated rounds until the end."""
+    min_devices: int
+    deadline_seconds: float
+    average: Average
+    training: pb.TrainingConfig
+
+
+class RefusedUpdateError(Exception):
+    """An update does not count; the message is one line that says why."""
+
+
+class Rounds:
+    """The course of the rounds. One event loop, one instance per State."""
+
+    def __init__(
+        self, *, state: State, manifest: manifest_pb2.Manifest, policy: Policy, report: Report
+    ) -> None:
+        self._state = state
+        self._manifest = manifest
+        self._policy = policy
+        self._report = report
+        self._finished = False
+        self._stopping = False
+        self._closing: int | None = None
+        self._delivered: set[str] = set()
+        self._heard: dict[str, float] = {}
+        # Wakes the check-ins that wait; replaced by a new one each time.
+        self._changed = asyncio.Event()
+        # Wakes `run`.
+        self._nudged = asyncio.Event()
+
+    # The course of things
+
+    async def run(self) -> None:
+        """Runs until all rounds are over and delivered, or DELIVERY_SECONDS later.
+
+        Raises:
+            StorageError: the state cannot be written; starting again resumes where it was.
+        """
+        self._resume()
+        while not self._finished:
+            self._nudged.clear()
+            while await self._advance():
+                self._notify()
+            if not self._finished:
+                await self._wait_for_nudge(self._seconds_left(self._state.current()))
+        await self._deliver()
+
+    def stop(self) -> None:
+        """Sends the devices that wait in a check-in away, to come back later."""
+        self._stopping = True
+        self._notify()
+
+    def _resume(self) -> None:
+        self._finished = len(self._state.aggregated_rounds()) >= self._policy.rounds
+        current = self._state.current()
+        if current.status == Status.OPEN:
+            self._state.postpone(current.number, time.time() + self._policy.deadline_seconds)
+            updates = len(self._state.updates(current.number))
+            self._report("round_resumed", {"round": current.number, "updates": updates})
+
+    async def _advance(self) -> bool:
+        """Takes the next step if it is due. Returns whether there may be another one."""
+        current = self._state.current()
+        if self._finished:
+            return False
+        if current.status == Status.WAITING:
+            return self._open(current)
+        updates = self._state.updates(current.number)
+        due = self._seconds_left(current) == 0
+        complete = self._expected(current.number) <= {update.device for update in updates}
+        if len(updates) >= self._policy.min_devices and (complete or due):
+            await self._aggregate(current, updates)
+            return True
+        if due:
+            self._state.abandon(current.number)
+            self._report("round_abandoned", {"round": current.number, "updates": len(updates)})
+            return True
+        return False
+
+    def _open(self, waiting: Round) -> bool:
+        present = self._present()
+        if len(present) < self._policy.min_devices and not self._reporters(waiting.number - 1):
+            return False
+        deadline = time.time() + self._policy.deadline_seconds
+        self._state.open(waiting.number, deadline=deadline, participants=present)
+        self._report("round_opened", {"round": waiting.number})
+        return True
+
+    async def _aggregate(self, current: Round, updates: list[Update]) -> None:
+        by_tokens = self._policy.average == Average.TOKENS
+        contributions = [
+            Contribution(
+                device=update.device,
+                path=self._state.directory / update.file,
+                weight=update.tokens if by_tokens else 1,
+            )
+            for update in updates
+        ]
+        self._closing = current.number
+        try:
+            vectors = await asyncio.to_thread(mean, self._manifest, contributions)
+            self._state.aggregate(current.number, wire.encode(self._manifest, vectors))
+        finally:
+            self._closing = None
+        self._finished = len(self._state.aggregated_rounds()) >= self._policy.rounds
+        self._report(
+            "round_closed",
+            {
+                "round": current.number,
+                "updates": len(updates),
+                "seconds": round(time.time() - (current.opened_at or 0), 3),
+                "train_loss": _average(update.train_loss for update in updates),
+                "valid_loss": _average(u.valid_loss for u in updates if u.valid_loss),
+            },
+        )
+
+    async def _deliver(self) -> None:
+        """Waits until the last round's participants have the final generalist."""
+        last = self._state.aggregated_rounds()[-1]
+        participants = self._state.participants(last)
+        end = time.monotonic() + DELIVERY_SECONDS
+        while not participants <= self._delivered and time.monotonic() < end:
+            self._nudged.clear()
+            await self._wait_for_nudge(end - time.monotonic())
+
+    # What devices ask
+
+    async def check_in(self, device: str, wait_seconds: float) -> pb.CheckInReply:
+        """What `device` is to do; held back while that is WAIT, for `wait_seconds` at most."""
+        end = time.monotonic() + min(max(wait_seconds, 0.0), MAX_WAIT_SECONDS)
+        try:
+            while True:
+                self._heard[device] = time.monotonic()
+                changed = self._changed
+                self._nudged.set()
+                reply = self._answer(device)
+                left = end - time.monotonic()
+                if reply.action != pb.CheckInReply.WAIT or left <= 0 or self._stopping:
+                    break
+                await _wait(changed, left)
+        except asyncio.CancelledError:
+            # The device hung up: it is not waiting any more.
+            self._heard.pop(device, None)
+            raise
+        if reply.action == pb.CheckInReply.WAIT:
+            self._heard[device] = time.monotonic()
+        else:
+            self._heard.pop(device, None)
+        return reply
+
+    def check_update(self, device: str, header: pb.UploadHeader) -> Update | None:
+        """Whether an update with this header could count now.
+
+        Returns:
+            The accepted update if it is that one, sent again; else None.
+
+        Raises:
+            RefusedUpdateError: it could not.
+        """
+        accepted = self._state.update(header.round, device)
+        if accepted is not None:
+            if accepted.sha256 == header.sha256:
+                return accepted
+            raise RefusedUpdateError(
+                f"another update of this device was already accepted in round {header.round}"
+            )
+        current = self._state.current()
+        if header.round < current.number or header.round == self._closing:
+            raise RefusedUpdateError(f"round {header.round} is over")
+        if header.round > current.number or current.status != Status.OPEN:
+            raise RefusedUpdateError(f"round {header.round} has not begun")
+        if device not in self._state.participants(header.round):
+            raise RefusedUpdateError(f"this device takes no part in round {header.round}")
+        return None
+
+    def accept(self, device: Device, header: pb.UploadHeader, file: str) -> None:
+        """Counts a checked update whose payload is on disk as `file`; durable on return.
+
+        Raises:
+            RefusedUpdateError: it came too late, or another one came first.
+        """
+        if self.check_update(device.id, header) is not None:
+            return
+        self._state.add_update(
+            Update(
+                round=header.round,
+                device=device.id,
+                file=file,
+                sha256=header.sha256,
+                tokens=header.tokens,
+                train_loss=header.train_loss,
+                valid_loss=header.valid_loss,
+            )
+        )
+        self._report(
+            "update_accepted",
+            {"round": header.round, "device": device.name, "bytes": header.total_bytes},
+        )
+        self._nudged.set()
+
+    def refuse(self, device: Device, number: int, reason: str) -> None:
+        """Records a refused update; the round goes on without it."""
+        self._state.add_refusal(number, device.id, reason)
+        self._report("update_refused", {"round": number, "device": device.name, "reason": reason})
+        self._nudged.set()
+
+    def delivered(self, device: str, number: int) -> None:
+        """`device` has fetched the generalist of round `number`."""
+        if self._finished and number == self._state.current().number:
+            self._delivered.add(device)
+            self._nudged.set()
+
+    # The inside
+
+    def _answer(self, device: str) -> pb.CheckInReply:
+        current = self._state.current()
+        if self._finished:
+            return pb.CheckInReply(action=pb.CheckInReply.FINISH, round=current.number)
+        left = self._seconds_left(current)
+        ended = not left or current.number == self._closing
+        if ended or self._is_done(device, current.number):
+            return pb.CheckInReply(action=pb.CheckInReply.WAIT, retry_seconds=RETRY_SECONDS)
+        self._state.join(current.number, device)
+        return pb.CheckInReply(
+            action=pb.CheckInReply.TRAIN,
+            round=current.number,
+            retry_seconds=RETRY_SECONDS,
+            training=self._policy.training,
+            seconds_left=left,
+        )
+
+    def _is_done(self, device: str, number: int) -> bool:
+        return (
+            self._state.update(number, device) is not None
+            or device in self._state.refused(number)
+        )
+
+    def _expected(self, number: int) -> set[str]:
+        """Devices whose updates the round should have before it closes early."""
+        wanted = self._state.participants(number) | self._reporters(number - 1)
+        return wanted - self._state.refused(number)
+
+    def _reporters(self, number: int) -> set[str]:
+        """Devices whose updates went into round `number`; none if it was not aggregated."""
+        ended = self._state.round(number)
+        if ended is None or ended.status != Status.AGGREGATED:
+            return set()
+        return {update.device for update in self._state.updates(number)}
+
+    def _present(self) -> set[str]:
+        oldest = time.monotonic() - PRESENT_SECONDS
+        return {device for device, heard in self._heard.items() if heard >= oldest}
+
+    def _seconds_left(self, current: Round) -> float | None:
+        """Until the round's deadline, at least 0; None if it has none yet."""
+        if current.deadline is None:
+            return None
+        return max(0.0, current.deadline - time.time())
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _wait_for_nudge(self, seconds: float | None) -> None:
+        await _wait(self._nudged, seconds)
+
+
+async def _wait(event: asyncio.Event, seconds: float | None) -> None:
+    """Returns when `event` is set or after `seconds` (None: never)."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass
+
+
+def _average(values: Iterable[float]) -> float | None:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else None

@@ -1,0 +1,98 @@
+"""Fixtures: a tiny base as transformers saves it, and bundles compiled from it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from edge_runtime.bundle import Bundle
+from export.base import _bytes_tokenizer, load_base
+from export.bundle import export_bundle
+from export.mixture import Mixture
+from export.tiers import Tier
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TIER = Tier(
+    name="test", train_length=16, micro_batches=(1, 2), eval_batch=2, context=32, prefill_chunk=8
+)
+ExportTiny = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="session")
+def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2 (2 layers, 32 wide, 256 byte tokens) saved by transformers."""
+    path = tmp_path_factory.mktemp("base") / "tiny-gpt2"
+    torch.manual_seed(7)
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    GPT2LMHeadModel(config).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=_bytes_tokenizer()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def export_tiny(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportTiny:
+    """Compiles the tiny base; the same arguments give the same bundle, compiled once."""
+    made: dict[tuple[object, ...], Bundle] = {}
+
+    def export(
+        mixture: Mixture | None = None,
+        *,
+        engines: tuple[str, ...] = ("onnxruntime",),
+        programs: tuple[str, ...] | None = None,
+        tier: Tier = TIER,
+    ) -> Bundle:
+        mixture = mixture or Mixture(rank=4)
+        key = (mixture, engines, programs, tier)
+        if key not in made:
+            made[key] = export_bundle(
+                load_base(str(tiny_base_dir)),
+                mixture,
+                tier,
+                engines=engines,
+                out=tmp_path_factory.mktemp("bundle") / "bundle",
+                programs=programs,
+            )
+        return made[key]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(export_tiny: ExportTiny) -> Bundle:
+    """One generalist, one specialist, rank 4, for ONNX Runtime."""
+    return export_tiny()
+
+
+@pytest.fixture
+def own_bundle(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.txt, valid.txt and test.txt of plain sentences, a few thousand bytes each."""
+    path = tmp_path_factory.mktemp("text")
+    for index, name in enumerate(("train", "valid", "test")):
+        lines = [
+            f"Line {n} of the {name} split says that {n * n + index} is a number.\n"
+            for n in range(120)
+        ]
+        (path / f"{name}.txt").write_text("".join(lines))
+    return path
