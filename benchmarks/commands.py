@@ -38,9 +38,7 @@ def demo(
     # A burst per round: with few rounds, every 30 steps would leave the router nearly untrained.
     config.tau, config.router_steps = local_steps, 5
     texts = default_users() if users is None else load_users(users)
-    result = Demo(
-        users=texts, base=base, engine=engine, training=config, out=out, seed=seed
-    ).run()
+    result = Demo(users=texts, base=base, engine=engine, training=config, out=out, seed=seed).run()
     page = out / "report.html"
     report.write(result, page)
     if output is Format.JSON:

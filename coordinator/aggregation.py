@@ -38,9 +38,7 @@ def mean(manifest: pb.Manifest, contributions: Iterable[Contribution]) -> Vector
     if not ordered:
         raise ValueError("nothing to average")
     total = sum(contribution.weight for contribution in ordered)
-    sums = {
-        role.name: np.zeros(role.size, np.float64) for role in manifest.roles if role.shared
-    }
+    sums = {role.name: np.zeros(role.size, np.float64) for role in manifest.roles if role.shared}
     for contribution in ordered:
         update = wire.decode(manifest, contribution.path.read_bytes())
         for role, vector in update.items():

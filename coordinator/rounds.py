@@ -183,7 +183,8 @@ class Rounds:
 
     async def check_in(self, device: str, wait_seconds: float) -> pb.CheckInReply:
         """What `device` is to do; held back while that is WAIT, for `wait_seconds` at most."""
-        end = time.monotonic() + min(max(wait_seconds, 0.0), MAX_WAIT_SECONDS)
+        # In this order a NaN becomes 0.
+        end = time.monotonic() + min(max(0.0, wait_seconds), MAX_WAIT_SECONDS)
         try:
             while True:
                 self._heard[device] = time.monotonic()
@@ -273,8 +274,8 @@ class Rounds:
         if self._finished:
             return pb.CheckInReply(action=pb.CheckInReply.FINISH, round=current.number)
         left = self._seconds_left(current)
-        ended = not left or current.number == self._closing
-        if ended or self._is_done(device, current.number):
+        closing = current.number == self._closing
+        if not left or closing or self._is_done(device, current.number):
             return pb.CheckInReply(action=pb.CheckInReply.WAIT, retry_seconds=RETRY_SECONDS)
         self._state.join(current.number, device)
         return pb.CheckInReply(
@@ -286,10 +287,8 @@ class Rounds:
         )
 
     def _is_done(self, device: str, number: int) -> bool:
-        return (
-            self._state.update(number, device) is not None
-            or device in self._state.refused(number)
-        )
+        reported = self._state.update(number, device) is not None
+        return reported or device in self._state.refused(number)
 
     def _expected(self, number: int) -> set[str]:
         """Devices whose updates the round should have before it closes early."""

@@ -13,7 +13,6 @@ from typing import Any
 import grpc
 from google.protobuf import json_format
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from coordinator.rounds import Policy, Report, Rounds
@@ -71,9 +70,7 @@ async def serve(options: Options, report: Report) -> None:
     generalist = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
     with contextlib.closing(State(options.state)) as state:
         state.begin(_settings(options.policy, contract_sha256(bundle.manifest)), generalist)
-        rounds = Rounds(
-            state=state, manifest=bundle.manifest, policy=options.policy, report=report
-        )
+        rounds = Rounds(state=state, manifest=bundle.manifest, policy=options.policy, report=report)
         service = Service(state=state, rounds=rounds, manifest=bundle.manifest, report=report)
         async with _listening(options, host, port, service) as bound:
             ca = None if options.insecure else str(options.state / CA_FILE)
@@ -120,7 +117,7 @@ async def _listening(
 
 
 async def _add_standard_services(server: grpc.aio.Server) -> None:
-    checks = HealthServicer()
+    checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
     for name in ("", SERVICE_NAME):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)

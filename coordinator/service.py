@@ -9,7 +9,7 @@ import hmac
 import math
 import secrets
 from collections.abc import AsyncIterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -22,14 +22,16 @@ from edge_runtime.errors import AdapterError, StorageError
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc, manifest_pb2
 
+if TYPE_CHECKING:  # these two names are in the stub only
+    from protos.coordinator_pb2_grpc import _MaybeAsyncIterator
+    from protos.coordinator_pb2_grpc import _ServicerContext as Context
+
 # Counts of tokens up to here are exact as float64, and fit the database.
 MAX_TOKENS = 2**53
 # An upload that takes longer is given up, so that a stalled device does not hold memory.
 UPLOAD_SECONDS = 600.0
 
 M = TypeVar("M", bound=Message)
-Context = coordinator_pb2_grpc._ServicerContext
-UploadParts = coordinator_pb2_grpc._MaybeAsyncIterator[pb.UploadPart]
 
 
 class Service(coordinator_pb2_grpc.CoordinatorServicer):
@@ -93,16 +95,16 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             )
         file = self._state.directory / wanted.generalist_file
         payload = await asyncio.to_thread(file.read_bytes)
-        chunk = pb.Chunk(
-            total_bytes=len(payload), sha256=bytes.fromhex(wanted.generalist_sha256)
-        )
+        chunk = pb.Chunk(total_bytes=len(payload), sha256=bytes.fromhex(wanted.generalist_sha256))
         for data in wire.chunks(payload):
             chunk.data = data
             yield self._sent(chunk)
             chunk = pb.Chunk()
         self._rounds.delivered(device.id, request.round)
 
-    async def Upload(self, request_iterator: UploadParts, context: Context) -> pb.UploadReply:  # noqa: N802
+    async def Upload(  # noqa: N802
+        self, request_iterator: _MaybeAsyncIterator[pb.UploadPart], context: Context
+    ) -> pb.UploadReply:
         device = await self._authenticated(context)
         header = pb.UploadHeader()
         async with self._storage_errors(context):

@@ -71,6 +71,8 @@ class Participant(Base):
 
     round: Mapped[int] = mapped_column(ForeignKey(Round.number), primary_key=True)
     device: Mapped[str] = mapped_column(ForeignKey(Device.id), primary_key=True)
+    refused: Mapped[bool] = mapped_column(default=False)
+    """Whether an update of it was refused since it joined."""
 
 
 class Update(Base):
@@ -181,9 +183,7 @@ class State:
         with self._transaction() as session:
             known = session.scalar(select(Device).where(Device.name == name))
             if known is None:
-                known = Device(
-                    id=device, name=name, key_sha256=key_sha256, enrolled_at=time.time()
-                )
+                known = Device(id=device, name=name, key_sha256=key_sha256, enrolled_at=time.time())
                 session.add(known)
             elif known.key_sha256 != key_sha256:
                 return None
@@ -254,7 +254,8 @@ class State:
     def join(self, number: int, device: str) -> None:
         """Makes `device` a participant of the round; nothing happens if it is one."""
         with self._transaction() as session:
-            session.merge(Participant(round=number, device=device))
+            if session.get(Participant, (number, device)) is None:
+                session.add(Participant(round=number, device=device))
 
     def participants(self, number: int) -> set[str]:
         with self._transaction() as session:
@@ -290,13 +291,17 @@ class State:
     def add_refusal(self, number: int, device: str, reason: str) -> None:
         with self._transaction() as session:
             session.add(Refusal(round=number, device=device, reason=reason, time=time.time()))
+            participant = session.get(Participant, (number, device))
+            if participant is not None:
+                participant.refused = True
 
     def refused(self, number: int) -> set[str]:
-        """Devices that had something refused in the round and nothing accepted."""
+        """Participants of the round that had an update refused since they joined."""
         with self._transaction() as session:
-            refused = session.scalars(select(Refusal.device).where(Refusal.round == number))
-            accepted = session.scalars(select(Update.device).where(Update.round == number))
-            return set(refused) - set(accepted)
+            chosen = select(Participant.device).where(
+                Participant.round == number, Participant.refused
+            )
+            return set(session.scalars(chosen))
 
     # The inside
 

@@ -80,7 +80,9 @@ def load_directory(
         file = role_file(role)
         source = checked_by.file(file) if checked_by else path / file
         stored = _read(source)
-        wanted = {_key_in_file(name): view for name, view in into.items() if _role(name) == role.name}
+        wanted = {
+            _key_in_file(name): view for name, view in into.items() if _role(name) == role.name
+        }
         if stored.keys() != wanted.keys():
             odd = sorted(stored.keys() ^ wanted.keys())
             raise AdapterError(

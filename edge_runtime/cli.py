@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from importlib.metadata import entry_points
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from edge_runtime.errors import ComigsError, MissingPartError
 
@@ -27,7 +29,9 @@ class Format(StrEnum):
     JSON = "json"
 
 
-FormatOption = Annotated[Format, typer.Option("--format", help="Output for people or for programs.")]
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="Output for people or for programs.")
+]
 
 # Progress and messages go to stderr, results to stdout: `--format json | jq` must work.
 messages = Console(stderr=True)
@@ -75,10 +79,13 @@ def _register_missing(app: typer.Typer, group: str, package: str) -> None:
 
 
 def main() -> None:
+    # gRPC logs handshakes and the like from C; what matters of it is in our own messages. It reads
+    # this when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         build()()
     except ComigsError as error:
-        messages.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        messages.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -43,6 +43,19 @@ TRANSIENT = {
     grpc.StatusCode.CANCELLED,
 }
 
+# gRPC reports failed handshakes as UNAVAILABLE; these, found in the details, will not pass.
+HANDSHAKE_FAILURES = {
+    # OpenSSL's CERTIFICATE_VERIFY_FAILED
+    "1000007d": "has a certificate of an authority that this device does not trust; give that "
+    "coordinator's ca.pem with --ca, and if it is that one, do not go on",
+    "Hostname Verification": "has a certificate for other names; use an address that is on it, or "
+    "start the coordinator with --name and the one that devices use",
+    # OpenSSL's WRONG_VERSION_NUMBER
+    "100000f7": "does not speak TLS; start it without --insecure, or this device with it",
+    "create security handshaker": "was not called: the file given with --ca holds no certificate; "
+    "give the coordinator's ca.pem",
+}
+
 T = TypeVar("T")
 
 
@@ -100,6 +113,16 @@ class Client:
 
     def close(self) -> None:
         self._channel.close()
+
+    def ping(self) -> float:
+        """Seconds that one standard health check takes; needs no identity."""
+        check = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check", request_serializer=bytes, response_deserializer=bytes
+        )
+        self._retry(lambda: check(b"", timeout=CALL_SECONDS))  # the connection is up after this
+        started = time.monotonic()
+        check(b"", timeout=CALL_SECONDS)
+        return time.monotonic() - started
 
     def enroll(self, name: str, contract: str, key: bytes | None = None) -> Identity:
         """Makes this device known under `name` and keeps its identity for further calls.
@@ -212,10 +235,11 @@ class Client:
                 trouble = self._check_transient(error)
             left = end - time.monotonic()
             if left <= 0:
+                tls = "without TLS as this device does" if self._insecure else "with TLS"
                 raise UnreachableError(
                     f"no answer from the coordinator at {self._address} for "
-                    f"{self._retry_seconds:.0f} s ({trouble}); check that it runs, that the "
-                    f"address is right, that no firewall is between, and {self._check_tls()}"
+                    f"{self._retry_seconds:.0f} s ({trouble}); check that it runs there, that it "
+                    f"speaks {tls}, and that no firewall is in between"
                 )
             # Jitter keeps devices apart that all lost the same coordinator.
             seconds = min(pause * random.uniform(0.5, 1.0), left)  # noqa: S311
@@ -235,17 +259,24 @@ class Client:
         lasting = self._lasting(code, details)
         if lasting is not None:
             raise lasting from error
-        return f"{code.name.lower().replace('_', ' ')}: {details[:160]}"
+        # "failed to connect to all addresses; last error: UNKNOWN: ipv4:...: Connection refused"
+        reason = details.rpartition("last error: ")[2]
+        return reason[:200] or code.name
 
     def _lasting(self, code: grpc.StatusCode, details: str) -> ComigsError | None:
         if code == grpc.StatusCode.UNAUTHENTICATED:
             return TrustError(f"the coordinator at {self._address} says: {details}")
+        if code == grpc.StatusCode.UNIMPLEMENTED:
+            return RefusedError(
+                f"what answers at {self._address} is no coordinator of this version ({details}); "
+                "check the address, and update comigs on both sides"
+            )
         if code not in TRANSIENT:
             return RefusedError(f"the coordinator at {self._address} refused: {details}")
+        for mark, meaning in HANDSHAKE_FAILURES.items():
+            if mark in details:
+                return TrustError(f"the coordinator at {self._address} {meaning}")
         return None
-
-    def _check_tls(self) -> str:
-        return "that it was started with --insecure too" if self._insecure else "TBD"
 
 
 class _DamagedTransferError(Exception):

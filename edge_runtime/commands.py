@@ -64,7 +64,9 @@ def run(
     training: Annotated[
         Path | None, typer.Option(help="With --alone: TrainingConfig as JSON.")
     ] = None,
-    retry: Annotated[float, typer.Option(help="Seconds to retry an unreachable coordinator.")] = 120,
+    retry: Annotated[
+        float, typer.Option(help="Seconds to retry an unreachable coordinator.")
+    ] = 120,
     threads: ThreadsOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
@@ -337,9 +339,7 @@ def plan(
 
 
 def doctor(
-    home: Annotated[
-        Path, typer.Option(help="Directory whose disk is looked at.")
-    ] = Path(),
+    home: Annotated[Path, typer.Option(help="Directory whose disk is looked at.")] = Path(),
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT for a round trip.")] = None,
     ca: Annotated[Path | None, typer.Option(help="ca.pem of the coordinator.")] = None,
     insecure: Annotated[bool, typer.Option(help="Round trip without TLS.")] = False,

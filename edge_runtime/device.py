@@ -6,6 +6,7 @@ fix the next batch. A device that starts again repeats the few steps since then 
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -100,12 +101,15 @@ class Device:
     def _enrol(self, client: Client) -> None:
         stored = self.home.identity()
         if stored is None:
-            identity = client.enroll(self.config.name, contract_sha256(self.bundle.manifest))
-            self.home.save_identity(
-                {"device_id": identity.device_id, "token": identity.token}
-            )
-        else:
-            client.identity = Identity(**stored)
+            # Saved first: after a crash the same key brings the same identity, not "name taken".
+            stored = {"key": secrets.token_hex(32)}
+            self.home.save_identity(stored)
+        if "token" in stored:
+            client.identity = Identity(stored["device_id"], stored["token"])
+            return
+        contract = contract_sha256(self.bundle.manifest)
+        identity = client.enroll(self.config.name, contract, bytes.fromhex(stored["key"]))
+        self.home.save_identity(stored | vars(identity))
 
     def _round(self, client: Client, reply: pb.CheckInReply) -> None:
         if reply.round != self.progress.round:

@@ -52,9 +52,7 @@ def _python() -> Finding:
 def _onnxruntime() -> Finding:
     found = _installed("onnxruntime")
     if found is None:
-        return Finding(
-            "engine onnxruntime", False, "not installed", "pip install 'comigs[device]'"
-        )
+        return Finding("engine onnxruntime", False, "not installed", "pip install 'comigs[device]'")
     return Finding("engine onnxruntime", True, found)
 
 
@@ -101,10 +99,14 @@ def _disk(home: Path) -> Finding:
 
 
 def _round_trip(address: str, ca: Path | None, insecure: bool) -> Finding:
-    from edge_runtime.client import ping
+    from edge_runtime.client import Client
 
     try:
-        milliseconds = 1000 * ping(address, ca=ca, insecure=insecure)
+        client = Client(
+            address, ca=ca, insecure=insecure, retry_seconds=3, on_wait=lambda _: None
+        )
+        milliseconds = 1000 * client.ping()
+        client.close()
     except ComigsError as error:
         return Finding("coordinator", False, str(error), f"comigs serve --listen {address} ...")
     return Finding("coordinator", True, f"{address} answers in {milliseconds:.0f} ms")

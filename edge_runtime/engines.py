@@ -1,9 +1,9 @@
 """The two engines behind one interface: a program bound to arrays, run again and again.
 
-    program = load_engine("onnxruntime", threads=2).load(bundle, "decode")
-    step = program.bind(inputs, outputs)   # name -> array; kept, not copied
-    inputs["tokens"][0] = 17
-    step()                                 # reads `inputs`, writes `outputs`
+program = load_engine("onnxruntime", threads=2).load(bundle, "decode")
+step = program.bind(inputs, outputs)   # name -> array; kept, not copied
+inputs["tokens"][0] = 17
+step()                                 # reads `inputs`, writes `outputs`
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ ENGINES = ("onnxruntime", "executorch")
 class Program(Protocol):
     """A loaded program."""
 
-    def bind(
-        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
-    ) -> Callable[[], None]:
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         """A call that reads `inputs` and writes `outputs` in place, as they are at that moment.
 
         Raises:
@@ -66,9 +64,7 @@ def load_engine(name: str, *, threads: int | None = None) -> Engine:
 
 def allocate(ports: Mapping[str, pb.Port]) -> dict[str, Array]:
     """A zeroed array for each port."""
-    return {
-        name: np.zeros(tuple(port.shape), np.dtype(port.dtype)) for name, port in ports.items()
-    }
+    return {name: np.zeros(tuple(port.shape), np.dtype(port.dtype)) for name, port in ports.items()}
 
 
 def _check(ports: Mapping[str, pb.Port], arrays: Mapping[str, Array], what: str) -> None:
@@ -104,6 +100,8 @@ class OnnxRuntime:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # The planned block is a third larger than what allocating as one goes needs, and no faster.
+        options.enable_mem_pattern = False
         # Spinning worker threads would starve the other devices on a small machine.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(
@@ -120,9 +118,7 @@ class _OnnxProgram:
         self.inputs = {port.name: port for port in entry.inputs if port.name in taken}
         self.outputs = {port.name: port for port in entry.outputs}
 
-    def bind(
-        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
-    ) -> Callable[[], None]:
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         _check(self.inputs, inputs, "input")
         _check(self.outputs, outputs, "output")
         binding = self.session.io_binding()
@@ -142,17 +138,22 @@ class _OnnxProgram:
 
 
 class ExecuTorch:
-    """ExecuTorch with XNNPACK. Its Python runtime brings torch along; the programs do not use it."""
+    """ExecuTorch with XNNPACK. Its Python runtime brings torch along; the programs need none."""
 
     name = "executorch"
 
     def __init__(self, threads: int) -> None:
-        # The runtime's thread pool takes its size from the cores that the process may use.
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        self.threads = threads
 
     def load(self, bundle: Bundle, program: str) -> Program:
+        import torch
+        from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime, Verification
 
+        # One pool for the whole process: it must not be replaced while a program runs.
+        if portable_lib._threadpool_get_thread_count() != self.threads:
+            portable_lib._unsafe_reset_threadpool(self.threads)
+            torch.set_num_threads(self.threads)  # products outside XNNPACK use torch's threads
         entry = bundle.program(program, self.name)
         path = bundle.file(entry.file)
         loaded = Runtime.get().load_program(path, verification=Verification.Minimal)
@@ -165,9 +166,7 @@ class _ExecuTorchProgram:
         self.inputs = {port.name: port for port in entry.inputs}
         self.outputs = {port.name: port for port in entry.outputs}
 
-    def bind(
-        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
-    ) -> Callable[[], None]:
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         import torch
 
         _check(self.inputs, inputs, "input")

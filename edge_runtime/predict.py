@@ -95,9 +95,7 @@ class Predictor:
             return []
         self.logits(ids)
         shares = (
-            np.stack(self._routing).mean(1)
-            if self._routing
-            else np.ones((len(ids), 1), np.float32)
+            np.stack(self._routing).mean(1) if self._routing else np.ones((len(ids), 1), np.float32)
         )
         return [
             (

@@ -2,7 +2,7 @@
 
     HOME/device.json          who this device is: name, seed, bundle, engine, coordinator
     HOME/state.safetensors    adapters, optimizer moments and counters, in one file
-    HOME/identity.json        what the coordinator gave it (readable by the owner only)
+    HOME/identity.json        its identity at the coordinator (readable by the owner only)
     HOME/lock                 held by the process that trains
 
 Every file is replaced as a whole, so a reader sees the old one or the new one.
@@ -88,7 +88,9 @@ class Home:
         self._save_json("device.json", asdict(config))
 
     def identity(self) -> dict[str, str] | None:
-        return self._json("identity.json")
+        """The enrolment's `key`, and once enrolled `device_id` and `token`. Secrets."""
+        stored: dict[str, str] | None = self._json("identity.json")
+        return stored
 
     def save_identity(self, identity: dict[str, str]) -> None:
         self._save_json("identity.json", identity)

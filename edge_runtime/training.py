@@ -170,8 +170,8 @@ class Trainer:
             self._call()
             loss += float(self._outputs["cross_entropy"]) / parts
             if summed:
-                for role, gradient in self._gradients.items():
-                    gradient += self._program_gradients[role] / np.float32(parts)
+                for role, part_gradient in self._program_gradients.items():
+                    self._gradients[role] += part_gradient / np.float32(parts)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss became {loss} at step {step}; lower the learning rate"

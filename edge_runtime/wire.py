@@ -46,15 +46,12 @@ def decode(manifest: pb.Manifest, payload: bytes) -> Vectors:
         raise AdapterError(f"{name} is not a shared tensor of this bundle")
     for name in sorted(expected.keys() - stored.keys()):
         raise AdapterError(f"shared tensor {name} is missing")
-    vectors = {
-        role.name: np.zeros(role.size, np.float32) for role in manifest.roles if role.shared
-    }
+    vectors = {role.name: np.zeros(role.size, np.float32) for role in manifest.roles if role.shared}
     for name, view in views(manifest, vectors).items():
         value = stored[name]
         if value.dtype != np.float32 or value.shape != view.shape:
             raise AdapterError(
-                f"{name} is {value.dtype}{list(value.shape)} instead of "
-                f"float32{list(view.shape)}"
+                f"{name} is {value.dtype}{list(value.shape)} instead of float32{list(view.shape)}"
             )
         if not np.isfinite(value).all():
             raise AdapterError(f"{name} holds a NaN or an infinity")

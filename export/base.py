@@ -60,8 +60,8 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> Base
     Raises:
         BaseModelError: not available (offline and not cached), or not a supported architecture.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = str(BUILT_IN.get(name, name))
     if random_weights and name in GPT2_SIZES:
         width, layers, heads = GPT2_SIZES[name]
@@ -88,7 +88,7 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> Base
 
 def _load_config(name: str, source: str) -> GPT2Config:
     try:
-        config = AutoConfig.from_pretrained(source)
+        config: GPT2Config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise _unavailable(name, error) from error
     if config.model_type not in SUPPORTED:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf import json_format
+from torch import Tensor, fx
 
 from edge_runtime import adapters
 from edge_runtime.bundle import FORMAT_VERSION, MANIFEST, Bundle, open_bundle, sha256_of
@@ -66,32 +68,23 @@ def export_bundle(
             for s in specifications(decoder, manifest.tensors, tier)
             if programs is None or s.name.split(".")[0] in programs
         ]
-        examples = {s.name: parity.example_arguments(s, manifest, seed) for s in chosen}
-        graphs = {}
+        traced = []
         for specification in chosen:
             progress(f"tracing {specification.name}")
-            graphs[specification.name] = flat_graph(specification, examples[specification.name])
+            example = parity.example_arguments(specification, manifest, seed)
+            traced.append(_Traced(specification, example, flat_graph(specification, example)))
         for engine in engines:
             compile_for = _compile_onnx if engine == "onnxruntime" else _compile_executorch
-            manifest.programs.extend(
-                compile_for(chosen, graphs, examples, manifest, staging, progress)
-            )
+            manifest.programs.extend(compile_for(traced, manifest, staging, progress))
         _list_files(manifest, staging)
         _write_manifest(manifest, staging)
         staged = open_bundle(staging)
-        for specification in chosen:
-            for engine in engines:
-                progress(f"checking {specification.name} for {engine} against PyTorch")
-                entry = next(
-                    p
-                    for p in manifest.programs
-                    if (p.name, p.engine) == (specification.name, engine)
-                )
-                entry.parity.CopyFrom(
-                    parity.check(
-                        specification, examples[specification.name], staged, load_engine(engine)
-                    )
-                )
+        examples = {t.specification.name: t for t in traced}
+        for entry in manifest.programs:
+            progress(f"checking {entry.name} for {entry.engine} against PyTorch")
+            t = examples[entry.name]
+            engine_here = load_engine(entry.engine)
+            entry.parity.CopyFrom(parity.check(t.specification, t.example, staged, engine_here))
         for engine in engines:
             progress(f"measuring memory under {engine}")
             _measure(manifest, staging, engine, 4 * base.parameters)
@@ -101,12 +94,22 @@ def export_bundle(
     return open_bundle(out)
 
 
+@dataclass(frozen=True)
+class _Traced:
+    """A program with the arguments it was traced on and its graph."""
+
+    specification: Specification
+    example: list[Tensor]
+    graph: fx.GraphModule
+
+
 def _manifest(base: Base, mixture: Mixture, tier: Tier) -> pb.Manifest:
     """Everything that is known before a program is compiled."""
     config = base.config
     roles, tensors = mixtures.roles_and_tensors(mixture, layers=config.n_layer, width=config.n_embd)
     end = config.eos_token_id
-    known_end = end is not None and end < config.vocab_size
+    if not isinstance(end, int) or end >= config.vocab_size:
+        end = -1
     return pb.Manifest(
         format_version=FORMAT_VERSION,
         minimum_reader_version=FORMAT_VERSION,
@@ -121,7 +124,7 @@ def _manifest(base: Base, mixture: Mixture, tier: Tier) -> pb.Manifest:
             vocabulary=config.vocab_size,
             positions=config.n_positions,
         ),
-        tokenizer=pb.Tokenizer(file=TOKENIZER_FILE, end_id=end if known_end else -1),
+        tokenizer=pb.Tokenizer(file=TOKENIZER_FILE, end_id=end),
         mixture=mixture.to_manifest(),
         roles=roles,
         tensors=tensors,
@@ -129,55 +132,41 @@ def _manifest(base: Base, mixture: Mixture, tier: Tier) -> pb.Manifest:
     )
 
 
-def _entry(
-    specification: Specification,
-    manifest: pb.Manifest,
-    arguments: Sequence[object],
-    **where: object,
-) -> pb.Program:
-    def port(name: str, value: object) -> pb.Port:
-        dtype = str(value.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
-        return pb.Port(name=name, dtype=dtype, shape=value.shape)  # type: ignore[attr-defined]
+def _entry(traced: _Traced, manifest: pb.Manifest) -> pb.Program:
+    """The manifest's entry, without what depends on the engine."""
 
+    def port(name: str, value: Tensor) -> pb.Port:
+        return pb.Port(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=value.shape)
+
+    specification = traced.specification
     inputs = [name for name, _, _ in specification.inputs] + [t.name for t in manifest.tensors]
-    results = specification.call(*arguments)
+    results = specification.call(*traced.example)
     return pb.Program(
         name=specification.name,
-        inputs=[port(n, v) for n, v in zip(inputs, arguments, strict=True)],
+        inputs=[port(n, v) for n, v in zip(inputs, traced.example, strict=True)],
         outputs=[port(n, v) for n, v in zip(specification.outputs, results, strict=True)],
-        **where,  # type: ignore[arg-type]
     )
 
 
 def _compile_onnx(
-    chosen: Sequence[Specification],
-    graphs: dict,
-    examples: dict,
-    manifest: pb.Manifest,
-    staging: Path,
-    progress: Progress,
+    programs: Sequence[_Traced], manifest: pb.Manifest, staging: Path, progress: Progress
 ) -> list[pb.Program]:
     from export import onnx_engine
 
     store = onnx_engine.WeightStore(staging)
     entries = []
-    for specification in chosen:
-        progress(f"compiling {specification.name} for onnxruntime")
-        file = f"onnx/{specification.name}.onnx"
-        entry = _entry(
-            specification,
-            manifest,
-            examples[specification.name],
-            engine="onnxruntime",
-            file=file,
-            data_files=[onnx_engine.WEIGHTS_FILE],
-        )
+    for traced in programs:
+        entry = _entry(traced, manifest)
+        progress(f"compiling {entry.name} for onnxruntime")
+        entry.engine = "onnxruntime"
+        entry.file = f"onnx/{entry.name}.onnx"
+        entry.data_files.append(onnx_engine.WEIGHTS_FILE)
         onnx_engine.compile_program(
-            graphs[specification.name],
-            examples[specification.name],
+            traced.graph,
+            traced.example,
             [port.name for port in entry.inputs],
-            specification.outputs,
-            file=staging / file,
+            [port.name for port in entry.outputs],
+            file=staging / entry.file,
             store=store,
         )
         entries.append(entry)
@@ -185,33 +174,23 @@ def _compile_onnx(
 
 
 def _compile_executorch(
-    chosen: Sequence[Specification],
-    graphs: dict,
-    examples: dict,
-    manifest: pb.Manifest,
-    staging: Path,
-    progress: Progress,
+    programs: Sequence[_Traced], manifest: pb.Manifest, staging: Path, progress: Progress
 ) -> list[pb.Program]:
     from export import executorch_engine
 
-    progress(f"compiling {', '.join(s.name for s in chosen)} for executorch")
-    methods = {s.name: s.name.replace(".", "_") for s in chosen}
+    entries = [_entry(traced, manifest) for traced in programs]
+    progress(f"compiling {', '.join(entry.name for entry in entries)} for executorch")
+    for entry in entries:
+        entry.engine = "executorch"
+        entry.file = executorch_engine.PROGRAM_FILE
+        entry.method = entry.name.replace(".", "_")
     arenas = executorch_engine.compile_programs(
-        {methods[name]: (graphs[name], examples[name]) for name in methods},
+        {e.method: (t.graph, t.example) for e, t in zip(entries, programs, strict=True)},
         file=staging / executorch_engine.PROGRAM_FILE,
     )
-    return [
-        _entry(
-            s,
-            manifest,
-            examples[s.name],
-            engine="executorch",
-            file=executorch_engine.PROGRAM_FILE,
-            method=methods[s.name],
-            planned_arena_bytes=arenas[methods[s.name]],
-        )
-        for s in chosen
-    ]
+    for entry in entries:
+        entry.planned_arena_bytes = arenas[entry.method]
+    return entries
 
 
 def _measure(manifest: pb.Manifest, staging: Path, engine: str, base_bytes: int) -> None:

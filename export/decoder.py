@@ -4,7 +4,7 @@ Shapes: N tokens (B sequences of T), d width, H heads, D = d / H, V vocabulary, 
 C length of the KV cache. Activations stay two-dimensional (N, d) outside attention, so that every
 product is a plain matrix product; what the exporters get wrong or slow is written out by hand:
 
-* the loss is logsumexp(logits) - <h, W[target]>: no gather over V, so no scatter in its backward;
+* the loss is logsumexp(logits) - <h, W[target]>, in chunks: no array of N x V, no scatter;
 * queries, keys and values have a weight each, so nothing is split;
 * top-k is a rank by comparison: no TopK, no scatter, ties go to the lower index on every engine;
 * GELU is a sigmoid: see `gelu`.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from export.base import Base
 from export.mixture import GENERALIST, Mixture
 
 Adapters = Mapping[str, Tensor]
+LOGITS_AT_ONCE = 4 * 2**20  # numbers; 16 MiB
 NEGATIVE = -1e9  # an exponent of zero that survives arithmetic, unlike -inf
 
 
@@ -34,6 +36,35 @@ def gelu(x: Tensor) -> Tensor:
     """
     slope = 2.0 * math.sqrt(2.0 / math.pi)
     return x * torch.sigmoid(x * (slope + slope * 0.044715 * x * x))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy under a frozen head, a few rows at a time: no (N, V) array ever exists.
+
+    With the head frozen, all that the backward pass needs is each token's gradient with respect to
+    its hidden state, (N, d); it is computed while the chunk's logits are at hand.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        rows = max(1, LOGITS_AT_ONCE // head.shape[0])
+        losses, gradients = [], []
+        for start in range(0, hidden.shape[0], rows):
+            h = hidden[start : start + rows]
+            wanted = head[targets[start : start + rows]]  # (rows, d)
+            logits = h @ head.T
+            top = logits.amax(-1, keepdim=True)
+            exponent = torch.exp(logits - top)
+            total = exponent.sum(-1, keepdim=True)
+            losses.append((torch.log(total) + top).squeeze(-1) - (h * wanted).sum(-1))
+            gradients.append((exponent @ head) / total - wanted)
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (per_token,) = ctx.saved_tensors
+        return gradient.unsqueeze(-1) * per_token, None, None
 
 
 @dataclass(frozen=True)
@@ -63,7 +94,7 @@ class Decoder(nn.Module):
         for key, value in base.tensors.items():
             if key.endswith("attn.c_attn.weight") or key.endswith("attn.c_attn.bias"):
                 stem, kind = key.rsplit(".", 1)
-                for part, piece in zip("qkv", value.split(self.width, dim=-1), strict=True):
+                for part, piece in zip("qkv", value.tensor_split(3, dim=-1), strict=True):
                     self._add(f"{stem}.{part}.{kind}", piece.contiguous())
             else:
                 self._add(key, value)
@@ -72,7 +103,8 @@ class Decoder(nn.Module):
         self.weights[key.replace(".", "_")] = nn.Parameter(value, requires_grad=False)
 
     def weight(self, key: str) -> Tensor:
-        return self.weights[key.replace(".", "_")]
+        weight: Tensor = self.weights[key.replace(".", "_")]
+        return weight
 
     # --- pieces of a block -----------------------------------------------------------------
 
@@ -170,10 +202,7 @@ class Decoder(nn.Module):
         else:
             # Whole MLPs, mixed at the output. What is frozen is linear there and the weights sum
             # to one, so sum_j p_j (W u_j + b) = W (sum_j p_j u_j) + b: one product for all.
-            inner = [
-                gelu(up + (x @ a.T * self.mixture.scale) @ b.T)
-                for a, b in fc_pairs
-            ]
+            inner = [gelu(up + (x @ a.T * self.mixture.scale) @ b.T) for a, b in fc_pairs]
             weighted = [u * routing.mix[:, j : j + 1] for j, u in enumerate(inner)]
             mixed = sum(weighted[1:], weighted[0])
         y = self.linear(mixed, proj)
@@ -212,10 +241,8 @@ class Decoder(nn.Module):
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats, (N,)."""
-        logits = hidden @ self.head().T
-        top = logits.amax(-1, keepdim=True).detach()
-        log_sum = torch.log(torch.exp(logits - top).sum(-1)) + top.squeeze(-1)
-        return log_sum - (hidden * self.head()[targets.reshape(-1)]).sum(-1)
+        losses: Tensor = _HeadLoss.apply(hidden, self.head(), targets.reshape(-1))
+        return losses
 
     def balance(self, routings: list[Routing]) -> Tensor:
         """[f_0 P_0 + (n-1) sum_{j>0} f_j P_j] / ((n-1)^2 + 1), mean over blocks (CoMiGS, eq. 10).

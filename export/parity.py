@@ -31,6 +31,7 @@ def example_arguments(
     """Random inputs in the program's order: tokens, a half-filled cache, non-zero adapters."""
     rng = np.random.default_rng(seed)
     arguments = []
+    value: np.ndarray
     for name, dtype, shape in specification.inputs:
         if name in ("tokens", "targets"):
             value = rng.integers(0, manifest.base.vocabulary, shape)
@@ -40,7 +41,7 @@ def example_arguments(
             value = np.full(shape, manifest.tier.prefill_chunk - 2)
         else:
             value = rng.normal(0.0, 1.0, shape)
-        arguments.append(torch.from_numpy(np.asarray(value)).to(dtype))
+        arguments.append(torch.from_numpy(value).to(dtype))
     adapters = views(manifest, mixture.random(manifest, seed))
     return [*arguments, *(torch.from_numpy(adapters[t.name].copy()) for t in manifest.tensors)]
 
@@ -58,9 +59,7 @@ def check(
     """
     entry = bundle.program(specification.name, engine.name)
     wanted = dict(zip(specification.outputs, specification.call(*arguments), strict=True))
-    inputs = {
-        port.name: value.numpy() for port, value in zip(entry.inputs, arguments, strict=True)
-    }
+    inputs = {port.name: value.numpy() for port, value in zip(entry.inputs, arguments, strict=True)}
     outputs = allocate({port.name: port for port in entry.outputs})
     engine.load(bundle, specification.name).bind(inputs, outputs)()
     errors = {name: _relative_error(outputs[name], want) for name, want in wanted.items()}

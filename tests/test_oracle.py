@@ -77,9 +77,7 @@ def train_compiled(bundle: Bundle, engine_name: str, tmp_path: Path) -> list[Arr
         averaged = mean(manifest, [Contribution(path.stem, path, 1) for path in files])
         for trainer in trainers:
             trainer.state.vectors["generalist"][...] = averaged["generalist"]
-    return [
-        {k: v.copy() for k, v in views(manifest, t.state.vectors).items()} for t in trainers
-    ]
+    return [{k: v.copy() for k, v in views(manifest, t.state.vectors).items()} for t in trainers]
 
 
 def train_oracle(bundle: Bundle, base: Path, *, leak: bool = False) -> list[Arrays]:

@@ -14,7 +14,7 @@ Design choices:
 The text is one xz-packed JSON-lines file per language with `text` (or `turns`) and `split`:
 
     python -m export.gpt2_mini.pretrain train --data DIR --work DIR --hours 8
-    python -m export.gpt2_mini.pretrain publish --data DIR --work DIR --lambada FILE --out export/gpt2_mini
+    python -m export.gpt2_mini.pretrain publish --work DIR --lambada FILE --out export/gpt2_mini
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def train_tokenizer(data: Path, work: Path) -> None:
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(sample(), vocab_size=VOCABULARY, min_frequency=2, special_tokens=[END])
-    PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe._tokenizer,
         bos_token=END,
         eos_token=END,
@@ -80,7 +80,8 @@ def train_tokenizer(data: Path, work: Path) -> None:
 
 
 def load_tokenizer(work: Path) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
+    return tokenizer
 
 
 def tokenize(data: Path, work: Path) -> None:
@@ -101,8 +102,8 @@ def tokenize(data: Path, work: Path) -> None:
     write("train", (text for lang in LANGUAGES for text in read_works(data, lang, "train")))
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    end = tokenizer.convert_tokens_to_ids(END)
+def new_model() -> GPT2LMHeadModel:
+    end = 0  # the tokenizer's trainer numbers the special token first
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY,
@@ -175,7 +176,7 @@ def train(data: Path, work: Path, hours: float, seed: int) -> None:
     print(f"{len(batches.tokens):,} tokens, {batches.per_epoch:,} steps an epoch", flush=True)
 
     torch.manual_seed(seed)
-    model = new_model(load_tokenizer(work))
+    model = new_model()
     optims = optimizers(model)
     checkpoint = work / "checkpoint.pt"
     step, elapsed = 0, 0.0
@@ -194,7 +195,7 @@ def train(data: Path, work: Path, hours: float, seed: int) -> None:
             optim.param_groups[0]["lr"] = peak * learning_rate(max(progress, 1e-4))
         with torch.autocast("cpu", torch.bfloat16):
             loss = compiled(model, *batches.at(step))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optim in optims:
             optim.step()
@@ -292,15 +293,16 @@ LAMBADA (last word, greedy, {lambada_n:,} passages): {lambada:.1%}.
 """
 
 
-def publish(data: Path, work: Path, lambada: Path, out: Path) -> None:
+def publish(work: Path, lambada: Path, out: Path) -> None:
     """Writes weights (fp16), configuration, tokenizer and the measured model card to `out`."""
     state = torch.load(work / "checkpoint.pt", weights_only=True)
     tokenizer = load_tokenizer(work)
-    model = new_model(tokenizer)
+    model = new_model()
     model.load_state_dict(state["model"])
-    model.half().save_pretrained(out)
+    model.half().save_pretrained(out)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(out)
-    model = GPT2LMHeadModel.from_pretrained(out, dtype=torch.float32).eval()
+    model = GPT2LMHeadModel.from_pretrained(out, dtype=torch.float32)
+    model.train(False)
     measured = {
         lang: perplexity(model, np.fromfile(work / f"valid-{lang}.bin", np.uint16))
         for lang in LANGUAGES
@@ -339,7 +341,6 @@ def main() -> None:
     run.add_argument("--seed", type=int, default=0)
     run.set_defaults(call=train)
     finish = commands.add_parser("publish")
-    finish.add_argument("--data", type=Path, required=True)
     finish.add_argument("--work", type=Path, required=True)
     finish.add_argument("--lambada", type=Path, required=True, help="lambada_test.jsonl")
     finish.add_argument("--out", type=Path, required=True)

@@ -1,0 +1,236 @@
+"""A hand-made bundle, a coordinator process, and devices that pretend to train."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from google.protobuf import json_format
+
+from edge_runtime import adapters, wire
+from edge_runtime.bundle import Bundle, contract_sha256, open_bundle, sha256_of
+from edge_runtime.client import Client
+from protos import coordinator_pb2 as pb
+from protos import manifest_pb2
+
+TIMEOUT = 30.0
+
+
+def make_manifest(width: int = 16, rank: int = 2) -> manifest_pb2.Manifest:
+    """One block, one LoRA pair per expert, one specialist and a router."""
+    manifest = manifest_pb2.Manifest(format_version=1, minimum_reader_version=1)
+    manifest.base.sha256 = hashlib.sha256(b"a base").hexdigest()
+    manifest.base.architecture = "gpt2"
+    manifest.mixture.rank = rank
+    manifest.mixture.specialists = 1
+    pair = {"h.0.mlp.c_fc.lora_A.weight": [rank, width], "h.0.mlp.c_fc.lora_B.weight": [8, rank]}
+    contents = {
+        "generalist": pair,
+        "specialist.1": pair,
+        "router": {"h.0.router.weight": [2, width]},
+    }
+    for name, tensors in contents.items():
+        role = manifest.roles.add(name=name, shared=name == "generalist")
+        role.path = adapters.ROUTER_FILE if name == "router" else f"adapters/{name}"
+        for module, shape in tensors.items():
+            manifest.tensors.add(
+                name=f"{name}/{module}", role=name, shape=shape, dtype="float32", offset=role.size
+            )
+            role.size += math.prod(shape)
+    return manifest
+
+
+def make_bundle(path: Path, width: int = 16, rank: int = 2) -> Bundle:
+    manifest = make_manifest(width, rank)
+    generator = np.random.default_rng(0)
+    fresh = {
+        role.name: generator.normal(size=role.size).astype(np.float32) for role in manifest.roles
+    }
+    adapters.save_directory(manifest, fresh, path)
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        manifest.files.add(
+            path=file.relative_to(path).as_posix(),
+            size=file.stat().st_size,
+            sha256=sha256_of(file),
+        )
+    (path / "manifest.json").write_text(
+        json_format.MessageToJson(manifest, preserving_proto_field_name=True)
+    )
+    return open_bundle(path)
+
+
+def serve_command(bundle: Path, state: Path, *options: str) -> list[str]:
+    command = [sys.executable, "-m", "coordinator", "serve"]
+    return [*command, "--bundle", str(bundle), "--state", str(state), *options]
+
+
+class Served:
+    """`comigs serve` as a process; its events as they come."""
+
+    def __init__(self, bundle: Path, state: Path, *options: str, listen: str = "127.0.0.1:0"):
+        self.events: list[dict[str, Any]] = []
+        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        command = serve_command(bundle, state, "--listen", listen, "--format", "json", *options)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._queue.put(json.loads(line))
+        self._queue.put(None)
+
+    def wait_for(self, event: str, **fields: Any) -> dict[str, Any]:
+        """The next such event; those before it are in `events`."""
+        end = time.monotonic() + TIMEOUT
+        while True:
+            got = self._queue.get(timeout=max(0.0, end - time.monotonic()))
+            assert got is not None, f"the coordinator ended without {event}: {self.stderr()}"
+            self.events.append(got)
+            if got["event"] == event and fields.items() <= got.items():
+                return got
+
+    def ready(self) -> tuple[str, Path | None]:
+        """Address and certificate authority, once it listens."""
+        listening = self.wait_for("listening")
+        return listening["address"], Path(listening["ca"]) if listening["ca"] else None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> list[dict[str, Any]]:
+        """Waits for it to end by itself with success; all its events."""
+        assert self.process.wait(timeout=TIMEOUT) == 0, self.stderr()
+        self._reader.join()
+        while (got := self._queue.get()) is not None:
+            self.events.append(got)
+        return self.events
+
+    def stop(self) -> list[dict[str, Any]]:
+        self.process.send_signal(signal.SIGTERM)
+        return self.end()
+
+    def stderr(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.read()
+
+
+class Fleet:
+    """Starts coordinators and clients of one bundle, and ends them all."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.state = directory / "state"
+        self._served: list[Served] = []
+        self._clients: list[Client] = []
+
+    def bundle(self, width: int = 16, rank: int = 2) -> Bundle:
+        return make_bundle(self.directory / f"bundle-{width}-{rank}", width, rank)
+
+    def serve(self, bundle: Bundle, *options: str, **more: Any) -> Served:
+        served = Served(bundle.path, more.pop("state", self.state), *options, **more)
+        self._served.append(served)
+        return served
+
+    def client(self, address: str, ca: Path | None, **options: Any) -> Client:
+        options = {"on_wait": lambda _: None, "retry_seconds": TIMEOUT, "insecure": ca is None} | (
+            options
+        )
+        client = Client(address, ca=ca, **options)
+        self._clients.append(client)
+        return client
+
+    def enrolled(self, served: Served, bundle: Bundle, *names: str) -> list[Client]:
+        """One enrolled client per name."""
+        address, ca = served.ready()
+        clients = [self.client(address, ca) for _ in names]
+        for client, name in zip(clients, names, strict=True):
+            client.enroll(name, contract_sha256(bundle.manifest))
+        return clients
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+        for served in self._served:
+            if served.process.poll() is None:
+                served.kill()
+
+
+def train(bundle: Bundle, generalist: bytes, device: int, number: int) -> bytes:
+    """What device `device` makes of `generalist` in round `number`; the same each time."""
+    vectors = wire.decode(bundle.manifest, generalist)
+    noise = np.random.default_rng([device, number]).normal(size=vectors["generalist"].size)
+    return wire.encode(
+        bundle.manifest, {"generalist": vectors["generalist"] + noise.astype(np.float32)}
+    )
+
+
+def header(number: int, tokens: int = 100, **fields: Any) -> pb.UploadHeader:
+    fields = {"train_loss": 2.5, "valid_loss": 3.0} | fields
+    return pb.UploadHeader(round=number, tokens=tokens, **fields)
+
+
+def check_in_until(client: Client, action: pb.CheckInReply.Action, wait: float = 5) -> Any:
+    """Checks in until the answer is `action`."""
+    end = time.monotonic() + TIMEOUT
+    while (reply := client.check_in(wait)).action != action:
+        assert time.monotonic() < end, f"the coordinator keeps saying {reply}"
+        time.sleep(0.02)
+    return reply
+
+
+def in_parallel(*tasks: Callable[[], Any]) -> list[Any]:
+    """Results of `tasks`, each run in a thread; the first error is raised."""
+    results: list[Any] = [None] * len(tasks)
+    errors: list[BaseException] = []
+
+    def run(index: int) -> None:
+        try:
+            results[index] = tasks[index]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def join_round(*clients: Client) -> list[Any]:
+    """Checks all in together until each is told to train."""
+    return in_parallel(
+        *(lambda c=client: check_in_until(c, pb.CheckInReply.TRAIN) for client in clients)
+    )
+
+
+def mean_of(bundle: Bundle, payloads: list[bytes], weights: list[int] | None = None) -> Any:
+    """The mean by numpy, in float64; payloads in the order of device ids."""
+    vectors = [wire.decode(bundle.manifest, payload)["generalist"] for payload in payloads]
+    stacked = np.stack(vectors).astype(np.float64)
+    shares = np.array(weights or [1] * len(payloads), np.float64)[:, None]
+    return ((stacked * shares).sum(axis=0) / shares.sum()).astype(np.float32)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

@@ -1,0 +1,109 @@
+"""A coordinator killed at any moment counts every acknowledged update exactly once."""
+
+import random
+import sqlite3
+import threading
+import time
+
+from coordinator_help import Fleet, free_port, header, in_parallel, mean_of, train
+
+from edge_runtime import adapters, wire
+from edge_runtime.bundle import Bundle, contract_sha256
+from edge_runtime.client import Client
+from protos import coordinator_pb2 as pb
+
+KILLS = 12
+ROUNDS = 20
+DEVICES = 3
+
+
+def live(bundle: Bundle, client: Client, seed: int) -> tuple[dict[int, bytes], bytes]:
+    """A device's acknowledged updates by round, and the final generalist."""
+    pace = random.Random(seed)
+    acknowledged: dict[int, bytes] = {}
+    while True:
+        reply = client.check_in(2)
+        if reply.action == pb.CheckInReply.FINISH:
+            return acknowledged, client.download(reply.round)
+        if reply.action == pb.CheckInReply.TRAIN:
+            update = train(bundle, client.download(reply.round), seed, reply.round)
+            time.sleep(pace.uniform(0, 0.08))
+            assert client.upload(header(reply.round), update).accepted
+            assert reply.round not in acknowledged, "asked to train a round again"
+            acknowledged[reply.round] = update
+
+
+def test_kills_at_random_moments(fleet: Fleet) -> None:
+    bundle = fleet.bundle(width=100_000)  # four chunks
+    listen = f"127.0.0.1:{free_port()}"
+    options = ("--rounds", str(ROUNDS), "--min-devices", str(DEVICES))
+    served = fleet.serve(bundle, *options, listen=listen)
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(DEVICES)))
+    moments = random.Random(7)
+    done = threading.Event()
+
+    def kill_again_and_again() -> int:
+        current = served
+        for kill in range(KILLS):
+            # Around arrivals, the end of a round, and the moment after a start.
+            current.wait_for(moments.choice(["update_accepted", "round_opened", "update_accepted"]))
+            time.sleep(moments.uniform(0, 0.06))
+            if done.is_set():
+                return kill
+            current.kill()
+            current = fleet.serve(bundle, *options, listen=listen)
+        return KILLS
+
+    def devices() -> list[tuple[dict[int, bytes], bytes]]:
+        lives = in_parallel(*(lambda i=i: live(bundle, clients[i], i) for i in range(DEVICES)))
+        done.set()
+        return lives
+
+    lives, kills = in_parallel(devices, kill_again_and_again)
+    assert kills == KILLS
+
+    order = sorted(range(DEVICES), key=lambda i: clients[i].identity.device_id)
+    generalist = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
+    for number in range(1, ROUNDS + 1):
+        updates = [lives[index][0][number] for index in order]
+        expected = [train(bundle, generalist, index, number) for index in order]
+        assert updates == expected, f"round {number} started from something else"
+        generalist = wire.encode(bundle.manifest, {"generalist": mean_of(bundle, updates)})
+    assert [final for _, final in lives] == [generalist] * DEVICES
+    with sqlite3.connect(fleet.state / "coordinator.sqlite3") as connection:
+        counts = connection.execute(
+            "select count(*), (select count(*) from refusals) from updates"
+        ).fetchone()
+    assert counts == (ROUNDS * DEVICES, 0)
+
+
+def test_kills_while_devices_enrol_do_not_cost_them_their_names(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    listen = f"127.0.0.1:{free_port()}"
+    served = fleet.serve(bundle, listen=listen)
+    address, ca = served.ready()
+    names = [f"device {index}" for index in range(60)]
+
+    def enrol() -> set[str]:
+        ids = set()
+        for name in names:
+            client = fleet.client(address, ca)
+            ids.add(client.enroll(name, contract_sha256(bundle.manifest)).device_id)
+            client.check_in(0)
+            client.close()
+        return ids
+
+    def kill_twice() -> None:
+        time.sleep(0.1)
+        served.kill()
+        again = fleet.serve(bundle, listen=listen)
+        again.ready()
+        time.sleep(0.3)
+        again.kill()
+        fleet.serve(bundle, listen=listen)
+
+    ids, _ = in_parallel(enrol, kill_twice)
+    with sqlite3.connect(fleet.state / "coordinator.sqlite3") as connection:
+        known = dict(connection.execute("select name, id from devices").fetchall())
+    assert set(known) == set(names)
+    assert set(known.values()) == ids

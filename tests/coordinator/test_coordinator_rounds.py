@@ -1,0 +1,296 @@
+"""Whole sessions with real processes: who trains when, what is averaged, what ends a round."""
+
+import re
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coordinator_help import (
+    Fleet,
+    Served,
+    check_in_until,
+    free_port,
+    header,
+    in_parallel,
+    join_round,
+    mean_of,
+    serve_command,
+    train,
+)
+
+from edge_runtime import adapters, wire
+from edge_runtime.bundle import Bundle, contract_sha256
+from edge_runtime.client import Client
+from edge_runtime.errors import RefusedError
+from protos import coordinator_pb2 as pb
+
+
+def device(bundle: Bundle, client: Client, seed: int) -> tuple[list[bytes], bytes]:
+    """A device's whole life: its update of each round, and the final generalist."""
+    sent = []
+    while True:
+        reply = client.check_in(5)
+        if reply.action == pb.CheckInReply.FINISH:
+            return sent, client.download(reply.round)
+        if reply.action == pb.CheckInReply.TRAIN:
+            sent.append(train(bundle, client.download(reply.round), seed, reply.round))
+            assert client.upload(header(reply.round), sent[-1]).accepted
+
+
+def by_device_id(clients: list[Client], values: list[bytes]) -> list[bytes]:
+    order = sorted(range(len(clients)), key=lambda i: clients[i].identity.device_id)
+    return [values[index] for index in order]
+
+
+def row(served_state: Path, query: str) -> tuple[object, ...]:
+    with sqlite3.connect(served_state / "coordinator.sqlite3") as connection:
+        return tuple(connection.execute(query).fetchone())
+
+
+def test_three_devices_two_rounds_over_tls(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "2", "--min-devices", "3", "--exit-when-done")
+    clients = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    lives = in_parallel(*(lambda i=i: device(bundle, clients[i], i) for i in range(3)))
+    events = served.end()
+
+    start = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
+    for number in range(2):
+        sent = [life[0][number] for life in lives]
+        for seed, update in enumerate(sent):
+            assert update == train(bundle, start, seed, number + 1)
+        mean = mean_of(bundle, by_device_id(clients, sent))
+        start = wire.encode(bundle.manifest, {"generalist": mean})
+    assert [life[1] for life in lives] == [start] * 3
+
+    kinds = [event["event"] for event in events]
+    one_round = ["round_opened", *["update_accepted"] * 3, "round_closed"]
+    assert kinds == ["listening", *one_round, *one_round, "finished"]
+    closed = [event for event in events if event["event"] == "round_closed"]
+    assert [event["round"] for event in closed] == [1, 2]
+    assert {(e["updates"], e["train_loss"], e["valid_loss"]) for e in closed} == {(3, 2.5, 3.0)}
+    # Both sides count the same messages: all but what the coordinator refuses to authenticate.
+    assert events[-1]["bytes_received"] == sum(client.bytes_sent for client in clients)
+    assert events[-1]["bytes_sent"] == sum(client.bytes_received for client in clients)
+
+
+def test_what_a_person_reads(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    listen = f"127.0.0.1:{free_port()}"
+    options = ("--listen", listen, "--rounds", "1", "--min-devices", "1", "--exit-when-done")
+    command = serve_command(bundle.path, fleet.state, *options)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        ca = fleet.state / "ca.pem"
+        assert process.stdout.readline() == f"listening on {listen}, devices need --ca {ca}\n"
+        client = fleet.client(listen, ca)
+        client.enroll("ada", contract_sha256(bundle.manifest))
+        join_round(client)
+        assert not client.upload(header(1), b"nonsense").accepted
+        update = train(bundle, client.download(1), 0, 1)
+        assert client.upload(header(1, valid_loss=0), update).accepted
+        client.download(check_in_until(client, pb.CheckInReply.FINISH).round)
+        text = process.stdout.read()
+    assert process.returncode == 0
+    lines = [re.sub(r"\d+\.\d s|\d+ bytes", "N", line) for line in text.splitlines()]
+    assert lines[1].startswith("round 1: refused an update of ada: not a safetensors payload")
+    del lines[1]
+    assert lines == [
+        "round 1: open",
+        "round 1: ada reported (N)",
+        "round 1: averaged 1 updates after N; training loss 2.5000, held-out loss not measured",
+        "all rounds are over; N received, N sent",
+    ]
+
+
+def test_average_weighted_by_tokens(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1", "--average", "tokens")
+    clients = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(*clients)
+    start = clients[0].download(1)
+    weights = [100, 300]
+    updates = [train(bundle, start, seed, 1) for seed in range(2)]
+    for client, update, tokens in zip(clients, updates, weights, strict=True):
+        assert client.upload(header(1, tokens=tokens), update).accepted
+    final = check_in_until(clients[0], pb.CheckInReply.FINISH)
+    got = wire.decode(bundle.manifest, clients[0].download(final.round))["generalist"]
+    np.testing.assert_allclose(got, mean_of(bundle, updates, weights), rtol=1e-6, atol=1e-7)
+
+
+def test_what_a_device_is_told(fleet: Fleet) -> None:
+    """Waits for company, trains (also when asked again), waits once reported."""
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1", "--deadline", "600")
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    assert ada.check_in(0.2).action == pb.CheckInReply.WAIT
+    with pytest.raises(RefusedError, match="no generalist of round 2"):
+        ada.download(2)
+    first, _ = join_round(ada, ben)
+    assert (first.action, first.round) == (pb.CheckInReply.TRAIN, 1)
+    assert 590 < first.seconds_left <= 600
+    assert first.training.local_steps == 10
+    assert first.training.rounds == 1
+    assert first.training.weight_decay == pytest.approx(0.01)
+    again = ada.check_in(0)
+    assert (again.action, again.round) == (pb.CheckInReply.TRAIN, 1)
+    assert ada.upload(header(1), train(bundle, ada.download(1), 0, 1)).accepted
+    assert ada.check_in(0).action == pb.CheckInReply.WAIT
+
+
+def test_check_in_is_held_open_until_something_changes(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    ada, ben = fleet.enrolled(fleet.serve(bundle), bundle, "ada", "ben")
+
+    def late() -> None:
+        time.sleep(1)
+        ben.check_in(5)
+
+    begin = time.monotonic()
+    reply, _ = in_parallel(lambda: ada.check_in(20), late)
+    assert reply.action == pb.CheckInReply.TRAIN
+    assert 0.9 < time.monotonic() - begin < 5
+
+
+def test_a_device_that_hung_up_is_not_present(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle)
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+
+    def hang_up() -> None:
+        time.sleep(0.5)
+        ada.close()
+
+    with pytest.raises(ValueError, match="closed channel"):
+        in_parallel(lambda: ada.check_in(20), hang_up)
+    assert ben.check_in(0.5).action == pb.CheckInReply.WAIT
+
+
+def test_replay_is_acknowledged_and_counted_once(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1")
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(ada, ben)
+    start = ada.download(1)
+    updates = [train(bundle, start, seed, 1) for seed in range(3)]
+    assert ada.upload(header(1), updates[0]).accepted
+    assert ada.upload(header(1), updates[0]).accepted
+    other = ada.upload(header(1), updates[2])
+    assert not other.accepted
+    assert "already accepted" in other.reason
+    assert ben.upload(header(1), updates[1]).accepted
+    check_in_until(ben, pb.CheckInReply.FINISH)
+    # The acknowledgement may also have been lost just before the round closed.
+    assert ada.upload(header(1), updates[0]).accepted
+    assert served.wait_for("round_closed")["updates"] == 2
+    expected = mean_of(bundle, by_device_id([ada, ben], updates[:2]))
+    final = check_in_until(ada, pb.CheckInReply.FINISH)
+    assert wire.decode(bundle.manifest, ada.download(final.round))["generalist"].tobytes() == (
+        expected.tobytes()
+    )
+    assert row(fleet.state, "select count(*) from updates") == (2,)
+    assert row(fleet.state, "select count(*) from refusals") == (1,)
+
+
+def test_outsiders_and_wrong_rounds_are_refused(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle)
+    ada, ben, cy = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    start = ada.download(1)
+    update = train(bundle, start, 0, 1)
+    assert "has not begun" in ada.upload(header(1), update).reason
+    join_round(ada, ben)
+    assert "takes no part in round 1" in cy.upload(header(1), update).reason
+    assert "has not begun" in ada.upload(header(2), update).reason
+    assert "round 0 is over" in ada.upload(header(0), update).reason
+
+
+def test_deadline_with_enough_reports_closes_the_round(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1", "--min-devices", "2", "--deadline", "2")
+    ada, ben, cy = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    join_round(ada, ben, cy)
+    start = ada.download(1)
+    updates = [train(bundle, start, seed, 1) for seed in range(3)]
+    assert ada.upload(header(1), updates[0]).accepted
+    assert ben.upload(header(1), updates[1]).accepted
+    closed = served.wait_for("round_closed")
+    assert closed["updates"] == 2
+    assert 1.9 < closed["seconds"] < 4
+    late = cy.upload(header(1), updates[2])
+    assert (late.accepted, late.reason) == (False, "round 1 is over")
+    final = check_in_until(cy, pb.CheckInReply.FINISH)
+    expected = mean_of(bundle, by_device_id([ada, ben], updates[:2]))
+    assert cy.download(final.round) == wire.encode(bundle.manifest, {"generalist": expected})
+
+
+def test_deadline_with_too_few_reports_abandons_the_round(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1", "--min-devices", "2", "--deadline", "2")
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(ada, ben)
+    start = ada.download(1)
+    assert ada.upload(header(1), train(bundle, start, 0, 1)).accepted
+    assert served.wait_for("round_abandoned")["updates"] == 1
+    # Alone, a device is not sent to train for nothing.
+    assert ada.check_in(0.3).action == pb.CheckInReply.WAIT
+    replies = join_round(ada, ben)
+    assert [reply.round for reply in replies] == [2, 2]
+    assert ada.download(2) == start
+    updates = [train(bundle, start, seed, 2) for seed in range(2)]
+    assert ada.upload(header(2), updates[0]).accepted
+    assert ben.upload(header(2), updates[1]).accepted
+    final = check_in_until(ada, pb.CheckInReply.FINISH)
+    assert final.round == 3
+    expected = mean_of(bundle, by_device_id([ada, ben], updates))
+    assert ada.download(3) == wire.encode(bundle.manifest, {"generalist": expected})
+    assert row(fleet.state, "select group_concat(status) from rounds") == (
+        "abandoned,aggregated,waiting",
+    )
+
+
+def test_devices_of_the_last_round_are_waited_for(fleet: Fleet) -> None:
+    """Two of three come back at once: the next round must not close without the third."""
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "2", "--min-devices", "2")
+    trio = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    join_round(*trio)
+    start = trio[0].download(1)
+    for seed, client in enumerate(trio):
+        assert client.upload(header(1), train(bundle, start, seed, 1)).accepted
+    join_round(*trio[:2])
+    start = trio[0].download(2)
+    for seed, client in enumerate(trio[:2]):
+        assert client.upload(header(2), train(bundle, start, seed, 2)).accepted
+    assert trio[0].check_in(0.5).action == pb.CheckInReply.WAIT
+    join_round(trio[2])
+    assert trio[2].upload(header(2), train(bundle, start, 2, 2)).accepted
+    assert served.wait_for("round_closed", round=2)["updates"] == 3
+
+
+def test_a_restart_keeps_the_round_and_restarts_its_clock(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    options = ("--rounds", "1", "--deadline", "600")
+    served = fleet.serve(bundle, *options)
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(ada, ben)
+    start = ada.download(1)
+    updates = [train(bundle, start, seed, 1) for seed in range(2)]
+    assert ada.upload(header(1), updates[0]).accepted
+    address, ca = served.events[0]["address"], fleet.state / "ca.pem"
+    trusted = ca.read_bytes()
+    served.stop()
+    with sqlite3.connect(fleet.state / "coordinator.sqlite3") as connection:
+        connection.execute("update rounds set deadline = 1")
+    again: Served = fleet.serve(bundle, *options, listen=address)
+    assert again.wait_for("round_resumed") == {"event": "round_resumed", "round": 1, "updates": 1}
+    assert ca.read_bytes() == trusted
+    assert 590 < check_in_until(ben, pb.CheckInReply.TRAIN).seconds_left <= 600
+    assert ben.upload(header(1), updates[1]).accepted
+    expected = mean_of(bundle, by_device_id([ada, ben], updates))
+    final = check_in_until(ada, pb.CheckInReply.FINISH)
+    assert ada.download(final.round) == wire.encode(bundle.manifest, {"generalist": expected})
+    # Updates are personal; they are gone once they are in the average.
+    assert not list(fleet.state.glob("updates/*/*"))

@@ -1,0 +1,199 @@
+"""What a hostile or broken device sends is refused with a reason, and stops nobody else."""
+
+import hashlib
+import resource
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from coordinator_help import (
+    Fleet,
+    check_in_until,
+    header,
+    in_parallel,
+    join_round,
+    mean_of,
+    train,
+)
+from safetensors.numpy import load, save
+
+from edge_runtime import wire
+from edge_runtime.client import Client
+from protos import coordinator_pb2 as pb
+from protos import coordinator_pb2_grpc
+
+A = "generalist/h.0.mlp.c_fc.lora_A.weight"
+
+
+def announce(payload: bytes, **fields: object) -> pb.UploadPart:
+    full = header(1)
+    full.total_bytes = len(payload)
+    full.sha256 = hashlib.sha256(payload).digest()
+    for name, value in fields.items():
+        setattr(full, name, value)
+    return pb.UploadPart(header=full)
+
+
+def parts(payload: bytes, **fields: object) -> list[pb.UploadPart]:
+    data = [pb.UploadPart(data=piece) for piece in wire.chunks(payload)]
+    return [announce(payload, **fields), *data]
+
+
+def altered(payload: bytes, **tensors: np.ndarray) -> bytes:
+    """`payload` with lora_A replaced (`a`) or with further tensors."""
+    named = load(payload)
+    if "a" in tensors:
+        named[A] = tensors.pop("a")
+    return save(named | {name.replace("__", "/"): value for name, value in tensors.items()})
+
+
+def hostile(good: bytes) -> dict[str, tuple[list[pb.UploadPart], str]]:
+    """What is sent, and what the refusal must say."""
+    a = load(good)[A]
+    bad = a.copy()
+    bad[0, 0] = np.nan
+    infinite = a.copy()
+    infinite[1, 1] = -np.inf
+    specialist = altered(good, specialist__x=a[:1, :1])
+    renamed = {name.replace("generalist", "specialist.1"): v for name, v in load(good).items()}
+    missing = {name: value for name, value in load(good).items() if name != A}
+    data = pb.UploadPart(data=b"x")
+    return {
+        "nan": (parts(altered(good, a=bad)), "NaN or an infinity"),
+        "infinity": (parts(altered(good, a=infinite)), "NaN or an infinity"),
+        "shape": (parts(altered(good, a=a.T.copy())), "instead of float32[2, 60000]"),
+        "dtype": (parts(altered(good, a=a.astype(np.float16))), "float16"),
+        "specialist": (parts(save(renamed)), "specialist.1/"),
+        "extra": (parts(specialist), "specialist/x is not a shared tensor"),
+        "missing": (parts(save(missing)), f"{A} is missing"),
+        "empty": ([announce(b"")], "0 bytes were announced"),
+        "nothing": ([], "does not start with a header"),
+        "no header": ([data], "does not start with a header"),
+        "two headers": ([announce(good), announce(good)], "other than data"),
+        "truncated": (parts(good)[:-1], "truncated"),
+        "too big": ([announce(good, total_bytes=2**40), data], "at most"),
+        "more than announced": ([*parts(good), data], "more data came"),
+        "checksum": (parts(good, sha256=bytes(32)), "does not match"),
+        "no checksum": (parts(good, sha256=b""), "no SHA-256"),
+        "garbage": (parts(np.random.default_rng(0).bytes(5000)), "not a safetensors payload"),
+        "no tokens": (parts(good, tokens=0), "0 tokens"),
+        "too many tokens": (parts(good, tokens=2**64 - 1), "tokens"),
+        "loss": (parts(good, train_loss=float("nan")), "loss"),
+    }
+
+
+class Raw:
+    """Sends what no `Client` would."""
+
+    def __init__(self, address: str, ca: Path, client: Client):
+        credentials = grpc.ssl_channel_credentials(ca.read_bytes())
+        self.channel = grpc.secure_channel(address, credentials)
+        self.metadata = (
+            ("comigs-device", client.identity.device_id),
+            ("authorization", f"Bearer {client.identity.token}"),
+        )
+
+    def upload(self, sent: Iterator[pb.UploadPart]) -> pb.UploadReply:
+        stub = coordinator_pb2_grpc.CoordinatorStub(self.channel)
+        return stub.Upload(sent, metadata=self.metadata, timeout=30)
+
+    def check_in(self, wait_seconds: float) -> pb.CheckInReply:
+        stub = coordinator_pb2_grpc.CoordinatorStub(self.channel)
+        request = pb.CheckInRequest(wait_seconds=wait_seconds)
+        return stub.CheckIn(request, metadata=self.metadata, timeout=10)
+
+    def upload_bytes(self, sent: Iterator[bytes]) -> bytes:
+        call = self.channel.stream_unary("/comigs.v1.Coordinator/Upload")
+        return call(sent, metadata=self.metadata, timeout=30)
+
+
+def peak_memory(pid: int) -> int:
+    """Largest resident set of a process so far, in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def test_hostile_uploads_are_refused_and_the_round_goes_on(fleet: Fleet) -> None:
+    bundle = fleet.bundle(width=60_000)
+    served = fleet.serve(bundle, "--rounds", "1", "--min-devices", "2")
+    ada, ben, eve = fleet.enrolled(served, bundle, "ada", "ben", "eve")
+    join_round(ada, ben, eve)
+    raw = Raw(served.events[0]["address"], fleet.state / "ca.pem", eve)
+    start = ada.download(1)
+    attacks = hostile(train(bundle, start, 2, 1))
+    for name, (sent, reason) in attacks.items():
+        reply = raw.upload(iter(sent))
+        assert not reply.accepted, name
+        assert reason in reply.reason, (name, reply.reason)
+        assert "\n" not in reply.reason, name
+        refused = served.wait_for("update_refused")
+        assert refused["device"] == "eve"
+        assert refused["reason"] == reply.reason
+    with pytest.raises(grpc.RpcError):
+        raw.upload_bytes(iter([b"\xff\xff\xff not a message"]))
+    assert raw.check_in(float("nan")).action == pb.CheckInReply.WAIT
+    raw.channel.close()
+
+    assert eve.check_in(0).action == pb.CheckInReply.WAIT
+    updates = [train(bundle, start, seed, 1) for seed in range(2)]
+    assert ada.upload(header(1), updates[0]).accepted
+    assert ben.upload(header(1), updates[1]).accepted
+    assert served.wait_for("round_closed")["updates"] == 2
+    final = check_in_until(eve, pb.CheckInReply.FINISH)
+    got = wire.decode(bundle.manifest, eve.download(final.round))["generalist"]
+    assert got.tobytes() == mean_of(bundle, updates).tobytes()
+    with sqlite3.connect(fleet.state / "coordinator.sqlite3") as connection:
+        count = connection.execute("select count(*) from refusals").fetchone()
+    assert count == (len(attacks),)
+
+
+def test_an_endless_upload_is_cut_off_without_being_buffered(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle)
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(ada, ben)
+    raw = Raw(served.events[0]["address"], fleet.state / "ca.pem", ada)
+    before = peak_memory(served.process.pid)
+    sent = 0
+
+    def endless() -> Iterator[pb.UploadPart]:
+        nonlocal sent
+        yield announce(b"x" * 1000)
+        while sent < 2**30:
+            sent += 200_000
+            yield pb.UploadPart(data=bytes(200_000))
+
+    reply = raw.upload(endless())
+    raw.channel.close()
+    assert "more data came" in reply.reason
+    assert sent < 2**27
+    assert peak_memory(served.process.pid) - before < 32 * 2**20
+
+
+def test_a_full_disk_loses_nothing(fleet: Fleet) -> None:
+    """Devices are told to come back; what was acknowledged before still counts."""
+    bundle = fleet.bundle(width=60_000)
+    served = fleet.serve(bundle, "--rounds", "1")
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(ada, ben)
+    start = ada.download(1)
+    updates = [train(bundle, start, seed, 1) for seed in range(2)]
+    assert ada.upload(header(1), updates[0]).accepted
+
+    # No file may grow beyond what the database has now: as good as a full disk.
+    limits = resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    def free_space() -> None:
+        assert "free some space" in served.wait_for("storage_failed")["reason"]
+        resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE, limits)
+
+    reply, _ = in_parallel(lambda: ben.upload(header(1), updates[1]), free_space)
+    assert reply.accepted
+    final = check_in_until(ada, pb.CheckInReply.FINISH)
+    got = wire.decode(bundle.manifest, ada.download(final.round))["generalist"]
+    assert got.tobytes() == mean_of(bundle, updates).tobytes()

@@ -1,0 +1,159 @@
+"""A whole session as people run it: one coordinator and two devices, processes and TLS."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google.protobuf import json_format
+
+from edge_runtime.adapters import load_fresh
+from edge_runtime.bundle import Bundle
+from edge_runtime.store import Home
+from protos import coordinator_pb2 as pb
+
+ROUNDS, STEPS = 3, 40
+TRAINING = pb.TrainingConfig(
+    rounds=ROUNDS, local_steps=STEPS, batch_sequences=2, tau=25, router_steps=5, weight_decay=0.01
+)
+NAMES = ("ada", "grace")
+
+
+def comigs(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "edge_runtime", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Session:
+    """A coordinator and two devices below `root`; each can be killed and started again."""
+
+    def __init__(self, root: Path, bundle: Bundle, text: Path) -> None:
+        self.root, self.bundle, self.text = root, bundle, text
+        self.port = free_port()
+        root.mkdir()
+        self.training = root / "training.json"
+        self.training.write_text(json_format.MessageToJson(TRAINING))
+        self.coordinator = self.start_coordinator()
+        self.devices = {name: self.start_device(name) for name in NAMES}
+
+    def start_coordinator(self) -> subprocess.Popen[str]:
+        process = comigs(
+            "serve",
+            *("--bundle", self.bundle.path, "--state", self.root / "coordinator"),
+            *("--listen", f"127.0.0.1:{self.port}", "--rounds", ROUNDS, "--min-devices", 2),
+            *("--training", self.training, "--exit-when-done", "--format", "json"),
+        )
+        assert process.stdout is not None
+        listening = json.loads(process.stdout.readline())
+        self.ca = Path(listening["ca"])
+        return process
+
+    def start_device(self, name: str) -> subprocess.Popen[str]:
+        return comigs(
+            *("device", "run", "--coordinator", f"127.0.0.1:{self.port}", "--ca", self.ca),
+            *("--home", self.root / name, "--data", self.text, "--bundle", self.bundle.path),
+            *("--seed", NAMES.index(name), "--threads", 1, "--format", "json"),
+        )
+
+    def finish(self) -> dict[str, list[dict[str, object]]]:
+        """Waits for everyone; returns each device's events."""
+        events = {}
+        for name, device in self.devices.items():
+            out, error = device.communicate(timeout=240)
+            assert device.returncode == 0, error
+            events[name] = [json.loads(line) for line in out.splitlines()]
+        _, error = self.coordinator.communicate(timeout=90)
+        assert self.coordinator.returncode == 0, error
+        return events
+
+    def vectors(self, name: str) -> dict[str, np.ndarray]:
+        state, progress = Home(self.root / name).load_state(self.bundle)
+        assert progress.finished
+        assert state.expert_steps == ROUNDS * STEPS
+        assert state.router_steps == ROUNDS * STEPS // 25 * 5
+        return state.vectors
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle, text_dir: Path
+) -> tuple[Session, dict[str, list[dict[str, object]]]]:
+    session = Session(tmp_path_factory.mktemp("session") / "s", tiny_bundle, text_dir)
+    return session, session.finish()
+
+
+def test_devices_end_with_one_generalist_and_their_own_specialists(
+    undisturbed: tuple[Session, dict[str, list[dict[str, object]]]],
+) -> None:
+    session, events = undisturbed
+    one, other = (session.vectors(name) for name in NAMES)
+    fresh = load_fresh(session.bundle)
+    np.testing.assert_array_equal(one["generalist"], other["generalist"])
+    for role in ("specialist.1", "router"):
+        assert not np.array_equal(one[role], other[role])
+    for role, vector in one.items():
+        assert not np.array_equal(vector, fresh[role]), f"{role} was not trained"
+    for device in events.values():
+        held_out = [e["loss"] for e in device if e["event"] == "held_out"]
+        assert held_out[-1] < held_out[0]
+
+
+def test_only_the_generalist_crosses_the_wire(
+    undisturbed: tuple[Session, dict[str, list[dict[str, object]]]],
+) -> None:
+    session, events = undisturbed
+    size = 4 * next(role.size for role in session.bundle.manifest.roles if role.shared)
+    for device in events.values():
+        network = next(e for e in device if e["event"] == "network")
+        # A header per round and a few small calls come on top of the weights.
+        assert ROUNDS * size <= network["bytes_sent"] < ROUNDS * (size + 8192)
+        assert (ROUNDS + 1) * size <= network["bytes_received"] < (ROUNDS + 1) * (size + 8192)
+
+
+def test_kills_change_nothing(
+    undisturbed: tuple[Session, dict[str, list[dict[str, object]]]],
+    tmp_path: Path,
+    tiny_bundle: Bundle,
+    text_dir: Path,
+) -> None:
+    """Devices and coordinator are killed again and again; the result is the same, bit for bit."""
+    session = Session(tmp_path / "s", tiny_bundle, text_dir)
+    rng, kills = random.Random(3), 0
+    for _ in range(9):
+        time.sleep(rng.uniform(0.3, 1.6))
+        victim = rng.choice([*NAMES, "coordinator"])
+        process = session.coordinator if victim == "coordinator" else session.devices[victim]
+        if process.poll() is not None:
+            continue
+        process.send_signal(signal.SIGKILL)
+        kills += 1
+        process.communicate()
+        if victim == "coordinator":
+            session.coordinator = session.start_coordinator()
+        else:
+            session.devices[victim] = session.start_device(victim)
+    assert kills >= 5, "the session was over before it was disturbed"
+    session.finish()
+    for name in NAMES:
+        expected = undisturbed[0].vectors(name)
+        for role, vector in session.vectors(name).items():
+            np.testing.assert_array_equal(vector, expected[role], err_msg=f"{name} {role}")
