@@ -180,7 +180,7 @@ class Demo:
         tier = tier.fitted(base.config.n_positions)
         plans = {
             "method": (Mixture(specialists=1, rank=RANK, alpha=ALPHA), None),
-            # As in the paper, the baselines have two LoRA pairs too and take the mean of them, which
+            # As in the paper, the baselines have two LoRA pairs as well and take their mean, which
             # is one pair of twice the rank at half the scale.
             "baseline": (
                 Mixture(specialists=0, rank=2 * RANK, alpha=ALPHA / math.sqrt(2)),

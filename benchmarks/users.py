@@ -11,13 +11,12 @@ Choices:
 * The order depends on the sorted paths and a fixed seed only: the same packages give the same text.
 * A document most of whose text has already occurred is dropped. What a split asks for can then
   not be looked up in another one.
-* Neither torch, sympy nor numpy is imported; their files are read as text.
+* Neither torch nor sympy is imported; their files are read as text.
 """
 
 from __future__ import annotations
 
 import ast
-import math
 import random
 import re
 import sysconfig
@@ -27,14 +26,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from edge_runtime.data import SPLITS, read_splits, read_text, split_text
 from edge_runtime.errors import DataError
 from edge_runtime.files import write_atomic
-
-SPLITS = ("train", "valid", "test")
-SHARES = (0.8, 0.1, 0.1)
-
-# The fewest characters that make a split: about one sequence of 64 tokens.
-SHORTEST_PART = 256
 
 # Documents outside these lengths say little, or would fill a split alone.
 SHORTEST_DOCUMENT = 200
@@ -99,37 +93,6 @@ def default_users(characters: int = 400_000) -> list[UserText]:
     return users
 
 
-def split(
-    text: str, shares: tuple[float, float, float] = SHARES, shortest: int = SHORTEST_PART
-) -> tuple[str, str, str]:
-    """Cuts a text by position into three parts whose concatenation is the text.
-
-    A cut falls after a blank line where one is near, else after a line, else after a word. Every
-    part has at least half of its share.
-
-    Args:
-        text: what to cut.
-        shares: positive, summing to one.
-        shortest: the fewest characters that a part may have.
-
-    Raises:
-        DataError: the text is too short for that; the message says how much is needed.
-        ValueError: `shares` is not a partition.
-    """
-    if min(shares) <= 0 or not math.isclose(sum(shares), 1):
-        raise ValueError(f"shares must be positive and sum to one, not {shares}")
-    needed = math.ceil(2 * max(shortest, 1) / min(shares))
-    if len(text) < needed:
-        raise DataError(
-            f"{len(text):,} characters are too few to split; at least {needed:,} are needed"
-        )
-    # The cuts on both sides of a part may each take this much: half of it remains, even rounded.
-    slack = max(0, int(len(text) * min(shares) / 4) - 1)
-    first = _cut(text, round(len(text) * shares[0]), slack)
-    second = _cut(text, round(len(text) * (shares[0] + shares[1])), slack)
-    return text[:first], text[first:second], text[second:]
-
-
 def load_users(directory: Path) -> list[UserText]:
     """One user per folder of `directory`, by name.
 
@@ -168,66 +131,19 @@ def write_users(users: Sequence[UserText], directory: Path) -> list[Path]:
 
 def _user(name: str, description: str, text: str) -> UserText:
     try:
-        train, valid, test = split(text)
+        train, valid, test = split_text(text)
     except DataError as error:
         raise DataError(f"user {name}: {error}") from None
     return UserText(name, description, train, valid, test)
 
 
-def _cut(text: str, target: int, slack: int) -> int:
-    """The boundary nearest to `target`, at most `slack` away; `target` where there is none."""
-    start = target - slack
-    window = text[start : target + slack]
-    for boundary in (r"\n[ \t]*\n+", r"\n", r"\s"):
-        ends = [start + match.end() for match in re.finditer(boundary, window)]
-        if ends:
-            return min(ends, key=lambda end: abs(end - target))
-    return target
-
-
-# --- folders of one's own ----------------------------------------------------------------------
-
-
 def _load_user(folder: Path) -> UserText:
-    named = [folder / f"{name}.txt" for name in SPLITS]
-    missing = [path.name for path in named if not path.is_file()]
-    if not missing:
-        texts = [_read(path) for path in named]
-        for path, text in zip(named, texts, strict=True):
-            if not text.strip():
-                raise DataError(f"user {folder.name}: {path} is empty; put text into it")
-        length = sum(map(len, texts))
-        return UserText(folder.name, f"{length:,} characters, split by hand", *texts)
-    if len(missing) < len(named):
-        raise DataError(
-            f"user {folder.name}: {', '.join(missing)} missing; {folder} needs train.txt, "
-            "valid.txt and test.txt, or text files under other names, which are then split"
-        )
-    texts = [_read(path) for path in sorted(folder.rglob("*")) if _is_text(path, folder)]
-    texts = [text for text in dict.fromkeys(texts) if text.strip()]
-    if not texts:
-        raise DataError(f"user {folder.name}: no text; put UTF-8 text files into {folder}")
-    text = "\n\n".join(texts)
-    files = "1 file" if len(texts) == 1 else f"{len(texts):,} files"
-    return _user(folder.name, f"{len(text):,} characters in {files}", text)
-
-
-def _is_text(path: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.is_file() and not hidden
-
-
-def _read(path: Path) -> str:
-    """The text of a file, with newlines as `\\n` and without a byte order mark."""
     try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start:,}); convert it or take it away"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+        splits = read_splits(folder, needed=SPLITS)
+    except DataError as error:
+        raise DataError(f"user {folder.name}: {error}") from None
+    length = sum(map(len, splits.values()))
+    return UserText(folder.name, f"{length:,} characters of one's own", **splits)
 
 
 # --- text of the installed packages ------------------------------------------------------------
@@ -262,7 +178,7 @@ def _files(
     """The files' cleaned texts, in shuffled order, without the very short and the very long."""
     for path in _shuffled(root, pattern, skip, folders):
         try:
-            text = clean(_read(path)).strip()
+            text = clean(read_text(path)).strip()
         except DataError:  # a few sources of other encodings
             continue
         if SHORTEST_DOCUMENT <= len(text) <= LONGEST_DOCUMENT:
@@ -287,7 +203,7 @@ def _docstrings(path: Path) -> Iterator[str]:
         warnings.simplefilter("ignore", SyntaxWarning)  # escapes in other people's docstrings
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            tree = ast.parse(_read(path))
+            tree = ast.parse(read_text(path))
         except (DataError, SyntaxError):
             return
     for node in ast.walk(tree):

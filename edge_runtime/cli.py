@@ -7,6 +7,7 @@ import os
 import sys
 from enum import StrEnum
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -15,13 +16,14 @@ from rich.markup import escape
 
 from edge_runtime.errors import ComigsError, MissingPartError
 
-# Which extra brings the packages that a group of commands needs.
-EXTRAS = {
+# The commands of each entry point, and the extra that brings the packages that they need.
+COMMANDS = {
     "device": ("device", "predict", "plan", "doctor"),
     "coordinator": ("serve",),
     "export": ("export",),
     "benchmarks": ("demo",),
 }
+EXTRAS = {"device": "device", "coordinator": "coordinator", "export": "export", "benchmarks": "dev"}
 
 
 class Format(StrEnum):
@@ -63,14 +65,11 @@ def build() -> typer.Typer:
 
 def _register_missing(app: typer.Typer, group: str, package: str) -> None:
     """Commands of a part that is not installed say which extra brings it."""
-    extra = "dev" if group == "benchmarks" else group
 
     def refuse() -> None:
-        raise MissingPartError(
-            f"{package} is not installed; install it with `pip install 'comigs[{extra}]'`"
-        )
+        raise _missing(package, group)
 
-    for name in EXTRAS[group]:
+    for name in COMMANDS[group]:
         app.command(
             name,
             hidden=True,
@@ -78,12 +77,33 @@ def _register_missing(app: typer.Typer, group: str, package: str) -> None:
         )(refuse)
 
 
+def _missing(package: str, group: str) -> MissingPartError:
+    return MissingPartError(
+        f"{package} is not installed; install it with `pip install 'comigs[{EXTRAS[group]}]'`"
+    )
+
+
+def _run() -> None:
+    """Runs the command; turns a package that it comes to lack into a MissingPartError.
+
+    Commands import heavy packages only when they run.
+    """
+    try:
+        build()()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        groups = [group for group, names in COMMANDS.items() if set(sys.argv[1:2]) & set(names)]
+        if not package or find_spec(package) is not None or not groups:
+            raise  # a bug: what is there lacks a part of itself
+        raise _missing(package, groups[0]) from error
+
+
 def main() -> None:
     # gRPC logs handshakes and the like from C; what matters of it is in our own messages. It reads
     # this when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        build()()
+        _run()
     except ComigsError as error:
         messages.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(error.code)

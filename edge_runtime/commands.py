@@ -23,8 +23,17 @@ from edge_runtime.store import DeviceConfig, Home
 from edge_runtime.training import Evaluator
 
 HomeOption = Annotated[Path, typer.Option(help="The device's home directory.")]
+
+
+def _known_engine(name: str | None) -> str | None:
+    if name is not None and name not in ENGINES:
+        raise typer.BadParameter(f"choose {' or '.join(ENGINES)}")
+    return name
+
+
 EngineOption = Annotated[
-    str | None, typer.Option(help=f"{' or '.join(ENGINES)} (default: the home's).")
+    str | None,
+    typer.Option(help=f"{' or '.join(ENGINES)} (default: the home's).", callback=_known_engine),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Worker threads (default: all cores).")]
 
@@ -103,6 +112,8 @@ def run(
             report=report,
         )
         list(device.batches(config))  # too little text: say so before anything is computed
+        if device_config != at.config():
+            at.save_config(device_config)  # only now: a mistake must not stay in the home
         if alone:
             device.train_alone(config)
         else:
@@ -144,7 +155,7 @@ def _training_config(path: Path | None, rounds: int) -> Any:
 def _device_config(
     home: Home, *, name: str | None, seed: int, bundle: Path | None, engine: str | None
 ) -> DeviceConfig:
-    """The home's configuration; made and stored the first time."""
+    """The home's configuration, or a new one that is not stored yet."""
     config = home.config()
     if config is None:
         if bundle is None:
@@ -158,11 +169,9 @@ def _device_config(
             bundle=str(bundle.resolve()),
             engine=engine or ENGINES[0],
         )
-        home.save_config(config)
-    elif bundle is not None and str(bundle.resolve()) != config.bundle:
+    elif bundle is not None:
         # A bundle may move; that its adapters fit is checked when the state is loaded.
         config.bundle = str(bundle.resolve())
-        home.save_config(config)
     return config
 
 
@@ -294,7 +303,9 @@ def plan(
     bundle: Annotated[Path, typer.Option(help="The bundle to plan for.")],
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 512MiB.")] = None,
     compute: Annotated[str | None, typer.Option(help="Training time per round.")] = None,
-    engine: Annotated[str, typer.Option(help=" or ".join(ENGINES))] = ENGINES[0],
+    engine: Annotated[
+        str, typer.Option(help=" or ".join(ENGINES), callback=_known_engine)
+    ] = ENGINES[0],
     batch: Annotated[int, typer.Option(help="Sequences per optimizer step.", min=1)] = 8,
     output: FormatOption = Format.TEXT,
 ) -> None:

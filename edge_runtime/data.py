@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,76 +17,114 @@ from edge_runtime.errors import BundleError, DataError
 
 Tokens = NDArray[np.int64]
 SPLITS = ("train", "valid", "test")
+SHARES = (0.8, 0.1, 0.1)
+
+# The fewest characters that make a split: about one sequence of 64 tokens.
+SHORTEST_PART = 256
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, with newlines as `\\n` and without a byte order mark.
 
     Raises:
         DataError: it cannot be read, or is not UTF-8 (with the offset of the first bad byte).
     """
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, for example with iconv"
+            f"{path} is not UTF-8 text (byte {error.start:,}); convert it or take it away"
         ) from None
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def split_text(text: str, shares: tuple[float, float, float] = (0.8, 0.1, 0.1)) -> list[str]:
-    """Train, held-out and test by position: no overlap, joined they are `text` again.
+def split_text(
+    text: str, shares: tuple[float, float, float] = SHARES, shortest: int = SHORTEST_PART
+) -> tuple[str, str, str]:
+    """Cuts a text by position into three parts whose concatenation is the text.
 
-    Cuts after an empty line if there is one near, otherwise after a line.
+    A cut falls after a blank line where one is near, else after a line, else after a word. Every
+    part has at least half of its share.
+
+    Args:
+        text: what to cut.
+        shares: positive, summing to one.
+        shortest: the fewest characters that a part may have.
 
     Raises:
-        DataError: there is no line to cut at.
+        DataError: the text is too short for that; the message says how much is needed.
+        ValueError: `shares` is not a partition.
     """
-    cuts = []
-    for wanted in (shares[0], shares[0] + shares[1]):
-        start = int(len(text) * wanted)
-        near = text[start : start + len(text) // 20]
-        for mark in ("\n\n", "\n"):
-            if mark in near:
-                cuts.append(start + near.index(mark) + len(mark))
-                break
-        else:
-            raise DataError(
-                "the text has too few lines to split into train, held-out and test; add text, or "
-                "give train.txt, valid.txt and test.txt"
-            )
-    return [text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]]
+    if min(shares) <= 0 or not math.isclose(sum(shares), 1):
+        raise ValueError(f"shares must be positive and sum to one, not {shares}")
+    needed = math.ceil(2 * max(shortest, 1) / min(shares))
+    if len(text) < needed:
+        raise DataError(
+            f"{len(text):,} characters are too few to split; at least {needed:,} are needed"
+        )
+    # The cuts on both sides of a part may each take this much: half of it remains, even rounded.
+    slack = max(0, int(len(text) * min(shares) / 4) - 1)
+    first = _cut(text, round(len(text) * shares[0]), slack)
+    second = _cut(text, round(len(text) * (shares[0] + shares[1])), slack)
+    return text[:first], text[first:second], text[second:]
 
 
-def read_splits(directory: Path) -> dict[str, str]:
-    """The splits in `directory`: its train.txt, valid.txt and (if there) test.txt, or else all its
-    text files in order of name, joined and split by position.
+def _cut(text: str, target: int, slack: int) -> int:
+    """The boundary nearest to `target`, at most `slack` away; `target` where there is none."""
+    start = target - slack
+    window = text[start : target + slack]
+    for boundary in (r"\n[ \t]*\n+", r"\n", r"\s"):
+        ends = [start + match.end() for match in re.finditer(boundary, window)]
+        if ends:
+            return min(ends, key=lambda end: abs(end - target))
+    return target
+
+
+def read_splits(directory: Path, needed: Sequence[str] = ("train", "valid")) -> dict[str, str]:
+    """The splits of one person's text.
+
+    `directory` holds either train.txt, valid.txt and test.txt (of which `needed` must be there),
+    taken as they are, or any UTF-8 text files, also in folders, which are joined in sorted order
+    and split by position. Names that start with a dot are passed over, as is a file that repeats
+    an earlier one.
 
     Raises:
-        DataError: no directory, no text, not UTF-8, or nothing to split.
+        DataError: no directory, no text, not UTF-8, or too short to split.
     """
     if not directory.is_dir():
-        raise DataError(f"{directory} is not a directory; give one with train.txt and valid.txt")
+        raise DataError(f"{directory} is not a directory; give one with text files in it")
     named = {s: directory / f"{s}.txt" for s in SPLITS if (directory / f"{s}.txt").is_file()}
-    if named:
-        for needed in ("train", "valid"):
-            if needed not in named:
-                raise DataError(f"{directory} has no {needed}.txt; add it, or remove the others")
-        splits = {name: read_text(path) for name, path in named.items()}
-    else:
-        files = sorted(p for p in directory.iterdir() if p.is_file() and p.name[0] != ".")
-        text = "\n\n".join(read_text(path) for path in files)
-        if not text.strip():
-            raise DataError(f"{directory} holds no text; put text files into it")
-        try:
-            splits = dict(zip(SPLITS, split_text(text), strict=True))
-        except DataError as error:
-            raise DataError(f"{directory}: {error}") from None
-    for name in ("train", "valid"):
+    if not named:
+        return dict(zip(SPLITS, _split_files(directory), strict=True))
+    missing = [f"{name}.txt" for name in needed if name not in named]
+    if missing:
+        raise DataError(
+            f"{directory} has no {' and no '.join(missing)} beside {next(iter(named))}.txt; add "
+            "it, or give text files under other names, which are then split"
+        )
+    splits = {name: read_text(path) for name, path in named.items()}
+    for name in needed:
         if not splits[name].strip():
-            raise DataError(f"{directory}: the {name} split is empty; add text to it")
+            raise DataError(f"{named[name]} is empty; put text into it")
     return splits
+
+
+def _split_files(directory: Path) -> tuple[str, str, str]:
+    texts = [read_text(path) for path in sorted(directory.rglob("*")) if _is_text(path, directory)]
+    texts = [text for text in dict.fromkeys(texts) if text.strip()]
+    if not texts:
+        raise DataError(f"{directory} holds no text; put UTF-8 text files into it")
+    try:
+        return split_text("\n\n".join(texts))
+    except DataError as error:
+        raise DataError(f"{directory}: {error}") from None
+
+
+def _is_text(path: Path, directory: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+    return path.is_file() and not hidden
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:

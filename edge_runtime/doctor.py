@@ -102,9 +102,7 @@ def _round_trip(address: str, ca: Path | None, insecure: bool) -> Finding:
     from edge_runtime.client import Client
 
     try:
-        client = Client(
-            address, ca=ca, insecure=insecure, retry_seconds=3, on_wait=lambda _: None
-        )
+        client = Client(address, ca=ca, insecure=insecure, retry_seconds=3, on_wait=lambda _: None)
         milliseconds = 1000 * client.ping()
         client.close()
     except ComigsError as error:

@@ -26,6 +26,11 @@ def converse(predictor: Predictor, *, top: int, refresh: Callable[[], None]) -> 
         if shown:
             event.current_buffer.insert_text(shown[0].text)
 
+    @keys.add("c-d")
+    def end(event: KeyPressEvent) -> None:
+        # By default it ends an empty line only.
+        event.app.exit(exception=EOFError)
+
     def toolbar() -> FormattedText:
         refresh()
         shown[:] = predictor.suggest(get_app().current_buffer.text, top)

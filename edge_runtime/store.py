@@ -1,6 +1,6 @@
 """A device's home directory: it survives a kill at any moment.
 
-    HOME/device.json          who this device is: name, seed, bundle, engine, coordinator
+    HOME/device.json          who this device is: name, seed, bundle, engine
     HOME/state.safetensors    adapters, optimizer moments and counters, in one file
     HOME/identity.json        its identity at the coordinator (readable by the owner only)
     HOME/lock                 held by the process that trains
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -82,7 +83,14 @@ class Home:
 
     def config(self) -> DeviceConfig | None:
         value = self._json("device.json")
-        return None if value is None else DeviceConfig(**value)
+        if value is None:
+            return None
+        try:
+            return DeviceConfig(**value)
+        except TypeError as error:
+            raise AdapterError(
+                f"{self.path / 'device.json'} is damaged: {error}; restore it from a copy"
+            ) from error
 
     def save_config(self, config: DeviceConfig) -> None:
         self._save_json("device.json", asdict(config))
@@ -134,34 +142,12 @@ class Home:
             with safe_open(path, "np") as file:
                 metadata = json.loads(file.metadata()["comigs"])
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return _state_of(bundle, path, metadata, arrays)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise AdapterError(
                 f"{path} is damaged: {error}; restore it from a copy, or move it away to start "
                 "from fresh adapters"
             ) from error
-        sizes = {role.name: role.size for role in bundle.manifest.roles}
-        stored = {
-            key.removesuffix("/value"): len(value)
-            for key, value in arrays.items()
-            if key.endswith("/value")
-        }
-        same_base = metadata["contract"] == contract_sha256(bundle.manifest)
-        if metadata["version"] != STATE_VERSION or stored != sizes or not same_base:
-            raise AdapterError(
-                f"{path} was made with another bundle than {bundle.path} (another base, rank or "
-                "number of experts); use that bundle, or another --home"
-            )
-        writable = {key: np.array(value, np.float32) for key, value in arrays.items()}
-        state = TrainingState(
-            vectors={role: writable[f"{role}/value"] for role in sizes},
-            first_moment={role: writable[f"{role}/first_moment"] for role in sizes},
-            second_moment={role: writable[f"{role}/second_moment"] for role in sizes},
-            expert_steps=metadata["expert_steps"],
-            router_steps=metadata["router_steps"],
-        )
-        progress = Progress(**metadata["progress"])
-        progress.curve = [(int(step), float(loss)) for step, loss in progress.curve]
-        return state, progress
 
     def _json(self, name: str) -> Any:
         path = self.path / name
@@ -175,3 +161,36 @@ class Home:
     def _save_json(self, name: str, value: dict[str, Any]) -> None:
         content = json.dumps(value, indent=2) + "\n"
         write_atomic(self.path / name, content.encode())
+
+
+def _state_of(
+    bundle: Bundle, path: Path, metadata: dict[str, Any], arrays: dict[str, NDArray[Any]]
+) -> tuple[TrainingState, Progress]:
+    """What `Home.save_state` wrote to `path`.
+
+    Raises:
+        AdapterError: it belongs to another bundle.
+    """
+    sizes = {role.name: role.size for role in bundle.manifest.roles}
+    stored = {
+        key.removesuffix("/value"): len(value)
+        for key, value in arrays.items()
+        if key.endswith("/value")
+    }
+    same_base = metadata["contract"] == contract_sha256(bundle.manifest)
+    if metadata["version"] != STATE_VERSION or stored != sizes or not same_base:
+        raise AdapterError(
+            f"{path} was made with another bundle than {bundle.path} (another base, rank or "
+            "number of experts); use that bundle, or another --home"
+        )
+    writable = {key: np.array(value, np.float32) for key, value in arrays.items()}
+    state = TrainingState(
+        vectors={role: writable[f"{role}/value"] for role in sizes},
+        first_moment={role: writable[f"{role}/first_moment"] for role in sizes},
+        second_moment={role: writable[f"{role}/second_moment"] for role in sizes},
+        expert_steps=metadata["expert_steps"],
+        router_steps=metadata["router_steps"],
+    )
+    progress = Progress(**metadata["progress"])
+    progress.curve = [(int(step), float(loss)) for step, loss in progress.curve]
+    return state, progress

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def export_bundle(
         raise StorageError(f"{out} exists; give another --out, or --overwrite to replace it")
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    with storage_errors(staging):
+    with storage_errors(staging), _removed_on_failure(staging):
         staging.mkdir(parents=True)
         manifest = _manifest(base, mixture, tier)
         base.tokenizer.save(str(staging / TOKENIZER_FILE))
@@ -92,6 +93,15 @@ def export_bundle(
         shutil.rmtree(out, ignore_errors=True)
         staging.rename(out)
     return open_bundle(out)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True)

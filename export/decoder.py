@@ -241,7 +241,9 @@ class Decoder(nn.Module):
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats, (N,)."""
-        losses: Tensor = _HeadLoss.apply(hidden, self.head(), targets.reshape(-1))
+        losses: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, self.head(), targets.reshape(-1)
+        )
         return losses
 
     def balance(self, routings: list[Routing]) -> Tensor:

@@ -1,0 +1,41 @@
+# Every target sets up what it needs: a virtual environment in .venv, once, with the exact versions
+# of constraints.txt. Arguments go through ARGS: make demo ARGS="--engine executorch".
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint protos clean
+
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## Four devices learn together on this machine; report in demo/report.html
+	$(BIN)/comigs demo $(ARGS)
+
+test: $(STAMP) ## All tests
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+protos: $(STAMP) ## Generate the Python of protos/*.proto again
+	$(BIN)/python -m protos
+
+clean: ## Remove everything that the other targets made
+	rm -rf .venv demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "comigs needs Python 3.11 or newer, which $(PYTHON) is not; install it," \
+	    "or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv .venv || { rm -rf .venv; exit 1; }
+	@echo "Installing into .venv; the first time this takes some minutes."
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,89 @@
+"""`comigs demo` from compiling to the report, on the tiny base and two small users."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.demo import _places, _sentence
+
+
+@pytest.fixture(scope="module")
+def users_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`numbers` brings its own splits, `letters` one file that has to be split."""
+    path = tmp_path_factory.mktemp("users")
+    for name in ("numbers", "letters"):
+        (path / name).mkdir()
+    for split in ("train", "valid", "test"):
+        lines = [f"{n} plus {n} makes {2 * n} in {split}.\n" for n in range(200)]
+        (path / "numbers" / f"{split}.txt").write_text("".join(lines))
+    lines = [f"After {chr(97 + n % 26) * 3} comes {chr(97 + (n + 1) % 26) * 3}, {n} says.\n\n"
+             for n in range(500)]  # fmt: skip
+    (path / "letters" / "notes.txt").write_text("".join(lines))
+    return path
+
+
+def run_demo(users: Path, base: Path, out: Path) -> dict[str, object]:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "edge_runtime", "demo", "--users", users, "--base", base),
+            *("--rounds", "2", "--local-steps", "5", "--out", out, "--format", "json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, object] = json.loads(done.stdout)
+    return result
+
+
+def test_demo_tells_the_whole_story(users_dir: Path, tiny_base_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    result = run_demo(users_dir, tiny_base_dir, out)
+    assert [user["name"] for user in result["users"]] == ["letters", "numbers"]
+    for user in result["users"]:
+        perplexity = user["test_perplexity"]
+        assert set(perplexity) == {"base", "local", "fedavg", "method"}
+        assert all(1.0 < value < math.inf for value in perplexity.values())
+        # Ten steps on such regular text help every arm; a base of random weights knows nothing.
+        assert all(perplexity[arm] < perplexity["base"] for arm in ("local", "fedavg", "method"))
+        assert user["bytes_sent"] > 0
+        assert user["bytes_received"] > user["bytes_sent"]
+        assert user["peak_rss_mib"] > 10
+        assert user["step_seconds"] > 0
+        assert [step for step, _ in user["curves"]["method"]] == [0, 5, 10]
+        for weights in user["routing"]["weights"]:
+            assert sum(weights) == pytest.approx(1.0, abs=1e-4)
+    page = (out / "report.html").read_text()
+    for user in result["users"]:
+        assert user["name"] in page
+    # What was compiled once is used again, and the seed fixes the figures.
+    bundles = {path: path.stat().st_mtime_ns for path in (out / "bundles").iterdir()}
+    again = run_demo(users_dir, tiny_base_dir, out)
+    assert bundles == {path: path.stat().st_mtime_ns for path in (out / "bundles").iterdir()}
+    assert [user["test_perplexity"] for user in again["users"]] == [
+        user["test_perplexity"] for user in result["users"]
+    ]
+
+
+def test_suggestions_are_asked_for_at_word_boundaries() -> None:
+    text = "One two three four five. " * 40
+    for context, truth in _places(text, 3):
+        assert context + truth in text
+        assert truth.startswith(" ")
+        assert truth[1:].isalpha()
+        assert text[len(context) :] != context
+
+
+def test_the_sentence_is_a_passage_of_the_text() -> None:
+    text = "\n".join(f"Line {n} holds some words of its own." for n in range(100))
+    sentence = _sentence(text)
+    assert sentence in text
+    assert 40 < len(sentence) <= 240
