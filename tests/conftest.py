@@ -18,6 +18,8 @@ from export.mixture import Mixture
 from export.tiers import Tier
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The tensors are tiny: more threads only get in each other's way.
+torch.set_num_threads(1)
 
 TIER = Tier(
     name="test", train_length=16, micro_batches=(1, 2), eval_batch=2, context=32, prefill_chunk=8

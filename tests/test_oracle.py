@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import ExportTiny
+from conftest import TIER, ExportTiny
 from transformers import GPT2LMHeadModel
 
 from coordinator.aggregation import Contribution, mean
@@ -36,6 +37,7 @@ CONFIG = pb.TrainingConfig(
     router_steps=3,
 )
 MICRO_BATCH = 2
+ONE_PROGRAM = replace(TIER, micro_batches=(MICRO_BATCH,))
 Arrays = dict[str, np.ndarray]
 
 
@@ -147,6 +149,7 @@ def test_compiled_training_agrees_with_the_oracle(
         Mixture(rank=4, mixing=mixing, specialists=specialists),
         engines=(engine,),
         programs=("train_step",),
+        tier=ONE_PROGRAM,
     )
     got = train_compiled(bundle, engine, tmp_path)
     difference, where = worst_difference(got, train_oracle(bundle, tiny_base_dir))
@@ -157,7 +160,9 @@ def test_every_tensor_moves_and_devices_differ_only_where_they_should(
     export_tiny: ExportTiny, tmp_path: Path
 ) -> None:
     bundle = export_tiny(
-        Mixture(rank=4, mixing="per_linear", specialists=1), programs=("train_step",)
+        Mixture(rank=4, mixing="per_linear", specialists=1),
+        programs=("train_step",),
+        tier=ONE_PROGRAM,
     )
     one, other = train_compiled(bundle, "onnxruntime", tmp_path)
     fresh = views(bundle.manifest, load_fresh(bundle))
@@ -172,7 +177,9 @@ def test_a_gradient_leak_would_be_caught(
 ) -> None:
     """The public reference implementation lets each level's gradients reach the other."""
     bundle = export_tiny(
-        Mixture(rank=4, mixing="per_linear", specialists=1), programs=("train_step",)
+        Mixture(rank=4, mixing="per_linear", specialists=1),
+        programs=("train_step",),
+        tier=ONE_PROGRAM,
     )
     got = train_compiled(bundle, "onnxruntime", tmp_path)
     difference, _ = worst_difference(got, train_oracle(bundle, tiny_base_dir, leak=True))

@@ -1,0 +1,212 @@
+"""One bundle, two engines that agree; and a device under the default one has no torch in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TIER, ExportTiny
+from device_help import TIMEOUT, comigs, events, run_alone, saved, steps, tokens, trainer
+
+from edge_runtime.bundle import Bundle
+from edge_runtime.engines import ENGINES, load_engine
+from edge_runtime.predict import Predictor
+from edge_runtime.training import Evaluator
+from export import mixture
+from export.mixture import Mixture
+
+TEXT = "Line 17 of the train split says that 289 is a number. "  # longer than the context
+
+
+@pytest.fixture(scope="module")
+def both(export_tiny: ExportTiny) -> Bundle:
+    """The tiny bundle with every program for both engines."""
+    return export_tiny(Mixture(rank=4), engines=ENGINES)
+
+
+# --- the engines agree -------------------------------------------------------------------------
+
+
+def test_suggestions_and_routing_agree(both: Bundle) -> None:
+    vectors = mixture.random(both.manifest, 1)
+    one, other = (Predictor(both, load_engine(name), vectors) for name in ENGINES)
+    for end in (1, 2, 7, 8, 9, 30, 31, 32, 33, len(TEXT)):
+        ours, theirs = (p.suggest(TEXT[:end], top=256) for p in (one, other))
+        # Suggestions of equal probability may come in either order.
+        np.testing.assert_allclose(
+            [s.probability for s in ours], [s.probability for s in theirs], atol=1e-4
+        )
+        assert ours[0].text == theirs[0].text
+    for (token, shares), (same_token, same_shares) in zip(
+        one.explain(TEXT), other.explain(TEXT), strict=True
+    ):
+        assert token == same_token
+        assert shares == pytest.approx(same_shares, abs=1e-4)
+
+
+def test_evaluation_and_training_agree(both: Bundle) -> None:
+    start = mixture.random(both.manifest, 1)
+    held_out = tokens(5, 200)
+    trained, losses = [], []
+    for name in ENGINES:
+        vectors = steps(trainer(both, start, engine=name), 10)  # over three bursts
+        trained.append(vectors)
+        losses.append(Evaluator(both, load_engine(name), vectors).loss(held_out))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for role, vector in trained[0].items():
+        assert not np.array_equal(vector, start[role])
+        difference = np.linalg.norm(trained[1][role] - vector) / np.linalg.norm(vector)
+        assert difference < 1e-3, role
+
+
+def test_a_home_may_change_its_engine(both: Bundle, text_dir: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    first = run_alone(
+        home, text_dir, "--bundle", both.path, "--rounds", 1, "--engine", "executorch"
+    )
+    second = run_alone(home, text_dir, "--rounds", 2, "--engine", "onnxruntime")
+    assert [first[-1]["engine"], second[-1]["engine"]] == ["executorch", "onnxruntime"]
+    assert (first[-1]["steps"], second[-1]["steps"]) == (10, 20)
+    assert second[-1]["held_out_loss"][2][1] < first[-1]["held_out_loss"][1][1]
+    results = [
+        json.loads(
+            comigs(
+                *("predict", "--home", home, "Line 1", "--explain", "--format", "json"),
+                *("--engine", engine),
+            ).stdout
+        )
+        for engine in ENGINES
+    ]
+    probabilities = [[s["probability"] for s in result["suggestions"]] for result in results]
+    assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-4)
+    assert [row["token"] for row in results[0]["routing"]] == list("Line 1")
+
+
+def test_more_threads_are_the_same_device(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    """The same bits, whatever number of threads: a state may move to another machine."""
+    for threads in (1, 2):
+        home = tmp_path / str(threads)
+        options = ("--bundle", tiny_bundle.path, "--rounds", 1, "--threads", threads)
+        run_alone(home, text_dir, *options)
+    assert saved(tmp_path / "1", tiny_bundle) == saved(tmp_path / "2", tiny_bundle)
+
+
+# --- no torch in a device ----------------------------------------------------------------------
+
+WITHOUT = """
+import json, sys
+
+BANNED = ("torch", "transformers", "peft", "executorch", "onnx", "onnxscript", "sqlalchemy")
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BANNED:
+            raise {error}("no module named " + name, name=name)
+
+sys.meta_path.insert(0, Finder())
+from edge_runtime.cli import main
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["comigs", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            sys.exit(end.code)
+loaded = sorted({{name.partition(".")[0] for name in sys.modules}} & set(BANNED))
+assert not loaded, loaded
+assert "onnxruntime" in sys.modules or {anything}
+print("clean")
+"""
+
+
+def without(
+    *commands: list[object], error: str = "ImportError", anything: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Runs commands in one process in which importing torch and the like raises `error`."""
+    program = WITHOUT.format(error=error, anything=anything)
+    listed = json.dumps([[str(part) for part in arguments] for arguments in commands])
+    return subprocess.run(
+        [sys.executable, "-c", program, listed],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def test_a_device_needs_no_torch(tiny_bundle: Bundle, text_dir: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    at: list[object] = ["--home", home]
+    done = without(
+        ["device", "run", *at, "--data", text_dir, "--bundle", tiny_bundle.path, "--alone"],
+        ["device", "evaluate", *at, "--data", text_dir, "--format", "json"],
+        ["predict", *at, "Line 1", "--explain"],
+        ["plan", "--bundle", tiny_bundle.path],
+        ["doctor", *at],
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "clean"
+    assert "perplexity" in done.stdout
+    assert "generalist" in done.stdout
+    assert saved(home, tiny_bundle)["expert_steps"] == 30
+
+
+def test_what_is_not_installed_is_named_with_its_extra(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """A device's installation: no torch, no database."""
+    out = tmp_path / "out"
+    for command, package, extra in (
+        (["export", "--out", out], "torch", "export"),
+        (["serve", "--bundle", tiny_bundle.path, "--state", out, "--listen", "127.0.0.1:0"],
+         "sqlalchemy", "coordinator"),
+    ):  # fmt: skip
+        done = without(command, error="ModuleNotFoundError", anything=True)
+        assert done.returncode == 20, done.stderr
+        assert f"{package} is not installed" in done.stderr
+        assert f"pip install 'comigs[{extra}]'" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_the_engines_thread_count_is_what_was_asked_for(both: Bundle, tmp_path: Path) -> None:
+    """ExecuTorch takes its threads from the cores a process may use; one is one."""
+    program = (
+        "import os, sys; from edge_runtime.engines import load_engine;"
+        "load_engine('executorch', threads=1); print(len(os.sched_getaffinity(0)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=TIMEOUT
+    )
+    assert done.stdout.strip() == "1"
+
+
+def test_tiers_shapes_are_the_programs_shapes(both: Bundle) -> None:
+    shapes = {
+        (p.name, p.engine): tuple(next(i for i in p.inputs if i.name == "tokens").shape)
+        for p in both.manifest.programs
+    }
+    for engine in ENGINES:
+        for size in TIER.micro_batches:
+            assert shapes[f"train_step.b{size}", engine] == (size, TIER.train_length)
+        assert shapes["eval_loss", engine] == (TIER.eval_batch, TIER.train_length)
+        assert shapes["prefill", engine] == (TIER.prefill_chunk,)
+        assert shapes["decode", engine] == (1,)
+
+
+def test_a_reader_of_events_gets_json_lines(both: Bundle, text_dir: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    options = ("--home", home, "--data", text_dir, "--bundle", both.path, "--alone")
+    done = comigs("device", "run", *options, "--rounds", 1, "--format", "json")
+    kinds = [event["event"] for event in events(done.stdout)]
+    assert kinds[0] == "plan"
+    assert kinds[-1] == "summary"
+    assert kinds.count("step") == 10
+    people = comigs("device", "run", *options, "--rounds", 2)
+    assert people.stdout == ""
+    assert "step" in people.stderr

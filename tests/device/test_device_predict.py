@@ -1,0 +1,342 @@
+"""Prediction: the cache changes nothing, text may be long, adapters are the freshest."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import ExportTiny
+from device_help import TIMEOUT, comigs, command, device_run, run_alone, tokens
+from transformers import GPT2LMHeadModel
+
+from edge_runtime.adapters import Vectors, load_fresh, views
+from edge_runtime.bundle import Bundle
+from edge_runtime.engines import load_engine
+from edge_runtime.predict import Predictor
+from edge_runtime.store import Home
+from export import mixture
+from export.mixture import Mixture
+
+
+def predictor(bundle: Bundle, vectors: Vectors) -> Predictor:
+    return Predictor(bundle, load_engine("onnxruntime", threads=1), vectors)
+
+
+def reference(bundle: Bundle, base: Path, vectors: Vectors) -> oracle.OracleModel:
+    """The same model in plain PyTorch and float64."""
+    m = bundle.manifest.mixture
+    return oracle.OracleModel(
+        GPT2LMHeadModel.from_pretrained(base, dtype=torch.float64),
+        mixing=m.mixing,
+        experts=1 + m.specialists,
+        rank=m.rank,
+        alpha=m.alpha,
+        targets=tuple(m.targets),
+        values=views(bundle.manifest, vectors),
+    )
+
+
+# --- logits ------------------------------------------------------------------------------------
+
+
+def test_fresh_adapters_are_the_base_at_every_length(
+    tiny_bundle: Bundle, tiny_base_dir: Path
+) -> None:
+    context = tiny_bundle.manifest.tier.context
+    text = tokens(1, context)
+    model = GPT2LMHeadModel.from_pretrained(tiny_base_dir)
+    with torch.no_grad():
+        want = model(torch.from_numpy(text)[None]).logits[0].numpy()
+    fresh = load_fresh(tiny_bundle)
+    growing = predictor(tiny_bundle, fresh)
+    at_once = predictor(tiny_bundle, fresh)
+    for length in range(1, context + 1):
+        start = text[:length].tolist()
+        np.testing.assert_allclose(growing.logits(start), want[length - 1], atol=1e-4)
+        at_once.use(fresh)  # forgets its cache
+        np.testing.assert_allclose(at_once.logits(start), want[length - 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("specialists", [0, 1])
+def test_trained_adapters_are_the_method_at_every_length(
+    export_tiny: ExportTiny, tiny_base_dir: Path, specialists: int
+) -> None:
+    """Logits and routing of prefill and decode against the whole pass in plain PyTorch."""
+    bundle = export_tiny(Mixture(rank=4, specialists=specialists))
+    vectors = mixture.random(bundle.manifest, 2)
+    text = tokens(2, bundle.manifest.tier.context)
+    model = reference(bundle, tiny_base_dir, vectors)
+    with torch.no_grad():
+        logits, routed = model(torch.from_numpy(text)[None])
+        shares = torch.stack([oracle.mixing_weights(r[0], 2) for r in routed] or [torch.ones(1, 1)])
+    growing, at_once = predictor(bundle, vectors), predictor(bundle, vectors)
+    for length in range(1, len(text) + 1):
+        want = logits[0, length - 1].numpy()
+        start = text[:length].tolist()
+        np.testing.assert_allclose(growing.logits(start), want, atol=1e-4)
+        at_once.use(vectors)
+        np.testing.assert_allclose(at_once.logits(start), want, atol=1e-4)
+    explained = growing.explain(growing.tokenizer.decode(text.tolist()))
+    rows = np.array([list(row.values()) for _, row in explained])
+    assert rows.shape == (len(text), 1 + specialists)
+    np.testing.assert_allclose(rows.sum(1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(rows, np.broadcast_to(shares.mean(0).numpy(), rows.shape), atol=1e-4)
+    if specialists:
+        assert rows.std(0).max() > 0.01  # tokens do differ
+
+
+def test_any_edit_gives_what_a_fresh_start_gives(tiny_bundle: Bundle) -> None:
+    """Typing, deleting, changing the middle, pasting, going beyond the context."""
+    vectors = mixture.random(tiny_bundle.manifest, 3)
+    kept = predictor(tiny_bundle, vectors)
+    rng = np.random.default_rng(4)
+    text: list[int] = [65]
+    lengths = set()
+    for _ in range(60):
+        edit = rng.integers(4)
+        if edit == 0:
+            text = text + rng.integers(0, 256, int(rng.integers(1, 12))).tolist()
+        elif edit == 1:
+            text = text[: int(rng.integers(1, len(text) + 1))]
+        elif edit == 2:
+            text = list(text)
+            text[int(rng.integers(len(text)))] = int(rng.integers(256))
+        # else: the same text again
+        lengths.add(len(text))
+        scratch = predictor_from_scratch(kept, tiny_bundle, vectors)
+        np.testing.assert_allclose(kept.logits(text), scratch.logits(text), atol=1e-4)
+    assert max(lengths) > tiny_bundle.manifest.tier.context
+
+
+_scratch: dict[int, Predictor] = {}
+
+
+def predictor_from_scratch(kept: Predictor, bundle: Bundle, vectors: Vectors) -> Predictor:
+    """Another predictor with nothing in its cache."""
+    other = _scratch.setdefault(id(kept), predictor(bundle, vectors))
+    other.use(vectors)
+    return other
+
+
+def test_of_a_long_text_the_end_counts(tiny_bundle: Bundle) -> None:
+    context = tiny_bundle.manifest.tier.context
+    vectors = mixture.random(tiny_bundle.manifest, 3)
+    ours = predictor(tiny_bundle, vectors)
+    text = "It is a long text, longer than the context of this little model. " * 3
+    suggestions = ours.suggest(text)
+    assert suggestions == ours.suggest(text[-context:])
+    assert suggestions != ours.suggest(text[: context - 1])
+    explained = ours.explain(text)
+    assert "".join(token for token, _ in explained) == text[-context:]
+
+
+def test_suggestions_are_a_distribution_best_first(tiny_bundle: Bundle) -> None:
+    ours = predictor(tiny_bundle, mixture.random(tiny_bundle.manifest, 3))
+    for text in ("", "A", "Line 1"):
+        every = [s.probability for s in ours.suggest(text, top=256)]
+        assert len(every) == 256
+        assert sum(every) == pytest.approx(1.0, abs=1e-6)
+        assert every == sorted(every, reverse=True)
+        assert ours.suggest(text, top=3) == ours.suggest(text, top=256)[:3]
+
+
+def test_other_adapters_leave_nothing_behind(tiny_bundle: Bundle) -> None:
+    one, other = (mixture.random(tiny_bundle.manifest, seed) for seed in (5, 6))
+    switched = predictor(tiny_bundle, one)
+    before = switched.suggest("Line 12")
+    switched.use(other)
+    after = switched.suggest("Line 12")
+    assert after != before
+    assert after == predictor(tiny_bundle, other).suggest("Line 12")
+    one["generalist"][...] = 0  # the caller's array is not the predictor's
+    switched.use(mixture.random(tiny_bundle.manifest, 5))
+    assert switched.suggest("Line 12") == before
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def ask(home: Path, text: str = "Line 1") -> list[dict[str, object]]:
+    done = comigs("predict", "--home", home, text, "--format", "json", "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["text"] == text
+    suggestions: list[dict[str, object]] = answer["suggestions"]
+    return suggestions
+
+
+def test_predict_works_beside_training_and_sees_what_it_saved(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "home"
+    home = Home(path)
+    training = tmp_path / "training.json"
+    training.write_text('{"localSteps": 100000, "weightDecay": 0.01, "tau": 30}')
+    process = subprocess.Popen(
+        device_run(path, text_dir, "--bundle", tiny_bundle.path, "--training", training),
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: (path / "device.json").exists() and home.state_modified() > 0)
+        early = ask(path)
+        step = home.load_state(tiny_bundle)[0].expert_steps
+        wait_until(lambda: home.load_state(tiny_bundle)[0].expert_steps > step)
+        late = ask(path)
+        assert process.poll() is None  # it trained all the while
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert early != late
+    state, _ = home.load_state(tiny_bundle)
+    want = predictor(tiny_bundle, state.vectors).suggest("Line 1")
+    last = ask(path)
+    assert [s["text"] for s in last] == [s.text for s in want]
+    assert [s["probability"] for s in last] == pytest.approx([s.probability for s in want])
+
+
+def wait_until(condition: object) -> None:
+    assert callable(condition)
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def trained_home(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    home = tmp_path_factory.mktemp("trained") / "home"
+    run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 2)
+    return home
+
+
+def test_predict_for_people_shows_suggestions_and_routing(trained_home: Path) -> None:
+    done = comigs("predict", "--home", trained_home, "Line 1", "--top", 3, "--explain")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(re.match(r" *\d+\.\d%  '", line) for line in lines[:3])
+    assert not re.match(r" *\d+\.\d%  '", lines[3])
+    assert "generalist" in done.stdout
+    assert "specialist.1" in done.stdout
+    assert comigs("predict", "--home", trained_home, "Line", "--top", 0).returncode == 2
+
+
+class Terminal:
+    """`comigs predict` on a pseudo-terminal."""
+
+    def __init__(self, home: Path) -> None:
+        pid, self.file = pty.fork()
+        if pid == 0:
+            os.environ |= {"TERM": "xterm", "COLUMNS": "160", "LINES": "24"}
+            arguments = command("predict", "--home", home, "--threads", 1)
+            os.execv(arguments[0], arguments)
+        self.pid = pid
+        fcntl.ioctl(self.file, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
+
+    def type(self, keys: str) -> None:
+        os.write(self.file, keys.encode())
+
+    def shows(self, *wanted: str) -> str:
+        """Redraws (Ctrl-L) until everything wanted is on the screen; the screen as plain text."""
+        end = time.monotonic() + TIMEOUT
+        while True:
+            self.type("\x0c")
+            screen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]", "", self._read(0.5))
+            if all(text in screen for text in wanted):
+                return screen
+            assert time.monotonic() < end, f"{wanted} not in {screen!r}"
+
+    def _read(self, quiet_seconds: float) -> str:
+        """What it writes until it has been quiet for a while."""
+        got = b""
+        while select.select([self.file], [], [], quiet_seconds)[0]:
+            try:
+                part = os.read(self.file, 65536)
+            except OSError:  # the other side is closed
+                break
+            got += part
+            # A terminal answers when it is asked where its cursor is.
+            if b"\x1b[6n" in part:
+                self.type("\x1b[1;1R")
+        return got.decode(errors="replace")
+
+    def end(self) -> int:
+        """The exit code, once it ended by itself."""
+        end = time.monotonic() + TIMEOUT
+        while True:
+            self._read(0.05)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = 0
+                return os.waitstatus_to_exitcode(status)
+            assert time.monotonic() < end, "it did not end"
+
+    def close(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.file)
+
+
+@pytest.fixture
+def terminal(trained_home: Path) -> Iterator[Terminal]:
+    opened = Terminal(trained_home)
+    yield opened
+    opened.close()
+
+
+def test_the_interactive_line(terminal: Terminal, trained_home: Path, tiny_bundle: Bundle) -> None:
+    state, _ = Home(trained_home).load_state(tiny_bundle)
+    ours = predictor(tiny_bundle, state.vectors)
+
+    def toolbar(text: str) -> list[str]:
+        return [f"{s.text!r} {s.probability:.0%}" for s in ours.suggest(text)]
+
+    terminal.shows("> ", "Ctrl-D ends", *toolbar(""))
+    terminal.type("Line")
+    terminal.shows("> Line", *toolbar("Line"))
+    terminal.type(" 4")
+    terminal.shows("> Line 4", *toolbar("Line 4"))
+    taken = "Line 4" + ours.suggest("Line 4")[0].text
+    terminal.type("\t")
+    terminal.shows(f"> {taken}".rstrip(), *toolbar(taken))
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+def test_the_interactive_line_takes_up_fresher_adapters(
+    terminal: Terminal, trained_home: Path, tiny_bundle: Bundle
+) -> None:
+    home = Home(trained_home)
+    terminal.type("Line")
+    terminal.shows("> Line")
+    state, progress = home.load_state(tiny_bundle)
+    kept = {role: vector.copy() for role, vector in state.vectors.items()}
+    other = mixture.random(tiny_bundle.manifest, 77)
+    for role, vector in other.items():
+        state.vectors[role][...] = 3 * vector
+    home.save_state(tiny_bundle, state, progress)
+    try:
+        fresher = predictor(tiny_bundle, state.vectors).suggest("Line")
+        terminal.shows("> Line", *(f"{s.text!r} {s.probability:.0%}" for s in fresher))
+    finally:
+        state.vectors.update(kept)
+        home.save_state(tiny_bundle, state, progress)
+    terminal.type("\x04")
+    assert terminal.end() == 0

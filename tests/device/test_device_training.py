@@ -1,0 +1,185 @@
+"""Local training: what it reads, what it leaves alone, and that it is the same every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ExportTiny
+from device_help import comigs, run_alone, same, saved, steps, tokens, trainer, training_file
+from transformers import GPT2LMHeadModel
+
+from edge_runtime.adapters import load_fresh
+from edge_runtime.bundle import Bundle
+from edge_runtime.engines import load_engine
+from edge_runtime.store import Home
+from edge_runtime.training import Evaluator
+from export import mixture
+from export.mixture import Mixture
+
+EXPERTS = ("generalist", "specialist.1")
+
+
+@pytest.fixture(scope="module")
+def alone(export_tiny: ExportTiny) -> Bundle:
+    """A generalist and nobody beside it."""
+    return export_tiny(Mixture(rank=4, specialists=0))
+
+
+# --- the process -----------------------------------------------------------------------------
+
+
+def test_a_device_alone_learns_its_text(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    got = run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 2)
+    assert [event["round"] for event in got if event["event"] == "round"] == [1, 2]
+    assert [event["step"] for event in got if event["event"] == "step"] == list(range(1, 21))
+    summary = got[-1]
+    assert summary["event"] == "summary"
+    assert (summary["rounds"], summary["steps"]) == (2, 20)
+    curve = summary["held_out_loss"]
+    assert [step for step, _ in curve] == [0, 10, 20]
+    assert curve[0][1] > curve[1][1] > curve[2][1]
+    assert summary["peak_rss_mib"] <= summary["planned_memory_mib"]
+    state, progress = Home(home).load_state(tiny_bundle)
+    assert (state.expert_steps, progress.finished) == (20, True)
+    perplexities = [
+        comigs("device", "evaluate", "--home", home, "--data", text_dir, *more).stdout
+        for more in ((), ("--fresh",))
+    ]
+    trained, fresh = (float(line.split("perplexity ")[1].split()[0]) for line in perplexities)
+    assert trained < fresh
+
+
+def test_the_seed_decides(tiny_bundle: Bundle, text_dir: Path, tmp_path: Path) -> None:
+    def train(name: str, seed: int) -> dict[str, object]:
+        home = tmp_path / name
+        options = ("--bundle", tiny_bundle.path, "--seed", seed, "--rounds", 1)
+        run_alone(home, text_dir, *options, "--training", config)
+        return saved(home, tiny_bundle)
+
+    config = training_file(tmp_path / "training.json", local_steps=8, tau=4, weight_decay=0.01)
+    one, again, other = train("one", 5), train("again", 5), train("other", 6)
+    assert one == again
+    for role in (*EXPERTS, "router"):
+        assert one[f"{role}/vectors"] != other[f"{role}/vectors"], role
+
+
+def test_text_files_of_any_name_are_split(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    data = tmp_path / "notes"
+    data.mkdir()
+    for name in ("a.txt", "b.md"):
+        lines = [f"In {name}, paragraph {n}.\n\n" for n in range(400)]
+        (data / name).write_text("".join(lines))
+    got = run_alone(tmp_path / "home", data, "--bundle", tiny_bundle.path, "--rounds", 1)
+    assert got[-1]["steps"] == 10
+
+
+# --- a step ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_micro_batches_add_up_to_the_batch(tiny_bundle: Bundle, batch: int) -> None:
+    start = mixture.random(tiny_bundle.manifest, 0)
+    whole, parts = (
+        steps(trainer(tiny_bundle, start, micro_batch=size, batch_sequences=batch), 7)
+        for size in (2, 1)
+    )
+    for role, vector in whole.items():
+        change = np.linalg.norm(vector - start[role])
+        assert change > 0
+        assert np.linalg.norm(parts[role] - vector) < 1e-4 * change, role
+        np.testing.assert_allclose(parts[role], vector, rtol=1e-5, atol=1e-5)
+
+
+def test_a_burst_is_due_after_every_tau_steps(tiny_bundle: Bundle) -> None:
+    start = mixture.random(tiny_bundle.manifest, 0)
+    trained = trainer(tiny_bundle, start, tau=3, router_steps=2)
+    moved, before = [], start["router"]
+    for _ in range(7):
+        after = steps(trained, 1)["router"]
+        moved.append(not np.array_equal(before, after))
+        before = after
+    assert moved == [False, False, True, False, False, True, False]
+    assert trained.state.router_steps == 4
+
+
+def test_the_held_out_text_reaches_the_experts_only_through_the_router(
+    tiny_bundle: Bundle,
+) -> None:
+    start = mixture.random(tiny_bundle.manifest, 0)
+    one, other = (trainer(tiny_bundle, start, valid=seed) for seed in (2, 9))
+    assert same(steps(one, 2), steps(other, 2))
+    after, elsewhere = steps(one, 1), steps(other, 1)  # with the burst at its end
+    assert same(after, elsewhere, *EXPERTS)
+    assert not same(after, elsewhere, "router")
+    after, elsewhere = steps(one, 1), steps(other, 1)
+    assert not same(after, elsewhere, "generalist")
+
+
+def test_experts_never_learn_from_the_held_out_text(tiny_bundle: Bundle) -> None:
+    """With the router held still, other held-out text changes nothing at all."""
+    start = mixture.random(tiny_bundle.manifest, 0)
+    one, other = (
+        steps(trainer(tiny_bundle, start, valid=seed, router_learning_rate=0, weight_decay=0), 8)
+        for seed in (2, 9)
+    )
+    assert same(one, other)
+    assert not same(one, start, "generalist")
+    assert not same(one, start, "specialist.1")
+
+
+def test_the_router_never_learns_from_the_training_text(tiny_bundle: Bundle) -> None:
+    """With the experts held still, other training text changes nothing at all."""
+    start = mixture.random(tiny_bundle.manifest, 0)
+    trained = [
+        trainer(tiny_bundle, start, train=seed, learning_rate=0, weight_decay=0) for seed in (1, 9)
+    ]
+    one, other = (steps(t, 8) for t in trained)
+    assert same(one, other)
+    assert not same(one, start, "router")
+    moments = [t.state.first_moment for t in trained]
+    assert same(*moments, "router")
+    assert not same(*moments, "generalist")
+
+
+def test_training_without_specialists_has_no_router(
+    alone: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    got = run_alone(home, text_dir, "--bundle", alone.path, "--rounds", 1)
+    state, _ = Home(home).load_state(alone)
+    assert list(state.vectors) == ["generalist"]
+    assert (state.expert_steps, state.router_steps) == (10, 0)
+    curve = got[-1]["held_out_loss"]
+    assert curve[-1][1] < curve[0][1]
+
+
+# --- evaluation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 16, 17, 18, 33, 34, 100])
+def test_evaluation_predicts_every_token_once(
+    tiny_bundle: Bundle, tiny_base_dir: Path, count: int
+) -> None:
+    """Against a loop over windows with transformers; lengths around windows and batches."""
+    length = tiny_bundle.manifest.tier.train_length
+    text = tokens(11, count)
+    model = GPT2LMHeadModel.from_pretrained(tiny_base_dir)
+    losses: list[float] = []
+    for start in range(0, count - 1, length):
+        window = torch.from_numpy(text[start : start + length + 1])
+        with torch.no_grad():
+            logits = model(window[None, :-1]).logits[0]
+        losses += torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").tolist()
+    assert len(losses) == count - 1
+    evaluator = Evaluator(
+        tiny_bundle, load_engine("onnxruntime", threads=1), load_fresh(tiny_bundle)
+    )
+    assert evaluator.loss(text) == pytest.approx(np.mean(losses), rel=1e-5)
+    some = count // 2
+    assert evaluator.loss(text, most_tokens=some) == pytest.approx(np.mean(losses[:some]), rel=1e-5)
