@@ -1,0 +1,540 @@
+"""What can be wrong, and what it gets: a line that says what to do, an exit code, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ExportTiny
+from device_help import (
+    TIMEOUT,
+    comigs,
+    device_run,
+    events,
+    refusal,
+    run_alone,
+    saved,
+    training_file,
+)
+
+from edge_runtime import adapters
+from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.errors import AdapterError
+from edge_runtime.store import Home
+from export import mixture
+from export.mixture import Mixture
+
+BUNDLE, ADAPTER, DATA, BUDGET, UNREACHABLE, STORAGE = 10, 11, 12, 13, 14, 17
+
+
+def start(
+    home: Path, data: Path, *arguments: object, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """A device that trains alone for a round, to its end."""
+    return subprocess.run(
+        device_run(home, data, "--rounds", 1, *arguments),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def other_bundle(export_tiny: ExportTiny) -> Bundle:
+    """The same base with adapters of another rank."""
+    return export_tiny(Mixture(rank=2), programs=("train_step", "eval_loss"))
+
+
+# --- bundles -----------------------------------------------------------------------------------
+
+
+def remove_manifest(bundle: Path) -> None:
+    (bundle / "manifest.json").unlink()
+
+
+def cut_manifest(bundle: Path) -> None:
+    text = (bundle / "manifest.json").read_text()
+    (bundle / "manifest.json").write_text(text[: len(text) // 2])
+
+
+def empty_manifest(bundle: Path) -> None:
+    (bundle / "manifest.json").write_text("{}")
+
+
+def binary_manifest(bundle: Path) -> None:
+    (bundle / "manifest.json").write_bytes(b"\x00\xff\xfe")
+
+
+def newer_manifest(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["minimum_reader_version"] = 99
+    manifest["what_99_brought"] = {"unknown": True}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def cut_weights(bundle: Path) -> None:
+    weights = bundle / "onnx" / "weights.bin"
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size - 100)
+
+
+def alter_program(bundle: Path) -> None:
+    for program in (bundle / "onnx").glob("*.onnx"):
+        content = bytearray(program.read_bytes())
+        content[len(content) // 2] ^= 1
+        program.write_bytes(bytes(content))
+
+
+def remove_programs(bundle: Path) -> None:
+    for program in (bundle / "onnx").glob("*.onnx"):
+        program.unlink()
+
+
+def remove_tokenizer(bundle: Path) -> None:
+    (bundle / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (remove_manifest, "comigs export"),
+        (cut_manifest, "not a valid manifest.*copy the bundle again"),
+        (empty_manifest, "incomplete.*export it again"),
+        (binary_manifest, "copy the bundle again"),
+        (newer_manifest, "99.*update comigs"),
+        (cut_weights, r"weights\.bin has \d+ bytes instead of \d+; copy the bundle again"),
+        (alter_program, "SHA-256.*copy the bundle again"),
+        (remove_programs, "missing; copy the bundle again"),
+        (remove_tokenizer, "tokenizer.json is missing"),
+        (shutil.rmtree, "no bundle at.*comigs export"),
+    ],
+)
+def test_a_bad_bundle(
+    own_bundle: Path,
+    text_dir: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    says: str,
+) -> None:
+    damage(own_bundle)
+    message = refusal(start(tmp_path / "home", text_dir, "--bundle", own_bundle), BUNDLE)
+    assert re.search(says, message)
+    assert str(own_bundle) in message
+
+
+def test_a_bundle_that_goes_bad_later_costs_nothing(
+    own_bundle: Path, text_dir: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    run_alone(home, text_dir, "--bundle", own_bundle, "--rounds", 1)
+    before = (home / "state.safetensors").read_bytes()
+    copy = shutil.copytree(own_bundle, tmp_path / "copy")
+    alter_program(own_bundle)
+    refusal(start(home, text_dir), BUNDLE)
+    refusal(comigs("predict", "--home", home, "text"), BUNDLE)
+    refusal(comigs("device", "evaluate", "--home", home, "--data", text_dir), BUNDLE)
+    assert (home / "state.safetensors").read_bytes() == before
+    shutil.rmtree(own_bundle)
+    # As the message says: copy it again. It may lie elsewhere, too.
+    assert run_alone(home, text_dir, "--bundle", copy, "--rounds", 2)[-1]["steps"] == 20
+
+
+def test_an_engine_that_the_bundle_is_not_for(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    at = ("--bundle", tiny_bundle.path)
+    message = refusal(start(home, text_dir, *at, "--engine", "executorch"), BUNDLE)
+    assert "engines in it: onnxruntime" in message
+    assert "export it again with --engine executorch" in message
+    message = refusal(comigs("plan", *at, "--engine", "executorch"), BUNDLE)
+    assert "--engine executorch" in message
+    # The mistake does not stay in the home.
+    run_alone(home, text_dir, *at, "--rounds", 1)
+    message = refusal(comigs("predict", "--home", home, "a", "--engine", "executorch"), BUNDLE)
+    assert "--engine executorch" in message
+    unknown = start(home, text_dir, *at, "--engine", "tensorflow")
+    assert unknown.returncode == 2
+    assert "onnxruntime or executorch" in unknown.stderr
+
+
+# --- adapters and state ------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_rank(
+    own_bundle: Path, other_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    expert = own_bundle / "adapters" / "generalist"
+    shutil.rmtree(expert)
+    shutil.copytree(other_bundle.path / "adapters" / "generalist", expert)
+    # Nothing in a bundle may be replaced, ...
+    message = refusal(start(tmp_path / "home", text_dir, "--bundle", own_bundle), BUNDLE)
+    assert "adapters/generalist" in message
+    # ... and elsewhere a directory of adapters must have the bundle's rank.
+    with pytest.raises(AdapterError, match=r"shape \[2, 32\].*wants \[4, 32\] \(rank 4\)") as error:
+        adapters.load_directory(open_bundle(own_bundle).manifest, own_bundle)
+    assert "\n" not in str(error.value)
+
+
+def test_directories_of_adapters_that_do_not_fit(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    manifest = tiny_bundle.manifest
+    vectors = mixture.random(manifest, 1)
+    adapters.save_directory(manifest, vectors, tmp_path)
+    again = adapters.load_directory(manifest, tmp_path)
+    assert all((again[role] == vector).all() for role, vector in vectors.items())
+    file = tmp_path / "adapters" / "specialist.1" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-40])
+    with pytest.raises(AdapterError, match="damaged"):
+        adapters.load_directory(manifest, tmp_path)
+    file.write_bytes((tmp_path / "adapters" / "generalist" / file.name).read_bytes())
+    with pytest.raises(AdapterError, match="attn"):  # the specialist has none
+        adapters.load_directory(manifest, tmp_path)
+    file.unlink()
+    with pytest.raises(AdapterError, match="cannot read"):
+        adapters.load_directory(manifest, tmp_path)
+
+
+def test_a_home_made_with_another_bundle(
+    tiny_bundle: Bundle, other_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 1)
+    before = {path.name: path.read_bytes() for path in home.iterdir()}
+    message = refusal(start(home, text_dir, "--bundle", other_bundle.path), ADAPTER)
+    assert "another bundle" in message
+    assert "another --home" in message
+    assert {path.name: path.read_bytes() for path in home.iterdir()} == before
+    # It goes on with its own, without being told which that is.
+    assert run_alone(home, text_dir, "--rounds", 2)[-1]["steps"] == 20
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "device.json"])
+def test_a_damaged_home(tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, file: str) -> None:
+    home = tmp_path / "home"
+    run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 1)
+    before = saved(home, tiny_bundle)
+    whole = (home / file).read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"[1, 2]", b"\xff" * len(whole)):
+        (home / file).write_bytes(damaged)
+        message = refusal(comigs("predict", "--home", home, "text"), ADAPTER)
+        assert f"{file} is damaged" in message
+        assert "restore it" in message
+        refusal(start(home, text_dir), ADAPTER)
+        assert (home / file).read_bytes() == damaged  # not replaced behind one's back
+    (home / file).write_bytes(whole)
+    assert saved(home, tiny_bundle) == before
+    run_alone(home, text_dir, "--rounds", 2)
+
+
+def test_no_home_yet(text_dir: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert "--bundle DIR" in refusal(start(home, text_dir), ADAPTER)
+    assert "comigs device run" in refusal(comigs("predict", "--home", home, "text"), ADAPTER)
+
+
+def test_a_home_that_another_process_trains_in(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    training = training_file(tmp_path / "training.json", local_steps=100_000)
+    options = ("--bundle", tiny_bundle.path, "--training", training)
+    first = subprocess.Popen(
+        device_run(home, text_dir, *options), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline()  # it holds the home
+        message = refusal(start(home, text_dir, *options), STORAGE)
+        assert "another process trains" in message
+        assert "another --home" in message
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    run_alone(home, text_dir, "--rounds", 1)  # the lock went with its holder
+
+
+# --- text --------------------------------------------------------------------------------------
+
+SENTENCES = "This is a sentence like any other.\n" * 100
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (None, "is not a directory"),
+        ({}, "holds no text; put"),
+        ({"notes.txt": "", "more.txt": " \n\n"}, "holds no text"),
+        ({"notes.txt": "A single line."}, "too few"),
+        ({"notes.txt": b"caf\xe9 au lait\n" * 500}, "not UTF-8.*byte 3"),
+        ({"train.txt": SENTENCES}, r"no valid\.txt"),
+        ({"valid.txt": SENTENCES}, r"no train\.txt"),
+        ({"train.txt": "", "valid.txt": SENTENCES}, r"train.*is empty"),
+        ({"train.txt": SENTENCES, "valid.txt": b"\xff\xfe" * 99}, r"valid\.txt is not UTF-8"),
+        ({"train.txt": "A single line.", "valid.txt": SENTENCES}, "training split has 14 tokens"),
+        ({"train.txt": SENTENCES, "valid.txt": "A single line."}, "held-out split has 14 tokens"),
+    ],
+)
+def test_bad_text(
+    tiny_bundle: Bundle, tmp_path: Path, files: dict[str, str | bytes] | None, says: str
+) -> None:
+    data, home = tmp_path / "data", tmp_path / "home"
+    if files is not None:
+        data.mkdir()
+        for name, content in files.items():
+            (data / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    message = refusal(start(home, data, "--bundle", tiny_bundle.path), DATA)
+    assert re.search(says, message), message
+    assert not (home / "state.safetensors").exists()
+
+
+def test_the_least_text_that_is_enough(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """The message's figure is true to the token (which is a byte here)."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.txt").write_text(SENTENCES)
+    (data / "valid.txt").write_text("too little")
+    at = ("--bundle", tiny_bundle.path)
+    message = refusal(start(tmp_path / "home", data, *at), DATA)
+    found = re.search(r"needs at least ([\d,]+)", message)
+    assert found
+    enough = int(found[1].replace(",", ""))
+    (data / "valid.txt").write_text(SENTENCES[: enough - 1])
+    refusal(start(tmp_path / "home", data, *at), DATA)
+    (data / "valid.txt").write_text(SENTENCES[:enough])
+    assert start(tmp_path / "home", data, *at).returncode == 0
+
+
+def test_evaluating_a_split_that_is_not_there(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    home, data = tmp_path / "home", tmp_path / "data"
+    run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 1)
+    shutil.copytree(text_dir, data)
+    (data / "test.txt").unlink()
+    options = ("device", "evaluate", "--home", home, "--data", data)
+    assert "test.txt" in refusal(comigs(*options), DATA)
+    (data / "test.txt").write_text("")
+    refusal(comigs(*options), DATA)
+
+
+# --- budgets -----------------------------------------------------------------------------------
+
+
+def test_a_memory_budget_that_is_too_small(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    at = ("--bundle", tiny_bundle.path)
+    message = refusal(start(home, text_dir, *at, "--memory", "10MiB"), BUDGET)
+    assert "the budget is 10MiB" in message
+    found = re.search(r"--memory (\d+)MiB", message)
+    assert found
+    smallest = int(found[1])
+    refusal(start(home, text_dir, *at, "--memory", f"{smallest - 1}MiB"), BUDGET)
+    refusal(comigs("plan", *at, "--memory", f"{smallest - 1}MiB"), BUDGET)
+    done = start(home, text_dir, *at, "--memory", f"{smallest}MiB")
+    assert done.returncode == 0, done.stderr
+    summary = events(done.stdout)[-1]
+    assert summary["peak_rss_mib"] <= summary["planned_memory_mib"] <= smallest
+    plan = json.loads(comigs("plan", *at, "--memory", f"{smallest}MiB", "--format", "json").stdout)
+    assert plan["chosen_micro_batch"] == summary["micro_batch"]
+
+
+def test_a_compute_budget_ends_a_round_early_and_says_so(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    training = training_file(tmp_path / "training.json", rounds=2, local_steps=100)
+    options = ("--bundle", tiny_bundle.path, "--training", training)
+    got = run_alone(tmp_path / "little", text_dir, *options, "--compute", "0.001s")
+    stops = [event for event in got if event["event"] == "compute_budget"]
+    assert [(stop["round"], stop["steps"]) for stop in stops] == [(1, 1), (2, 1)]
+    assert got[-1]["steps"] == 2
+    got = run_alone(tmp_path / "plenty", text_dir, *options, "--compute", "5m")
+    assert [event for event in got if event["event"] == "compute_budget"] == []
+    assert got[-1]["steps"] == 200
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--memory", "lots", "512MiB"),
+        ("--memory", "-5MiB", "512MiB"),
+        ("--memory", "5 apples", "512MiB"),
+        ("--compute", "soon", "60s"),
+        ("--compute", "0s", "60s"),
+        ("--compute", "-1", "60s"),
+    ],
+)
+def test_nonsense_budgets(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, option: str, value: str, says: str
+) -> None:
+    options = ("--bundle", tiny_bundle.path, f"{option}={value}")
+    message = refusal(start(tmp_path / "home", text_dir, *options), BUDGET)
+    assert repr(value) in message
+    assert f"for example {says}" in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"batch_sequences": 3}, {"batchSequences": 5}],
+)
+def test_a_batch_that_no_program_divides_is_fitted(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, values: dict[str, int]
+) -> None:
+    """Odd batches are left to the program that takes one sequence."""
+    training = training_file(tmp_path / "training.json", rounds=1, local_steps=2, **values)
+    options = ("--bundle", tiny_bundle.path, "--training", training)
+    summary = run_alone(tmp_path / "home", text_dir, *options)[-1]
+    assert (summary["micro_batch"], summary["steps"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"unknown": 1}', '{"beta1": 1.5}', '{"learning_rate": "fast"}', "\xff"]
+)
+def test_nonsense_training_configurations(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, content: str
+) -> None:
+    training = tmp_path / "training.json"
+    training.write_text(content, encoding="latin-1")
+    options = ("--bundle", tiny_bundle.path, "--training", training)
+    done = start(tmp_path / "home", text_dir, *options)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "--training" in done.stderr
+
+
+# --- disk and network --------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_while_training(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    """The device ends with what to do; with space again it ends as if nothing had been."""
+    training = training_file(
+        tmp_path / "training.json", rounds=3, local_steps=400, tau=30, router_steps=3
+    )
+    options = ("--bundle", tiny_bundle.path, "--training", training)
+    home = tmp_path / "home"
+    process = subprocess.Popen(
+        device_run(home, text_dir, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line).get("step") == 25:
+            break
+    # From now on no file of this process may become larger than this.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    output, errors = process.communicate(timeout=TIMEOUT)
+    message = refusal(
+        subprocess.CompletedProcess(process.args, process.returncode, output, errors), STORAGE
+    )
+    assert "state.safetensors" in message
+    assert "free some space" in message
+    assert {path.name for path in home.iterdir()} == {"device.json", "lock", "state.safetensors"}
+    state, _ = Home(home).load_state(tiny_bundle)
+    assert 20 <= state.expert_steps < 1200
+    run_alone(home, text_dir, *options)
+    run_alone(tmp_path / "untouched", text_dir, *options)
+    assert saved(home, tiny_bundle) == saved(tmp_path / "untouched", tiny_bundle)
+
+
+def test_a_disk_that_is_full_from_the_start(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+
+    # Its output goes into pipes, which have no size.
+    options = ("--bundle", tiny_bundle.path)
+    message = refusal(start(home, text_dir, *options, preexec_fn=full), STORAGE)
+    assert "free some space" in message
+    run_alone(home, text_dir, *options, "--rounds", 1)
+
+
+def test_a_home_that_cannot_be_a_directory(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    message = refusal(
+        start(tmp_path / "file" / "home", text_dir, "--bundle", tiny_bundle.path), STORAGE
+    )
+    assert "choose another" in message
+
+
+def test_a_coordinator_that_cannot_be_reached(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    home = tmp_path / "home"
+    options = ("--home", home, "--data", text_dir, "--bundle", tiny_bundle.path)
+    started = time.monotonic()
+    done = comigs(
+        *("device", "run", *options, "--coordinator", address, "--insecure", "--retry", 2)
+    )
+    assert time.monotonic() - started >= 2
+    message = refusal(done, UNREACHABLE)
+    assert address in message
+    assert "check that it runs" in message
+    waits = [line for line in done.stderr.splitlines() if "trying again in" in line]
+    assert len(waits) >= 2
+    assert all(address in line for line in waits)
+    # It is still a device, which may go on alone.
+    run_alone(home, text_dir, "--rounds", 1)
+
+
+def test_interrupting_is_no_error(tiny_bundle: Bundle, text_dir: Path, tmp_path: Path) -> None:
+    training = training_file(tmp_path / "training.json", local_steps=100_000)
+    home = tmp_path / "home"
+    process = subprocess.Popen(
+        device_run(home, text_dir, "--bundle", tiny_bundle.path, "--training", training),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line).get("step") == 30:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert Home(home).load_state(tiny_bundle)[0].expert_steps >= 20
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--alone", "--coordinator", "127.0.0.1:1"),
+        (),
+        ("--coordinator", "127.0.0.1:1"),  # neither --ca nor --insecure
+    ],
+)
+def test_options_that_do_not_go_together(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    options = ("--home", tmp_path / "home", "--data", text_dir, "--bundle", tiny_bundle.path)
+    done = comigs("device", "run", *options, *arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "home").exists()

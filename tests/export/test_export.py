@@ -1,0 +1,558 @@
+"""What `comigs export` writes, what it refuses, and that others can read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import TIER, ExportTiny
+from peft import PeftModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from edge_runtime import adapters
+from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.engines import load_engine
+from edge_runtime.errors import BaseModelError, BundleError, ParityError, StorageError
+from edge_runtime.predict import Predictor
+from edge_runtime.training import Evaluator
+from export import mixture, parity
+from export.base import BUILT_IN, load_base
+from export.bundle import export_bundle
+from export.decoder import Decoder
+from export.mixture import Mixture
+from export.onnx_engine import ALIGNMENT, INLINE_BYTES
+from export.programs import specifications
+from export.tiers import Tier, tiers
+
+ONE_PROGRAM = ("eval_loss",)
+
+
+def comigs(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edge_runtime", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+# --- the manifest ------------------------------------------------------------------------------
+
+
+def test_every_file_is_listed_with_its_size_and_hash(tiny_bundle: Bundle) -> None:
+    on_disk = {
+        path.relative_to(tiny_bundle.path).as_posix()
+        for path in tiny_bundle.path.rglob("*")
+        if path.is_file()
+    }
+    listed = {file.path: file for file in tiny_bundle.manifest.files}
+    assert set(listed) == on_disk - {"manifest.json"}
+    for path, file in listed.items():
+        content = (tiny_bundle.path / path).read_bytes()
+        assert (file.size, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    for program in tiny_bundle.manifest.programs:
+        assert {program.file, *program.data_files} <= set(listed)
+    assert not tiny_bundle.path.with_name("bundle.partial").exists()
+
+
+@pytest.mark.parametrize("specialists", [0, 1])
+def test_slices_tile_the_vectors(export_tiny: ExportTiny, specialists: int) -> None:
+    manifest = export_tiny(Mixture(rank=4, specialists=specialists)).manifest
+    names = [role.name for role in manifest.roles]
+    assert names == ["generalist", "specialist.1", "router"][: 1 + 2 * specialists]
+    assert [role.name for role in manifest.roles if role.shared] == ["generalist"]
+    for role in manifest.roles:
+        end = 0
+        for tensor in (t for t in manifest.tensors if t.role == role.name):
+            assert tensor.offset == end, tensor.name
+            assert tensor.dtype == "float32"
+            end += math.prod(tensor.shape)
+        assert end == role.size
+    assert {t.role for t in manifest.tensors} == set(names)
+
+
+def test_programs_say_what_they_take_give_and_need(tiny_bundle: Bundle) -> None:
+    manifest = tiny_bundle.manifest
+    assert [p.name for p in manifest.programs] == [
+        *("train_step.b1", "train_step.b2", "eval_loss", "prefill", "decode")
+    ]
+    tensors = {t.name: (t.dtype, tuple(t.shape)) for t in manifest.tensors}
+    for program in manifest.programs:
+        inputs = {port.name: (port.dtype, tuple(port.shape)) for port in program.inputs}
+        assert tensors.items() <= inputs.items()
+        assert inputs["tokens"][0] == "int64"
+        assert 0 < program.memory_bytes < 2**30
+        assert program.parity.outputs == len(program.outputs)
+        assert 0 <= program.parity.worst_relative_error <= program.parity.tolerance == 1e-4
+        assert program.parity.worst_output in [port.name for port in program.outputs]
+        if program.name.startswith("train_step"):
+            gradients = {
+                port.name.removeprefix("grad:"): (port.dtype, tuple(port.shape))
+                for port in program.outputs
+                if port.name.startswith("grad:")
+            }
+            assert gradients == tensors
+    (cost,) = manifest.engines
+    files = {f for p in manifest.programs for f in (p.file, *p.data_files)}
+    assert cost.disk_bytes == sum((tiny_bundle.path / f).stat().st_size for f in files)
+    assert cost.runtime_bytes > 2**20
+
+
+def test_the_base_is_stored_once_for_all_programs(tiny_bundle: Bundle, tiny_base_dir: Path) -> None:
+    weights = (tiny_bundle.path / "onnx" / "weights.bin").read_bytes()
+    pieces: dict[tuple[int, int], bytes] = {}
+    used: dict[str, set[tuple[int, int]]] = {}
+    for program in tiny_bundle.manifest.programs:
+        model = onnx.load(tiny_bundle.path / program.file, load_external_data=False)
+        used[program.name] = set()
+        for tensor in model.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                place = {entry.key: entry.value for entry in tensor.external_data}
+                where = int(place["offset"]), int(place["length"])
+                pieces[where] = weights[where[0] : sum(where)]
+                used[program.name].add(where)
+            else:
+                assert len(tensor.raw_data) <= INLINE_BYTES
+    assert len(set(pieces.values())) == len(pieces)  # nothing twice
+    base = load_base(str(tiny_base_dir))
+    large = {k: v.numpy() for k, v in base.tensors.items() if v.numel() * 4 > INLINE_BYTES}
+    for key, value in large.items():
+        turned = np.ascontiguousarray(value.T).tobytes()
+        copies = [where for where, p in pieces.items() if p in (value.tobytes(), turned)]
+        assert len(copies) == 1, key
+    # The products with the base's matrices are in every program, and read the same bytes.
+    matrices = {w for w, p in pieces.items() if len(p) >= 4 * 32 * 32}
+    assert len(matrices & set.intersection(*used.values())) >= 2 * 4
+    sizes = sum(-(-len(piece) // ALIGNMENT) * ALIGNMENT for piece in pieces.values())
+    assert len(weights) <= sizes
+    assert sum(map(len, pieces.values())) <= 1.15 * 4 * base.parameters
+
+
+def test_the_same_arguments_give_the_same_bundle(
+    tiny_base_dir: Path, tmp_path: Path, export_tiny: ExportTiny
+) -> None:
+    """So that devices may compile for themselves: hashes of programs and adapters agree."""
+    one = export_tiny(Mixture(rank=4), programs=ONE_PROGRAM)
+    base = load_base(str(tiny_base_dir))
+    again, other = (
+        export_bundle(
+            base,
+            Mixture(rank=4),
+            TIER,
+            engines=("onnxruntime",),
+            out=tmp_path / f"seed{seed}",
+            seed=seed,
+            programs=ONE_PROGRAM,
+        )
+        for seed in (0, 1)
+    )
+    hashes = [{f.path: f.sha256 for f in b.manifest.files} for b in (one, again, other)]
+    assert hashes[0] == hashes[1]
+    assert {path for path in hashes[0] if hashes[0][path] != hashes[2][path]} == {
+        "adapters/generalist/adapter_model.safetensors",
+        "adapters/specialist.1/adapter_model.safetensors",
+        "adapters/router.safetensors",
+    }
+
+
+# --- the parity gate ---------------------------------------------------------------------------
+
+
+def scaled_gradient(export: Any, factor: float) -> Any:
+    """`torch.onnx.export` with the defect that it has had: a gradient `factor` times too large."""
+
+    def defective(*arguments: Any, **options: Any) -> Any:
+        model = export(*arguments, **options).model_proto
+        victim = next(o.name for o in model.graph.output if "mlp.c_fc.lora_B" in o.name)
+        for node in model.graph.node:
+            node.output[:] = ["right" if name == victim else name for name in node.output]
+        value = np.array(factor, np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, "factor"))
+        model.graph.node.append(onnx.helper.make_node("Mul", ["right", "factor"], [victim]))
+        return SimpleNamespace(model_proto=model)
+
+    return defective
+
+
+@pytest.mark.parametrize("factor", [128.0, 1.001, math.nan])
+def test_a_wrong_gradient_is_not_written(
+    tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    monkeypatch.setattr(torch.onnx, "export", scaled_gradient(torch.onnx.export, factor))
+    out = tmp_path / "bundle"
+    with pytest.raises(ParityError, match=r"grad:.*mlp\.c_fc\.lora_B.*nothing was written"):
+        export_bundle(
+            load_base(str(tiny_base_dir)),
+            Mixture(rank=4, targets=("mlp.c_fc",)),
+            Tier(
+                name="one", train_length=8, micro_batches=(1,), eval_batch=1, context=8,
+                prefill_chunk=4,
+            ),
+            engines=("onnxruntime",),
+            out=out,
+            programs=("train_step",),
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_gate_compares_with_the_program_that_was_meant(
+    tiny_bundle: Bundle, tiny_base_dir: Path
+) -> None:
+    """A bundle of mixing per linear map is not one of whole blocks, or of another scale."""
+    engine = load_engine("onnxruntime", threads=1)
+    base = load_base(str(tiny_base_dir))
+    manifest = tiny_bundle.manifest
+
+    def check(meant: Mixture) -> None:
+        for specification in specifications(Decoder(base, meant), manifest.tensors, TIER):
+            example = parity.example_arguments(specification, manifest, 3)
+            parity.check(specification, example, tiny_bundle, engine)
+
+    check(Mixture(rank=4))
+    for other in (
+        Mixture(rank=4, mixing="per_block"),
+        Mixture(rank=4, alpha=16.01),
+        Mixture(rank=4, balance_weight=0.02),
+    ):
+        if other.balance_weight != 0.01:  # with two experts it is a constant in the loss
+            with pytest.raises(ParityError, match="loss"):
+                check(other)
+        else:
+            with pytest.raises(ParityError, match="disagrees with PyTorch"):
+                check(other)
+
+
+def test_the_gates_adapters_leave_no_tensor_without_effect(tiny_bundle: Bundle) -> None:
+    for vector in mixture.random(tiny_bundle.manifest, 0).values():
+        assert (vector != 0).all()
+
+
+def test_an_existing_directory_is_left_alone(
+    tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+
+    def export(**more: Any) -> Bundle:
+        return export_bundle(
+            load_base(str(tiny_base_dir)),
+            Mixture(rank=4),
+            TIER,
+            engines=("onnxruntime",),
+            out=out,
+            programs=ONE_PROGRAM,
+            **more,
+        )
+
+    with pytest.raises(StorageError, match=r"exists.*--overwrite"):
+        export()
+    # A failure while overwriting leaves the old one, too.
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", _broken)
+        with pytest.raises(RuntimeError, match="exporter"):
+            export(overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (out / "precious").read_text() == "mine"
+    bundle = export(overwrite=True)
+    assert not (out / "precious").exists()
+    assert open_bundle(out).manifest == bundle.manifest
+
+
+def _broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("the exporter is broken")
+
+
+# --- mixtures ----------------------------------------------------------------------------------
+
+
+def test_whole_blocks_with_another_rank_and_some_targets(export_tiny: ExportTiny) -> None:
+    meant = Mixture(mixing="per_block", rank=16, targets=("attn.c_attn", "mlp.c_proj"))
+    bundle = export_tiny(meant, programs=ONE_PROGRAM)
+    manifest = bundle.manifest
+    assert manifest.mixture.mixing == "per_block"
+    assert manifest.mixture.rank == 16
+    assert list(manifest.mixture.targets) == ["attn.c_attn", "mlp.c_proj"]
+    by_role = {
+        role: {t.name.split("/")[1].split(".", 3)[3] for t in manifest.tensors if t.role == role}
+        for role in ("generalist", "specialist.1", "router")
+    }
+    assert by_role == {
+        "generalist": {
+            f"{module}.lora_{side}.weight"
+            for module in ("attn.c_attn", "mlp.c_proj")
+            for side in "AB"
+        },
+        "specialist.1": {"mlp.c_proj.lora_A.weight", "mlp.c_proj.lora_B.weight"},
+        "router": {"mlp.router.weight"},
+    }
+    shapes = {t.name: tuple(t.shape) for t in manifest.tensors}
+    assert shapes["generalist/transformer.h.1.attn.c_attn.lora_A.weight"] == (16, 32)
+    assert shapes["generalist/transformer.h.1.attn.c_attn.lora_B.weight"] == (96, 16)
+    assert shapes["specialist.1/transformer.h.0.mlp.c_proj.lora_A.weight"] == (16, 128)
+    tokens = np.arange(50) % 200
+    engine = load_engine("onnxruntime", threads=1)
+    fresh, other = (
+        Evaluator(bundle, engine, vectors).loss(tokens)
+        for vectors in (adapters.load_fresh(bundle), mixture.random(manifest, 1))
+    )
+    assert abs(fresh - other) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mixing": "per_head"},
+        {"rank": 0},
+        {"specialists": -1},
+        {"targets": ()},
+        {"targets": ("mlp.c_fc", "lm_head")},
+        {"targets": ("attn.c_attn",)},  # leaves a specialist nothing
+    ],
+)
+def test_mixtures_that_make_no_sense(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"must|choose|need"):
+        Mixture(**values)
+
+
+# --- PEFT --------------------------------------------------------------------------------------
+
+
+def test_fresh_experts_open_in_peft(tiny_bundle: Bundle, tiny_base_dir: Path) -> None:
+    named = adapters.views(tiny_bundle.manifest, adapters.load_fresh(tiny_bundle))
+    for role in ("generalist", "specialist.1"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # PEFT warns about tensors it misses
+            model = PeftModel.from_pretrained(
+                GPT2LMHeadModel.from_pretrained(tiny_base_dir),
+                tiny_bundle.path / "adapters" / role,
+            )
+        loaded = {
+            key.removeprefix("base_model.model.").replace(".default.", "."): value
+            for key, value in model.state_dict().items()
+            if ".lora_" in key
+        }
+        ours = {n.split("/")[1]: view for n, view in named.items() if n.startswith(f"{role}/")}
+        assert loaded.keys() == ours.keys()
+        for key, value in loaded.items():
+            np.testing.assert_array_equal(value.numpy(), ours[key])
+
+
+def test_a_trained_expert_means_the_same_to_peft(
+    export_tiny: ExportTiny, tiny_base_dir: Path, tmp_path: Path
+) -> None:
+    bundle = export_tiny(Mixture(rank=4, specialists=0))
+    vectors = mixture.random(bundle.manifest, 8)
+    adapters.save_directory(bundle.manifest, vectors, tmp_path)
+    base = GPT2LMHeadModel.from_pretrained(tiny_base_dir)
+    text = np.random.default_rng(0).integers(0, 256, 2 * TIER.train_length)
+    with torch.no_grad():
+        bare = base(torch.from_numpy(text)[None]).logits[0]
+        model = PeftModel.from_pretrained(base, tmp_path / "adapters" / "generalist").eval()
+        want = model(torch.from_numpy(text)[None]).logits[0]
+        window = torch.from_numpy(text[: TIER.train_length + 1])
+        losses = torch.nn.functional.cross_entropy(model(window[None, :-1]).logits[0], window[1:])
+    assert (want - bare).abs().max() > 0.05
+    engine = load_engine("onnxruntime", threads=1)
+    ours = Predictor(bundle, engine, vectors)
+    for length in (1, 5, 20, len(text)):
+        np.testing.assert_allclose(
+            ours.logits(text[:length].tolist()), want[length - 1].numpy(), atol=1e-4
+        )
+    loss = Evaluator(bundle, engine, vectors).loss(text, most_tokens=TIER.train_length)
+    assert loss == pytest.approx(losses.item(), rel=1e-5)
+
+
+# --- bases -------------------------------------------------------------------------------------
+
+
+def test_a_directory_saved_by_transformers(tiny_base_dir: Path) -> None:
+    base = load_base(str(tiny_base_dir))
+    model = GPT2LMHeadModel.from_pretrained(tiny_base_dir)
+    assert base.parameters == model.num_parameters()
+    state = model.state_dict()
+    for key, value in base.tensors.items():
+        assert torch.equal(value, state[f"transformer.{key}"]), key
+    assert base.tensors["h.0.attn.c_attn.weight"].shape == (32, 96)  # Conv1D: inputs first
+    assert base.tokenizer.encode("Hé\n").ids == [*base.tokenizer.encode("Hé").ids, *newline(base)]
+    assert base.sha256 == load_base(str(tiny_base_dir)).sha256
+
+
+def newline(base: Any) -> list[int]:
+    ids: list[int] = base.tokenizer.encode("\n").ids
+    return ids
+
+
+def test_a_half_precision_base_and_an_untied_head(tmp_path: Path, tiny_base_dir: Path) -> None:
+    config = GPT2Config(
+        vocab_size=256, n_positions=32, n_embd=32, n_layer=1, n_head=2, tie_word_embeddings=False
+    )
+    path = tmp_path / "half"
+    GPT2LMHeadModel(config).half().save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).write_bytes((tiny_base_dir / name).read_bytes())
+    base = load_base(str(path))
+    assert {tensor.dtype for tensor in base.tensors.values()} == {torch.float32}
+    assert not torch.equal(base.tensors["lm_head.weight"], base.tensors["wte.weight"])
+    model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32)
+    text = torch.arange(20)[None]
+    decoder = Decoder(base, Mixture(rank=2))
+    with torch.no_grad():
+        hidden, _ = decoder.hidden(fresh_tensors(base), text)
+        torch.testing.assert_close(hidden @ decoder.head().T, model(text).logits[0])
+
+
+def fresh_tensors(base: Any) -> dict[str, torch.Tensor]:
+    _, tensors = mixture.roles_and_tensors(
+        Mixture(rank=2), layers=base.config.n_layer, width=base.config.n_embd
+    )
+    return {t.name: torch.zeros(tuple(t.shape)) for t in tensors}
+
+
+@pytest.mark.parametrize("name", ["nobody/has-this-model", "gpt3", "./no/such/directory"])
+def test_a_base_that_is_nowhere(name: str) -> None:
+    """Offline, as all tests are."""
+    with pytest.raises(BaseModelError, match=r"neither a directory.*go online once") as error:
+        load_base(name)
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
+
+
+def test_directories_that_are_no_base(tmp_path: Path, tiny_base_dir: Path) -> None:
+    def refused(path: Path, says: str) -> None:
+        with pytest.raises(BaseModelError, match=says) as error:
+            load_base(str(path))
+        assert "\n" not in str(error.value)
+        assert str(path) in str(error.value)
+
+    def copy(name: str, *files: str) -> Path:
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_bytes((tiny_base_dir / file).read_bytes())
+        return tmp_path / name
+
+    tokenizer = ("tokenizer.json", "tokenizer_config.json")
+    refused(copy("empty"), "not a model directory")
+    refused(copy("no-weights", "config.json", *tokenizer), "not a model directory")
+    cut = copy("cut", "config.json", "model.safetensors", *tokenizer)
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused(cut, "not a model directory")
+    damaged = copy("damaged", "model.safetensors", *tokenizer)
+    (damaged / "config.json").write_text("{")
+    refused(damaged, "not a model directory")
+    mute = copy("mute", "config.json", "model.safetensors")
+    refused(mute, "tokenizer")
+
+
+def test_architectures_that_are_not_supported(tmp_path: Path, tiny_base_dir: Path) -> None:
+    llama = tmp_path / "llama"
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    ).save_pretrained(llama)
+    with pytest.raises(BaseModelError, match="llama model; supported architectures: gpt2"):
+        load_base(str(llama))
+    config = json.loads((tiny_base_dir / "config.json").read_text())
+    for odd, says in (
+        ({"activation_function": "relu"}, "activation relu"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scaled by layer"),
+        ({"n_inner": 99}, "MLP of 99"),
+    ):
+        path = tmp_path / next(iter(odd))
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config | odd))
+        with pytest.raises(BaseModelError, match=f"{says}.*not supported"):
+            load_base(str(path))
+
+
+def test_random_weights_need_no_download() -> None:
+    base = load_base("gpt2", random_weights=True)
+    assert base.parameters == 124_439_808
+    assert base.config.n_layer == 12
+
+
+def test_the_built_in_base() -> None:
+    path = BUILT_IN["gpt2-mini"]
+    assert sum(file.stat().st_size for file in path.glob("*.safetensors")) <= 25e6
+    base = load_base("gpt2-mini")
+    assert base.config.model_type == "gpt2"
+    assert base.tokenizer.get_vocab_size() <= base.config.vocab_size
+    model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32)
+    for text in ("The sun rises in the east and sets in the ", "Guten Tag, wie geht es "):
+        ids = base.tokenizer.encode(text).ids
+        assert base.tokenizer.decode(ids) == text
+        assert len(ids) < 0.6 * len(text)
+    text = (
+        "It was the best of times, it was the worst of times, and the people of the city knew it."
+    )
+    ids = torch.tensor([base.tokenizer.encode(text).ids])
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+    assert loss < 0.6 * math.log(base.config.vocab_size)  # it has learnt something
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_the_command_from_a_directory_to_a_bundle(tiny_base_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    done = comigs(
+        *("export", "--base", tiny_base_dir, "--tier", "phone-low", "--engine", "onnxruntime"),
+        *("--specialists", 2, "--rank", 2, "--targets", "mlp.c_fc,mlp.c_proj", "--out", out),
+        *("--format", "json"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    bundle = open_bundle(out)
+    manifest = bundle.manifest
+    assert result["specialists"] == manifest.mixture.specialists == 2
+    assert [p["name"] for p in result["programs"]] == [p.name for p in manifest.programs]
+    assert all(p["worst_relative_error"] <= p["tolerance"] for p in result["programs"])
+    tier = tiers()["phone-low"]
+    assert list(manifest.tier.micro_batches) == list(tier.micro_batches)
+    assert manifest.tier.context == 32  # the base has no more positions
+    assert bundle.experts() == ["generalist", "specialist.1", "specialist.2"]
+    for file in manifest.files:
+        bundle.file(file.path)
+    with pytest.raises(BundleError, match="not listed"):
+        bundle.file("manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--base", "nobody/has-this-model"), 18, "go online once"),
+        (("--tier", "mainframe"), 2, "phone-low"),
+        (("--engine", "tensorflow"), 2, "onnxruntime"),
+        (("--mixing", "per_head"), 2, "per_linear"),
+        (("--weights", "heavy"), 2, "pretrained or random"),
+    ],
+)
+def test_the_command_refuses(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    done = comigs("export", *arguments, "--out", tmp_path / "bundle")
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert says in done.stderr
+    if code != 2:
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
