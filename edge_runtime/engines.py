@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,9 +62,13 @@ def load_engine(name: str, *, threads: int | None = None) -> Engine:
     return OnnxRuntime(count) if name == "onnxruntime" else ExecuTorch(count)
 
 
-def allocate(ports: Mapping[str, pb.Port]) -> dict[str, Array]:
-    """A zeroed array for each port."""
-    return {name: np.zeros(tuple(port.shape), np.dtype(port.dtype)) for name, port in ports.items()}
+def allocate(ports: Iterable[pb.Port], *, besides: Container[str] = ()) -> dict[str, Array]:
+    """Port name -> zeroed array, for the ports not named in `besides`."""
+    return {
+        port.name: np.zeros(tuple(port.shape), np.dtype(port.dtype))
+        for port in ports
+        if port.name not in besides
+    }
 
 
 def _check(ports: Mapping[str, pb.Port], arrays: Mapping[str, Array], what: str) -> None:

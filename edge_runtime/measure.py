@@ -43,13 +43,13 @@ def measure_here(bundle: Path, program: str, engine_name: str) -> dict[str, int]
     import_engine(engine)
     runtime = peak_bytes()
     entry = opened.program(program, engine_name)
-    inputs = allocate({port.name: port for port in entry.inputs})
+    inputs = allocate(entry.inputs)
     for name, array in inputs.items():
         if array.dtype == np.float32:
             array[...] = 0.01  # touches the pages
         elif name == "last":
             array[...] = 1
-    outputs = allocate({port.name: port for port in entry.outputs})
+    outputs = allocate(entry.outputs)
     call = engine.load(opened, program).bind(inputs, outputs)
     call()
     call()

@@ -40,11 +40,11 @@ class Predictor:
         shared: dict[str, Array] = dict(views(manifest, self._vectors))
         for name in ("prefill", "decode"):
             entry = bundle.program(name, engine.name)
-            own = allocate({p.name: p for p in entry.inputs if p.name not in shared})
+            own = allocate(entry.inputs, besides=shared)
             # The cache is one set of arrays for both programs.
             shared |= {key: array for key, array in own.items() if key.startswith("cache.")}
             self._inputs[name] = shared | own
-            self._outputs[name] = allocate({p.name: p for p in entry.outputs})
+            self._outputs[name] = allocate(entry.outputs)
             program = engine.load(bundle, name)
             self._calls[name] = program.bind(self._inputs[name], self._outputs[name])
         self._caches = {key: array for key, array in shared.items() if key.startswith("cache.")}

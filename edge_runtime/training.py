@@ -104,13 +104,10 @@ class Trainer:
         single = self.config.batch_sequences == self.micro_batch
         self._program_gradients = self._gradients if single else zeros(manifest)
         parameters = views(manifest, self.state.vectors)
-        self._inputs = parameters | allocate(
-            {p.name: p for p in entry.inputs if p.name not in parameters}
-        )
+        self._inputs = parameters | allocate(entry.inputs, besides=parameters)
         into = views(manifest, self._program_gradients)
-        self._outputs = {f"grad:{name}": view for name, view in into.items()} | allocate(
-            {p.name: p for p in entry.outputs if not p.name.startswith("grad:")}
-        )
+        gradients = {f"grad:{name}": view for name, view in into.items()}
+        self._outputs = gradients | allocate(entry.outputs, besides=gradients)
         self._call = self.engine.load(self.bundle, name).bind(self._inputs, self._outputs)
 
     def step(self) -> float:
@@ -187,10 +184,8 @@ class Evaluator:
         self.batch, self.length = manifest.tier.eval_batch, manifest.tier.train_length
         entry = bundle.program("eval_loss", engine.name)
         parameters = views(manifest, vectors)
-        self._inputs = parameters | allocate(
-            {p.name: p for p in entry.inputs if p.name not in parameters}
-        )
-        self._outputs = allocate({p.name: p for p in entry.outputs})
+        self._inputs = parameters | allocate(entry.inputs, besides=parameters)
+        self._outputs = allocate(entry.outputs)
         self._call = engine.load(bundle, "eval_loss").bind(self._inputs, self._outputs)
 
     def loss(self, tokens: Array, *, most_tokens: int | None = None) -> float:

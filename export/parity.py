@@ -60,7 +60,7 @@ def check(
     entry = bundle.program(specification.name, engine.name)
     wanted = dict(zip(specification.outputs, specification.call(*arguments), strict=True))
     inputs = {port.name: value.numpy() for port, value in zip(entry.inputs, arguments, strict=True)}
-    outputs = allocate({port.name: port for port in entry.outputs})
+    outputs = allocate(entry.outputs)
     engine.load(bundle, specification.name).bind(inputs, outputs)()
     errors = {name: _relative_error(outputs[name], want) for name, want in wanted.items()}
     worst = max(errors, key=lambda name: errors[name])

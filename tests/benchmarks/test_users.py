@@ -159,13 +159,15 @@ def test_bad_directories_get_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no folder; make one folder of text files per user"):
         load_users(tmp_path)
     folder = fill(tmp_path / "ann")
-    with pytest.raises(DataError, match="user ann: .* holds no text"):
+    with pytest.raises(DataError, match=r"user ann: .* holds no text"):
         load_users(tmp_path)
     (folder / "blank.txt").write_text(" \n")
-    with pytest.raises(DataError, match="user ann: .* holds no text"):
+    with pytest.raises(DataError, match=r"user ann: .* holds no text"):
         load_users(tmp_path)
     (folder / "short.txt").write_text("short\n")
-    with pytest.raises(DataError, match="user ann: .* 6 characters are too few to split; at least"):
+    with pytest.raises(
+        DataError, match=r"user ann: .* 6 characters are too few to split; at least"
+    ):
         load_users(tmp_path)
     (folder / "train.txt").write_text("train\n")
     with pytest.raises(DataError, match=r"user ann: .* has no valid\.txt and no test\.txt"):
