@@ -12,7 +12,6 @@ import typer
 
 from edge_runtime import training_config
 from edge_runtime.cli import Format, FormatOption
-from edge_runtime.errors import MissingPartError
 
 
 def register(app: typer.Typer) -> None:
@@ -45,14 +44,11 @@ def serve(
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Runs rounds in which devices exchange the generalist, and nothing else."""
-    try:
-        from coordinator.rounds import Average, Policy
-        from coordinator.server import Options
-        from coordinator.server import serve as run
-    except ModuleNotFoundError as error:
-        raise MissingPartError(
-            f"{error.name} is not installed; install it with `pip install 'comigs[coordinator]'`"
-        ) from error
+    # Imported here: the other commands must not wait for gRPC and SQLAlchemy.
+    from coordinator.rounds import Average, Policy
+    from coordinator.server import Options
+    from coordinator.server import serve as run
+
     if average not in list(Average):
         raise typer.BadParameter(f"{average} is neither uniform nor tokens", param_hint="--average")
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.text import Text
 
 from edge_runtime import adapters, planner, training_config
@@ -185,7 +186,8 @@ def _reporter(output: Format) -> Any:
     def for_people(event: dict[str, Any]) -> None:
         kind = event["event"]
         rest = ", ".join(f"{k} {v}" for k, v in event.items() if k != "event" and v != "")
-        messages.print(f"[bold]{kind.replace('_', ' ')}[/]  {rest}", highlight=False)
+        line = f"[bold]{kind.replace('_', ' ')}[/]  {escape(rest)}"
+        messages.print(line, highlight=False, soft_wrap=True)
 
     return for_programs if output is Format.JSON else for_people
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -44,8 +45,11 @@ def load(path: Path | None) -> pb.TrainingConfig:
         return with_defaults(UNCHOSEN)
     config = pb.TrainingConfig()
     try:
-        json_format.Parse(path.read_text(encoding="utf-8"), config)
-    except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is no object")
+        json_format.ParseDict(values, config)
+    except (OSError, ValueError, json_format.ParseError) as error:
         raise ValueError(f"{path} is not a TrainingConfig in JSON: {error}") from error
     _check(path, config)
     return with_defaults(config)

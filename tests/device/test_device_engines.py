@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ TEXT = "Line 17 of the train split says that 289 is a number. "  # longer than t
 
 @pytest.fixture(scope="module")
 def both(export_tiny: ExportTiny) -> Bundle:
-    """The tiny bundle with every program for both engines."""
-    return export_tiny(Mixture(rank=4), engines=ENGINES)
+    """Every kind of program for both engines; one size of micro-batch, to compile less."""
+    tier = replace(TIER, micro_batches=(2,))
+    return export_tiny(Mixture(rank=4), engines=ENGINES, tier=tier)
 
 
 # --- the engines agree -------------------------------------------------------------------------
@@ -104,36 +106,55 @@ import json, sys
 
 BANNED = ("torch", "transformers", "peft", "executorch", "onnx", "onnxscript", "sqlalchemy")
 
-class Finder:
+class Alarm:
+    # Importing one of them is an error.
+
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in BANNED:
-            raise {error}("no module named " + name, name=name)
+            raise ImportError("a device imports " + name)
 
-sys.meta_path.insert(0, Finder())
+class Hidden:
+    # They are not installed.
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in BANNED:
+            return self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+if sys.argv[1] == "alarm":
+    sys.meta_path.insert(0, Alarm())
+else:
+    sys.meta_path[:] = [Hidden(finder) for finder in sys.meta_path]
 from edge_runtime.cli import main
 
-for arguments in json.loads(sys.argv[1]):
+for arguments in json.loads(sys.argv[2]):
     sys.argv = ["comigs", *arguments]
     try:
         main()
     except SystemExit as end:
         if end.code:
             sys.exit(end.code)
-loaded = sorted({{name.partition(".")[0] for name in sys.modules}} & set(BANNED))
+loaded = sorted({name.partition(".")[0] for name in sys.modules} & set(BANNED))
 assert not loaded, loaded
-assert "onnxruntime" in sys.modules or {anything}
+assert "onnxruntime" in sys.modules
 print("clean")
 """
 
 
-def without(
-    *commands: list[object], error: str = "ImportError", anything: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Runs commands in one process in which importing torch and the like raises `error`."""
-    program = WITHOUT.format(error=error, anything=anything)
+def without(*commands: list[object], how: str) -> subprocess.CompletedProcess[str]:
+    """Runs commands in one process without torch and the like.
+
+    Args:
+        how: "alarm" (it is there, importing it fails the test) or "hidden" (it is not there).
+    """
     listed = json.dumps([[str(part) for part in arguments] for arguments in commands])
     return subprocess.run(
-        [sys.executable, "-c", program, listed],
+        [sys.executable, "-c", WITHOUT, how, listed],
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
@@ -141,7 +162,10 @@ def without(
     )
 
 
-def test_a_device_needs_no_torch(tiny_bundle: Bundle, text_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["alarm", "hidden"])
+def test_a_device_needs_no_torch(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, how: str
+) -> None:
     home = tmp_path / "home"
     at: list[object] = ["--home", home]
     done = without(
@@ -150,6 +174,7 @@ def test_a_device_needs_no_torch(tiny_bundle: Bundle, text_dir: Path, tmp_path: 
         ["predict", *at, "Line 1", "--explain"],
         ["plan", "--bundle", tiny_bundle.path],
         ["doctor", *at],
+        how=how,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "clean"
@@ -158,50 +183,23 @@ def test_a_device_needs_no_torch(tiny_bundle: Bundle, text_dir: Path, tmp_path: 
     assert saved(home, tiny_bundle)["expert_steps"] == 30
 
 
-def test_what_is_not_installed_is_named_with_its_extra(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    """A device's installation: no torch, no database."""
-    out = tmp_path / "out"
-    for command, package, extra in (
-        (["export", "--out", out], "torch", "export"),
-        (["serve", "--bundle", tiny_bundle.path, "--state", out, "--listen", "127.0.0.1:0"],
-         "sqlalchemy", "coordinator"),
-    ):  # fmt: skip
-        done = without(command, error="ModuleNotFoundError", anything=True)
-        assert done.returncode == 20, done.stderr
-        assert f"{package} is not installed" in done.stderr
-        assert f"pip install 'comigs[{extra}]'" in done.stderr
-        assert "Traceback" not in done.stderr
-    assert not out.exists()
-
-
-def test_the_engines_thread_count_is_what_was_asked_for(both: Bundle, tmp_path: Path) -> None:
-    """ExecuTorch takes its threads from the cores a process may use; one is one."""
-    program = (
-        "import os, sys; from edge_runtime.engines import load_engine;"
-        "load_engine('executorch', threads=1); print(len(os.sched_getaffinity(0)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=TIMEOUT
-    )
-    assert done.stdout.strip() == "1"
-
-
 def test_tiers_shapes_are_the_programs_shapes(both: Bundle) -> None:
     shapes = {
         (p.name, p.engine): tuple(next(i for i in p.inputs if i.name == "tokens").shape)
         for p in both.manifest.programs
     }
     for engine in ENGINES:
-        for size in TIER.micro_batches:
-            assert shapes[f"train_step.b{size}", engine] == (size, TIER.train_length)
+        assert shapes["train_step.b2", engine] == (2, TIER.train_length)
         assert shapes["eval_loss", engine] == (TIER.eval_batch, TIER.train_length)
         assert shapes["prefill", engine] == (TIER.prefill_chunk,)
         assert shapes["decode", engine] == (1,)
 
 
-def test_a_reader_of_events_gets_json_lines(both: Bundle, text_dir: Path, tmp_path: Path) -> None:
+def test_a_reader_of_events_gets_json_lines(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
     home = tmp_path / "home"
-    options = ("--home", home, "--data", text_dir, "--bundle", both.path, "--alone")
+    options = ("--home", home, "--data", text_dir, "--bundle", tiny_bundle.path, "--alone")
     done = comigs("device", "run", *options, "--rounds", 1, "--format", "json")
     kinds = [event["event"] for event in events(done.stdout)]
     assert kinds[0] == "plan"
