@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -69,14 +70,14 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> Base
         tokenizer = _bytes_tokenizer()
     else:
         config = _load_config(name, source)
-        tokenizer = _load_tokenizer(name, source)
+        tokenizer = _load_tokenizer(name, source, config.vocab_size)
     if random_weights:
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(config)
     else:
         try:
             model = GPT2LMHeadModel.from_pretrained(source, config=config, dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _unavailable(name, error) from error
     state = {
         key.removeprefix("transformer."): value.detach().float().contiguous()
@@ -112,14 +113,23 @@ def _load_config(name: str, source: str) -> GPT2Config:
     return config
 
 
-def _load_tokenizer(name: str, source: str) -> Tokenizer:
+def _load_tokenizer(name: str, source: str, vocabulary: int) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unavailable(f"the tokenizer of {name}", error) from error
     if not tokenizer.is_fast:
         raise BaseModelError(f"{name} has no fast tokenizer (tokenizer.json); convert it first")
-    return tokenizer.backend_tokenizer
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    # Where there is none, transformers makes an empty one.
+    if not backend.encode("a").ids:
+        raise BaseModelError(f"{name} has no tokenizer; save the model's beside it")
+    if backend.get_vocab_size() > vocabulary:
+        raise BaseModelError(
+            f"the tokenizer of {name} knows {backend.get_vocab_size()} tokens, the model "
+            f"{vocabulary}; give the model its own tokenizer"
+        )
+    return backend
 
 
 def _bytes_tokenizer() -> Tokenizer:
@@ -134,7 +144,8 @@ def _bytes_tokenizer() -> Tokenizer:
 
 def _unavailable(name: str, error: Exception) -> BaseModelError:
     if Path(name).exists():
-        return BaseModelError(f"{name} is not a model directory as transformers saves it: {error}")
+        why = " ".join(str(error).split())
+        return BaseModelError(f"{name} is not a model directory as transformers saves it: {why}")
     return BaseModelError(
         f"{name} is neither a directory, nor {' or '.join(BUILT_IN)}, nor in the local Hugging "
         "Face cache, and it could not be downloaded; check the name, or go online once, or "

@@ -43,9 +43,7 @@ def export(
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Compile a base and its experts into a bundle for a device tier."""
-    # Imported here: `comigs --help` must not wait for torch.
-    from export.base import load_base
-    from export.bundle import export_bundle
+    # Imported here: neither `comigs --help` nor a wrong option must wait for torch.
     from export.mixture import Mixture
     from export.tiers import tiers
 
@@ -66,6 +64,9 @@ def export(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    from export.base import load_base
+    from export.bundle import export_bundle
+
     with messages.status("loading the base") as status:
         loaded = load_base(base, random_weights=weights == "random")
         bundle = export_bundle(

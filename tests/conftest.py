@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -17,7 +18,9 @@ from export.bundle import export_bundle
 from export.mixture import Mixture
 from export.tiers import Tier
 
+# For child processes; here it has already been read, when it was imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 # The tensors are tiny: more threads only get in each other's way.
 torch.set_num_threads(1)
 

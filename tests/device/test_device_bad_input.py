@@ -11,11 +11,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ExportTiny
+from conftest import TIER, ExportTiny
 from device_help import (
     TIMEOUT,
     comigs,
@@ -54,7 +55,8 @@ def start(
 @pytest.fixture(scope="module")
 def other_bundle(export_tiny: ExportTiny) -> Bundle:
     """The same base with adapters of another rank."""
-    return export_tiny(Mixture(rank=2), programs=("train_step", "eval_loss"))
+    tier = replace(TIER, micro_batches=(2,))
+    return export_tiny(Mixture(rank=2), programs=("train_step", "eval_loss"), tier=tier)
 
 
 # --- bundles -----------------------------------------------------------------------------------
