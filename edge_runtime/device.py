@@ -154,8 +154,7 @@ class Device:
     def _train(self, config: pb.TrainingConfig) -> None:
         """The rest of the current round's steps, within the compute budget."""
         trainer = self._get_trainer(config)
-        done = False
-        while not done:
+        while True:
             made = self.state.expert_steps - self.progress.round_start
             if made >= config.local_steps or self._out_of_time(made):
                 break
