@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
+from tiny import TIER, ExportTiny
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from edge_runtime.bundle import Bundle
@@ -23,11 +23,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 # The tensors are tiny: more threads only get in each other's way.
 torch.set_num_threads(1)
-
-TIER = Tier(
-    name="test", train_length=16, micro_batches=(1, 2), eval_batch=2, context=32, prefill_chunk=8
-)
-ExportTiny = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="session")

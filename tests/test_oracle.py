@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import TIER, ExportTiny
+from tiny import TIER, ExportTiny
 from transformers import GPT2LMHeadModel
 
 from coordinator.aggregation import Contribution, mean

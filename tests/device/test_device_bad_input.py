@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TIER, ExportTiny
 from device_help import (
     TIMEOUT,
     comigs,
@@ -27,6 +26,7 @@ from device_help import (
     saved,
     training_file,
 )
+from tiny import TIER, ExportTiny
 
 from edge_runtime import adapters
 from edge_runtime.bundle import Bundle, open_bundle

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TIER, ExportTiny
 from device_help import TIMEOUT, comigs, events, run_alone, saved, steps, tokens, trainer
+from tiny import TIER, ExportTiny
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.engines import ENGINES, load_engine

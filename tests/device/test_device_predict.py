@@ -20,8 +20,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import ExportTiny
 from device_help import TIMEOUT, comigs, command, device_run, run_alone, tokens
+from tiny import ExportTiny
 from transformers import GPT2LMHeadModel
 
 from edge_runtime.adapters import Vectors, load_fresh, views

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ExportTiny
 from device_help import comigs, run_alone, same, saved, steps, tokens, trainer, training_file
+from tiny import ExportTiny
 from transformers import GPT2LMHeadModel
 
 from edge_runtime.adapters import load_fresh

@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import TIER, ExportTiny
 from peft import PeftModel
+from tiny import TIER, ExportTiny
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from edge_runtime import adapters
