@@ -1,21 +1,24 @@
 """How much memory programs need, measured in a fresh process: `python -m edge_runtime.measure`.
 
-Prints one JSON object: `runtime_bytes`, the resident set with the engine imported and nothing
-loaded, and `program_bytes`, its growth after the program was loaded and run twice (the second run
-allocates what the first only plans).
+Prints a JSON object per program: `runtime_bytes`, the resident set with the engine imported and
+nothing loaded, and `program_bytes`, its growth after the program was loaded and run twice (the
+second run allocates what the first only plans). The process imports the engine once and forks for
+each program; a child's peak starts at what it inherits.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.bundle import open_bundle
+from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.engines import Engine, allocate, load_engine
 
 
@@ -37,12 +40,9 @@ def import_engine(engine: Engine) -> None:
         Runtime.get()
 
 
-def measure_here(bundle: Path, program: str, engine_name: str) -> dict[str, int]:
-    opened = open_bundle(bundle)
-    engine = load_engine(engine_name, threads=1)
-    import_engine(engine)
+def measure_here(bundle: Bundle, program: str, engine: Engine) -> dict[str, int]:
     runtime = peak_bytes()
-    entry = opened.program(program, engine_name)
+    entry = bundle.program(program, engine.name)
     inputs = allocate(entry.inputs)
     for name, array in inputs.items():
         if array.dtype == np.float32:
@@ -50,28 +50,42 @@ def measure_here(bundle: Path, program: str, engine_name: str) -> dict[str, int]
         elif name == "last":
             array[...] = 1
     outputs = allocate(entry.outputs)
-    call = engine.load(opened, program).bind(inputs, outputs)
+    call = engine.load(bundle, program).bind(inputs, outputs)
     call()
     call()
     return {"runtime_bytes": runtime, "program_bytes": peak_bytes() - runtime}
 
 
-def measure(bundle: Path, program: str, engine: str) -> dict[str, int]:
-    """`measure_here` in a process of its own."""
+def measure(bundle: Path, programs: Sequence[str], engine: str) -> list[dict[str, int]]:
+    """`measure_here` for each of `programs`, each in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "edge_runtime.measure", str(bundle), program, engine],
+        [sys.executable, "-m", "edge_runtime.measure", str(bundle), engine, *programs],
         check=True,
         capture_output=True,
         text=True,
     )
-    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    # What else there is, the engine printed.
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("engine")
+    parser.add_argument("programs", nargs="+")
+    arguments = parser.parse_args()
+    bundle = open_bundle(arguments.bundle)
+    engine = load_engine(arguments.engine, threads=1)
+    import_engine(engine)
+    for program in arguments.programs:
+        child = os.fork()  # no thread runs yet
+        if child == 0:
+            print(json.dumps(measure_here(bundle, program, engine)), flush=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"{program} ended with status {status}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("program")
-    parser.add_argument("engine")
-    arguments = parser.parse_args()
-    print(json.dumps(measure_here(arguments.bundle, arguments.program, arguments.engine)))
+    main()

@@ -207,8 +207,9 @@ def _measure(manifest: pb.Manifest, staging: Path, engine: str, base_bytes: int)
     """Fills in what each program of `engine` needs, and what the engine costs as a whole."""
     runtime = 0
     files = set()
-    for entry in (p for p in manifest.programs if p.engine == engine):
-        measured = measure(staging, entry.name, engine)
+    entries = [p for p in manifest.programs if p.engine == engine]
+    figures = measure(staging, [entry.name for entry in entries], engine)
+    for entry, measured in zip(entries, figures, strict=True):
         entry.memory_bytes = measured["program_bytes"]
         runtime = max(runtime, measured["runtime_bytes"])
         files.update([entry.file, *entry.data_files])

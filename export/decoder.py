@@ -38,6 +38,11 @@ def gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x * (slope + slope * 0.044715 * x * x))
 
 
+def positive(x: Tensor) -> Tensor:
+    """1.0 where x > 0 and 0.0 elsewhere, without a comparison (XNNPACK has none)."""
+    return torch.clamp(x * 1e38, 0.0, 1.0)
+
+
 class _HeadLoss(torch.autograd.Function):
     """Cross-entropy under a frozen head, a few rows at a time: no (N, V) array ever exists.
 
@@ -49,9 +54,9 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         rows = max(1, LOGITS_AT_ONCE // head.shape[0])
         losses, gradients = [], []
+        all_wanted = head[targets]  # (N, d)
         for start in range(0, hidden.shape[0], rows):
-            h = hidden[start : start + rows]
-            wanted = head[targets[start : start + rows]]  # (rows, d)
+            h, wanted = hidden[start : start + rows], all_wanted[start : start + rows]
             logits = h @ head.T
             top = logits.amax(-1, keepdim=True)
             exponent = torch.exp(logits - top)
@@ -150,12 +155,11 @@ class Decoder(nn.Module):
         if n == 1:
             return None
         logits = x @ adapters[f"router/transformer.h.{layer}.mlp.router.weight"].T
-        exponent = torch.exp(logits - logits.amax(-1, keepdim=True).detach())
-        full = exponent / exponent.sum(-1, keepdim=True)
+        full = torch.softmax(logits, -1)
         if n <= self.mixture.top_k:
             return Routing(mix=full, full=full, chosen=torch.ones_like(full))
         chosen = self.top_k(logits.detach())
-        kept = exponent * chosen
+        kept = full * chosen
         return Routing(mix=kept / kept.sum(-1, keepdim=True), full=full, chosen=chosen)
 
     def top_k(self, logits: Tensor) -> Tensor:
@@ -164,11 +168,11 @@ class Decoder(nn.Module):
         chosen = []
         for j, own in enumerate(columns):
             better = [
-                (other >= own if i < j else other > own).to(logits.dtype)
+                1.0 - positive(own - other) if i < j else positive(other - own)
                 for i, other in enumerate(columns)
                 if i != j
             ]
-            chosen.append((sum(better[1:], better[0]) < self.mixture.top_k).to(logits.dtype))
+            chosen.append(torch.clamp(self.mixture.top_k - sum(better[1:], better[0]), 0.0, 1.0))
         return torch.cat(chosen, -1)
 
     def mix_low_rank(
