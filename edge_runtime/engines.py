@@ -117,9 +117,7 @@ class OnnxRuntime:
 class _OnnxProgram:
     def __init__(self, entry: pb.Program, session: Any) -> None:
         self.session = session
-        # An input that the program does not depend on is dropped by the exporter.
-        taken = {port.name for port in session.get_inputs()}
-        self.inputs = {port.name: port for port in entry.inputs if port.name in taken}
+        self.inputs = {port.name: port for port in entry.inputs}
         self.outputs = {port.name: port for port in entry.outputs}
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf import json_format
-from torch import Tensor, fx
+from torch import Tensor
 
 from edge_runtime import adapters
 from edge_runtime.bundle import FORMAT_VERSION, MANIFEST, Bundle, open_bundle, sha256_of
@@ -22,7 +22,7 @@ from export import parity
 from export.base import Base
 from export.decoder import Decoder
 from export.mixture import Mixture
-from export.programs import Specification, flat_graph, specifications
+from export.programs import Specification, specifications
 from export.tiers import Tier
 from protos import manifest_pb2 as pb
 
@@ -69,23 +69,21 @@ def export_bundle(
             for s in specifications(decoder, manifest.tensors, tier)
             if programs is None or s.name.split(".")[0] in programs
         ]
-        traced = []
-        for specification in chosen:
-            progress(f"tracing {specification.name}")
-            example = parity.example_arguments(specification, manifest, seed)
-            traced.append(_Traced(specification, example, flat_graph(specification, example)))
+        sources = [_Source(s, parity.example_arguments(s, manifest, seed)) for s in chosen]
         for engine in engines:
             compile_for = _compile_onnx if engine == "onnxruntime" else _compile_executorch
-            manifest.programs.extend(compile_for(traced, manifest, staging, progress))
+            manifest.programs.extend(compile_for(sources, manifest, staging, progress))
         _list_files(manifest, staging)
         _write_manifest(manifest, staging)
         staged = open_bundle(staging)
-        examples = {t.specification.name: t for t in traced}
+        by_name = {source.specification.name: source for source in sources}
         for entry in manifest.programs:
             progress(f"checking {entry.name} for {entry.engine} against PyTorch")
-            t = examples[entry.name]
+            source = by_name[entry.name]
             engine_here = load_engine(entry.engine)
-            entry.parity.CopyFrom(parity.check(t.specification, t.example, staged, engine_here))
+            entry.parity.CopyFrom(
+                parity.check(source.specification, source.example, staged, engine_here)
+            )
         for engine in engines:
             progress(f"measuring memory under {engine}")
             _measure(manifest, staging, engine, 4 * base.parameters)
@@ -105,12 +103,11 @@ def _removed_on_failure(directory: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Traced:
-    """A program with the arguments it was traced on and its graph."""
+class _Source:
+    """A program before compilation, with arguments to trace and to check it on."""
 
     specification: Specification
     example: list[Tensor]
-    graph: fx.GraphModule
 
 
 def _manifest(base: Base, mixture: Mixture, tier: Tier) -> pb.Manifest:
@@ -142,40 +139,39 @@ def _manifest(base: Base, mixture: Mixture, tier: Tier) -> pb.Manifest:
     )
 
 
-def _entry(traced: _Traced, manifest: pb.Manifest) -> pb.Program:
+def _entry(source: _Source, manifest: pb.Manifest) -> pb.Program:
     """The manifest's entry, without what depends on the engine."""
 
     def port(name: str, value: Tensor) -> pb.Port:
         return pb.Port(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=value.shape)
 
-    specification = traced.specification
+    specification = source.specification
     inputs = [name for name, _, _ in specification.inputs] + [t.name for t in manifest.tensors]
-    results = specification.call(*traced.example)
+    results = specification.call(*source.example)
     return pb.Program(
         name=specification.name,
-        inputs=[port(n, v) for n, v in zip(inputs, traced.example, strict=True)],
+        inputs=[port(n, v) for n, v in zip(inputs, source.example, strict=True)],
         outputs=[port(n, v) for n, v in zip(specification.outputs, results, strict=True)],
     )
 
 
 def _compile_onnx(
-    programs: Sequence[_Traced], manifest: pb.Manifest, staging: Path, progress: Progress
+    programs: Sequence[_Source], manifest: pb.Manifest, staging: Path, progress: Progress
 ) -> list[pb.Program]:
     from export import onnx_engine
 
     store = onnx_engine.WeightStore(staging)
     entries = []
-    for traced in programs:
-        entry = _entry(traced, manifest)
+    for source in programs:
+        entry = _entry(source, manifest)
         progress(f"compiling {entry.name} for onnxruntime")
         entry.engine = "onnxruntime"
         entry.file = f"onnx/{entry.name}.onnx"
         entry.data_files.append(onnx_engine.WEIGHTS_FILE)
         onnx_engine.compile_program(
-            traced.graph,
-            traced.example,
+            source.specification,
+            source.example,
             [port.name for port in entry.inputs],
-            [port.name for port in entry.outputs],
             file=staging / entry.file,
             store=store,
         )
@@ -184,18 +180,18 @@ def _compile_onnx(
 
 
 def _compile_executorch(
-    programs: Sequence[_Traced], manifest: pb.Manifest, staging: Path, progress: Progress
+    programs: Sequence[_Source], manifest: pb.Manifest, staging: Path, progress: Progress
 ) -> list[pb.Program]:
     from export import executorch_engine
 
-    entries = [_entry(traced, manifest) for traced in programs]
+    entries = [_entry(source, manifest) for source in programs]
     progress(f"compiling {', '.join(entry.name for entry in entries)} for executorch")
     for entry in entries:
         entry.engine = "executorch"
         entry.file = executorch_engine.PROGRAM_FILE
         entry.method = entry.name.replace(".", "_")
     arenas = executorch_engine.compile_programs(
-        {e.method: (t.graph, t.example) for e, t in zip(entries, programs, strict=True)},
+        {e.method: (s.specification, s.example) for e, s in zip(entries, programs, strict=True)},
         file=staging / executorch_engine.PROGRAM_FILE,
     )
     for entry in entries:

@@ -1,4 +1,4 @@
-"""Flat graphs to one ExecuTorch program whose methods share their weights."""
+"""All programs as one ExecuTorch file whose methods share their weights."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from executorch.backends.xnnpack import _passes as xnnpack_passes
 from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx.traceback import NodeSource
 
-from export.xnnpack import rewrite
+from export.flat_graph import flat_graph
+from export.programs import Specification
+from export.xnnpack import DECOMPOSITIONS
 
 PROGRAM_FILE = "executorch/programs.pte"
 
 
 def compile_programs(
-    graphs: Mapping[str, tuple[fx.GraphModule, Sequence[Tensor]]], *, file: Path
+    programs: Mapping[str, tuple[Specification, Sequence[Tensor]]], *, file: Path
 ) -> dict[str, int]:
-    """Writes all of `graphs` (method name -> graph, example arguments) as the methods of one file.
+    """Writes `programs` (method name -> program, example arguments) as the methods of one file.
 
     Returns:
         Method name -> planned activation arena in bytes.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    graphs = {
+        name: flat_graph(s, example, DECOMPOSITIONS) for name, (s, example) in programs.items()
+    }
     with torch.no_grad(), _quiet(), _fewer_passes():
         exported = {
-            method: torch.export.export(
-                rewrite(graph_module, arguments), tuple(arguments), strict=False
-            )
-            for method, (graph_module, arguments) in graphs.items()
+            name: torch.export.export(graphs[name], tuple(example), strict=False)
+            for name, (_, example) in programs.items()
         }
         edge = to_edge(
             exported,

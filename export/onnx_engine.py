@@ -1,17 +1,18 @@
-"""Flat graphs to ONNX files that share one file of weights."""
+"""Programs as ONNX files that share one file of weights."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
-import torch
 from onnx import external_data_helper
-from torch import Tensor, fx
+from torch import Tensor
+
+from export.flat_graph import flat_graph
+from export.onnx_graph import DECOMPOSITIONS, translate
+from export.programs import Specification
 
 WEIGHTS_FILE = "onnx/weights.bin"
 # Page-aligned, so that a weight can be mapped into memory on its own.
@@ -41,31 +42,16 @@ class WeightStore:
 
 
 def compile_program(
-    graph_module: fx.GraphModule,
+    specification: Specification,
     arguments: Sequence[Tensor],
     input_names: Sequence[str],
-    output_names: Sequence[str],
     *,
     file: Path,
     store: WeightStore,
 ) -> None:
-    """Writes `graph_module` to `file`, its weights to `store`."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        exported = torch.export.export(graph_module, tuple(arguments), strict=False)
-        program = torch.onnx.export(
-            exported,
-            tuple(arguments),
-            dynamo=True,
-            input_names=list(input_names),
-            output_names=list(output_names),
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
-    if [i.name for i in model.graph.input] != list(input_names):
-        raise AssertionError("the ONNX exporter changed the inputs")
+    """Writes a program to `file`, its weights to `store`."""
+    graph_module = flat_graph(specification, arguments, DECOMPOSITIONS)
+    model = translate(graph_module, input_names, specification.outputs)
     _externalise(model, store, file)
     file.write_bytes(model.SerializeToString())
 
@@ -83,8 +69,3 @@ def _externalise(model: onnx.ModelProto, store: WeightStore, file: Path) -> None
         )
         tensor.ClearField("raw_data")
         tensor.ClearField("float_data")
-    # Names and shapes of intermediate values and traces of the exporter's source are of no use.
-    del model.graph.value_info[:]
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""

@@ -1,4 +1,4 @@
-"""The device programs as pure functions of arrays, and their flat graphs.
+"""The device programs as pure functions of arrays.
 
 | program | inputs | outputs |
 |---|---|---|
@@ -18,14 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
 
 from export.decoder import Decoder
 from export.tiers import Tier
 from protos import manifest_pb2 as pb
 
-ATEN = torch.ops.aten
 Shape = tuple[int, ...]
 
 
@@ -130,17 +128,3 @@ def extend(
         ),
         call=call,
     )
-
-
-def flat_graph(specification: Specification, arguments: Sequence[Tensor]) -> fx.GraphModule:
-    """Forward and backward as one graph of aten operators, the base as its parameters."""
-    graph_module = make_fx(specification.call, tracing_mode="real")(*arguments)
-    for node in list(graph_module.graph.nodes):
-        if node.target in (ATEN.detach.default, ATEN.alias.default):
-            node.replace_all_uses_with(node.args[0])
-            graph_module.graph.erase_node(node)
-        elif node.target == ATEN._unsafe_view.default:
-            node.target = ATEN.view.default
-    graph_module.graph.eliminate_dead_code()
-    graph_module.recompile()
-    return graph_module

@@ -104,7 +104,7 @@ def test_more_threads_are_the_same_device(
 WITHOUT = """
 import json, sys
 
-BANNED = ("torch", "transformers", "peft", "executorch", "onnx", "onnxscript", "sqlalchemy")
+BANNED = ("torch", "transformers", "peft", "executorch", "onnx", "sqlalchemy")
 
 class Alarm:
     # Importing one of them is an error.

@@ -11,7 +11,6 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from edge_runtime.engines import load_engine
 from edge_runtime.errors import BaseModelError, BundleError, ParityError, StorageError
 from edge_runtime.predict import Predictor
 from edge_runtime.training import Evaluator
-from export import mixture, parity
+from export import mixture, onnx_engine, parity
 from export.base import BUILT_IN, load_base
 from export.bundle import export_bundle
 from export.decoder import Decoder
@@ -183,18 +182,18 @@ def test_the_same_arguments_give_the_same_bundle(
 # --- the parity gate ---------------------------------------------------------------------------
 
 
-def scaled_gradient(export: Any, factor: float) -> Any:
-    """`torch.onnx.export` with the defect that it has had: a gradient `factor` times too large."""
+def scaled_gradient(translate: Any, factor: float) -> Any:
+    """`translate` with a defect that exporters have had: a gradient `factor` times too large."""
 
-    def defective(*arguments: Any, **options: Any) -> Any:
-        model = export(*arguments, **options).model_proto
+    def defective(*arguments: Any) -> Any:
+        model = translate(*arguments)
         victim = next(o.name for o in model.graph.output if "mlp.c_fc.lora_B" in o.name)
         for node in model.graph.node:
             node.output[:] = ["right" if name == victim else name for name in node.output]
         value = np.array(factor, np.float32)
         model.graph.initializer.append(onnx.numpy_helper.from_array(value, "factor"))
         model.graph.node.append(onnx.helper.make_node("Mul", ["right", "factor"], [victim]))
-        return SimpleNamespace(model_proto=model)
+        return model
 
     return defective
 
@@ -203,7 +202,7 @@ def scaled_gradient(export: Any, factor: float) -> Any:
 def test_a_wrong_gradient_is_not_written(
     tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    monkeypatch.setattr(torch.onnx, "export", scaled_gradient(torch.onnx.export, factor))
+    monkeypatch.setattr(onnx_engine, "translate", scaled_gradient(onnx_engine.translate, factor))
     out = tmp_path / "bundle"
     with pytest.raises(ParityError, match=r"grad:.*mlp\.c_fc\.lora_B.*nothing was written"):
         export_bundle(
@@ -271,7 +270,7 @@ def test_an_existing_directory_is_left_alone(
         export()
     # A failure while overwriting leaves the old one, too.
     with monkeypatch.context() as patch:
-        patch.setattr(torch.onnx, "export", _broken)
+        patch.setattr(onnx_engine, "translate", _broken)
         with pytest.raises(RuntimeError, match="exporter"):
             export(overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -1,0 +1,363 @@
+"""Flat graphs of aten operators as ONNX graphs.
+
+Written out here, and not left to an exporter, for what the programs gain by it:
+
+* a matrix product takes its transposes as flags, so that a weight is stored once although the
+  forward pass multiplies by W and the backward pass by its transpose;
+* what is added to a product, and the number it is scaled by, become part of it (Gemm);
+* compiling takes seconds, most of which tracing is.
+
+An operator that is not listed here is refused by name.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, fx
+
+from export.flat_graph import ATEN, Decompositions, decompositions
+
+OPSET = 20
+IR_VERSION = 10
+TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.int64: TensorProto.INT64,
+    torch.bool: TensorProto.BOOL,
+}
+DECOMPOSITIONS: Decompositions = decompositions(lambda x: x.sum(-1, keepdim=True))
+
+Argument: TypeAlias = Any  # an fx.Node or what it was called with: numbers, lists, None
+
+
+@dataclass(frozen=True)
+class Product:
+    """alpha * A @ B of two matrices, by value name, each perhaps transposed."""
+
+    a: str
+    b: str
+    transposed_a: bool
+    transposed_b: bool
+    alpha: float = 1.0
+
+
+def translate(
+    graph_module: fx.GraphModule, input_names: Sequence[str], output_names: Sequence[str]
+) -> onnx.ModelProto:
+    """The ONNX model of a flat graph, with the weights inside.
+
+    Raises:
+        NotImplementedError: the graph holds an operator that has no translation.
+    """
+    translation = _Translation(graph_module)
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, input_names, strict=True):
+        translation.names[node] = name
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            translation.names[node] = translation.weight(node.target)
+        elif node.op == "call_function":
+            translation.call(node)
+    results: Any = graph_module.graph.output_node().args[0]
+    for node, name in zip(results, output_names, strict=True):
+        translation.nodes.append(helper.make_node("Identity", [translation.name(node)], [name]))
+    graph = helper.make_graph(
+        translation.needed(output_names),
+        "program",
+        [_value_info(name, node) for name, node in zip(input_names, placeholders, strict=True)],
+        [_value_info(name, node) for name, node in zip(output_names, results, strict=True)],
+        list(translation.initializers.values()),
+    )
+    return helper.make_model(
+        graph, ir_version=IR_VERSION, opset_imports=[helper.make_opsetid("", OPSET)]
+    )
+
+
+def _value_info(name: str, node: fx.Node) -> onnx.ValueInfoProto:
+    value = node.meta["val"]
+    return helper.make_tensor_value_info(name, TYPES[value.dtype], list(value.shape))
+
+
+class _Translation:
+    """The ONNX graph as it grows, and what each fx node is called in it."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.module = graph_module
+        self.names: dict[fx.Node, str] = {}
+        self.products: dict[fx.Node, Product] = {}
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+
+    def call(self, node: fx.Node) -> None:
+        translate_one = TRANSLATIONS.get(node.target)
+        if translate_one is None:
+            raise NotImplementedError(f"{node.target} has no translation to ONNX")
+        self.names[node] = translate_one(self, node, *node.args, **node.kwargs)
+
+    def name(self, argument: Argument, like: Argument = None) -> str:
+        """What `argument` is called; a number becomes a constant of the dtype of `like`."""
+        if isinstance(argument, fx.Node):
+            return self.names[argument]
+        dtype = like.meta["val"].dtype if isinstance(like, fx.Node) else torch.int64
+        return self.constant(torch.tensor(argument, dtype=dtype))
+
+    def weight(self, attribute: str) -> str:
+        if attribute not in self.initializers:
+            value = getattr(self.module, attribute).detach().contiguous().numpy()
+            self.initializers[attribute] = numpy_helper.from_array(value, attribute)
+        return attribute
+
+    def constant(self, value: Tensor) -> str:
+        name = f"constant_{value.dtype}_{value.tolist()}".replace(" ", "")
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(value.numpy(), name)
+        return name
+
+    def emit(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
+        """Appends an operator; the name of its first output."""
+        name = f"{kind.lower()}_{len(self.nodes)}"
+        more = [f"{name}.{i}" for i in range(1, outputs)]
+        self.nodes.append(helper.make_node(kind, inputs, [name, *more], **attributes))
+        return name
+
+    def gemm(self, product: Product, added: str | None = None) -> str:
+        return self.emit(
+            "Gemm",
+            *(product.a, product.b, *([added] if added else [])),
+            transA=int(product.transposed_a),
+            transB=int(product.transposed_b),
+            alpha=product.alpha,
+        )
+
+    def matrix(self, node: fx.Node) -> tuple[str, bool]:
+        """A factor of a product: (value name, whether it is to be transposed)."""
+        if _is_transpose(node):
+            return self.name(node.args[0]), True
+        return self.name(node), False
+
+    def sole_product(self, argument: Argument) -> Product | None:
+        """The product behind `argument`, if nobody else wants it as it is."""
+        if not isinstance(argument, fx.Node) or len(argument.users) != 1:
+            return None
+        return self.products.get(argument)
+
+    def needed(self, outputs: Sequence[str]) -> list[onnx.NodeProto]:
+        """The operators that `outputs` depend on: not the products that became part of others."""
+        wanted, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if wanted.intersection(node.output):
+                wanted.update(node.input)
+                kept.append(node)
+        for name in set(self.initializers) - wanted:
+            del self.initializers[name]
+        return kept[::-1]
+
+
+def _is_transpose(node: fx.Node) -> bool:
+    return node.target in TRANSPOSES and _axes_of(node) == [1, 0]
+
+
+def _axes_of(node: fx.Node) -> list[int]:
+    """The permutation that a node of TRANSPOSES is."""
+    rank = len(_shape(node))
+    arguments: Any = node.args[1:] or (0, 1)  # aten.t has none
+    if node.target == ATEN.permute.default:
+        return [axis % rank for axis in arguments[0]]
+    axes = list(range(rank))
+    one, other = arguments
+    axes[one], axes[other] = axes[other], axes[one]
+    return axes
+
+
+TRANSPOSES = {ATEN.t.default, ATEN.permute.default, ATEN.transpose.int}
+
+# --- one function per kind of operator -----------------------------------------------------------
+
+
+def _mm(t: _Translation, node: fx.Node, a: fx.Node, b: fx.Node) -> str:
+    (a_name, transposed_a), (b_name, transposed_b) = t.matrix(a), t.matrix(b)
+    t.products[node] = Product(a_name, b_name, transposed_a, transposed_b)
+    return t.gemm(t.products[node])
+
+
+def _add(t: _Translation, node: fx.Node, a: Argument, b: Argument) -> str:
+    for summand, other in ((b, a), (a, b)):
+        product = t.sole_product(summand)
+        # Gemm broadcasts what it adds, not the product.
+        if product and isinstance(other, fx.Node) and _shape(summand) == _shape(node):
+            return t.gemm(product, t.name(other))
+    return t.emit("Add", t.name(a, b), t.name(b, a))
+
+
+def _mul(t: _Translation, node: fx.Node, a: Argument, b: Argument) -> str:
+    product = t.sole_product(a)
+    if product and isinstance(b, (int, float)):
+        t.products[node] = replace(product, alpha=product.alpha * b)
+        return t.gemm(t.products[node])
+    return t.emit("Mul", t.name(a, b), t.name(b, a))
+
+
+def _shape(node: fx.Node) -> torch.Size:
+    shape: torch.Size = node.meta["val"].shape
+    return shape
+
+
+def _binary(kind: str) -> Callable[..., str]:
+    def call(t: _Translation, node: fx.Node, a: Argument, b: Argument) -> str:
+        return t.emit(kind, t.name(a, b), t.name(b, a))
+
+    return call
+
+
+def _unary(kind: str) -> Callable[..., str]:
+    def call(t: _Translation, node: fx.Node, a: fx.Node) -> str:
+        return t.emit(kind, t.name(a))
+
+    return call
+
+
+def _reverse_sub(t: _Translation, node: fx.Node, a: fx.Node, b: float) -> str:
+    return t.emit("Sub", t.name(b, a), t.name(a))
+
+
+def _clone(t: _Translation, node: fx.Node, a: fx.Node, **layout: Any) -> str:
+    return t.name(a)
+
+
+def _reshape(t: _Translation, node: fx.Node, a: fx.Node, shape: Argument) -> str:
+    return t.emit("Reshape", t.name(a), t.constant(torch.tensor(list(_shape(node)))))
+
+
+def _expand(t: _Translation, node: fx.Node, a: fx.Node, shape: Argument) -> str:
+    return t.emit("Expand", t.name(a), t.constant(torch.tensor(list(_shape(node)))))
+
+
+def _transpose(t: _Translation, node: fx.Node, a: fx.Node, *axes: Argument) -> str:
+    return t.emit("Transpose", t.name(a), perm=_axes_of(node))
+
+
+def _slice(
+    t: _Translation,
+    node: fx.Node,
+    a: fx.Node,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> str:
+    bounds = ([start or 0], [np.iinfo(np.int64).max if end is None else end], [dim], [step])
+    return t.emit("Slice", t.name(a), *(t.constant(torch.tensor(bound)) for bound in bounds))
+
+
+def _pad(
+    t: _Translation, node: fx.Node, a: fx.Node, pads: Sequence[int], value: float = 0.0
+) -> str:
+    before = [0] * len(_shape(node))
+    after = list(before)
+    for i in range(len(pads) // 2):
+        before[-1 - i], after[-1 - i] = pads[2 * i], pads[2 * i + 1]
+    return t.emit("Pad", t.name(a), t.constant(torch.tensor(before + after)), t.name(value, a))
+
+
+def _cat(t: _Translation, node: fx.Node, parts: Sequence[fx.Node], dim: int = 0) -> str:
+    return t.emit("Concat", *map(t.name, parts), axis=dim)
+
+
+def _stack(t: _Translation, node: fx.Node, parts: Sequence[fx.Node], dim: int = 0) -> str:
+    axis = t.constant(torch.tensor([dim]))
+    return t.emit("Concat", *(t.emit("Unsqueeze", t.name(p), axis) for p in parts), axis=dim)
+
+
+def _reduce(kind: str) -> Callable[..., str]:
+    def call(
+        t: _Translation,
+        node: fx.Node,
+        a: fx.Node,
+        dims: Sequence[int] | None = None,
+        keepdim: bool = False,
+    ) -> str:
+        axes = list(dims) if dims else list(range(len(_shape(a))))
+        return t.emit(kind, t.name(a), t.constant(torch.tensor(axes)), keepdims=int(keepdim))
+
+    return call
+
+
+def _softmax(t: _Translation, node: fx.Node, a: fx.Node, dim: int, half: bool) -> str:
+    return t.emit("Softmax", t.name(a), axis=dim)
+
+
+def _layer_norm(
+    t: _Translation, node: fx.Node, x: fx.Node, shape: Argument, w: fx.Node, b: fx.Node, eps: float
+) -> str:
+    inputs = (t.name(x), t.name(w), t.name(b))
+    return t.emit("LayerNormalization", *inputs, outputs=3, axis=-1, epsilon=eps)
+
+
+def _getitem(t: _Translation, node: fx.Node, a: fx.Node, index: int) -> str:
+    return f"{t.name(a)}.{index}" if index else t.name(a)
+
+
+def _index(t: _Translation, node: fx.Node, a: fx.Node, indices: Sequence[fx.Node]) -> str:
+    (index,) = indices
+    return t.emit("Gather", t.name(a), t.name(index), axis=0)
+
+
+def _index_select(t: _Translation, node: fx.Node, a: fx.Node, dim: int, index: fx.Node) -> str:
+    return t.emit("Gather", t.name(a), t.name(index), axis=dim)
+
+
+def _clamp(
+    t: _Translation,
+    node: fx.Node,
+    a: fx.Node,
+    low: float | None = None,
+    high: float | None = None,
+    **named: float,
+) -> str:
+    bounds = (low, high if high is not None else named.get("max"))
+    return t.emit("Clip", t.name(a), *("" if x is None else t.name(x, a) for x in bounds))
+
+
+def _to_copy(t: _Translation, node: fx.Node, a: fx.Node, **options: Any) -> str:
+    return t.emit("Cast", t.name(a), to=TYPES[node.meta["val"].dtype])
+
+
+TRANSLATIONS: dict[Any, Callable[..., str]] = {
+    ATEN.mm.default: _mm,
+    ATEN.bmm.default: _binary("MatMul"),
+    ATEN.add.Tensor: _add,
+    ATEN.sub.Tensor: _binary("Sub"),
+    ATEN.mul.Tensor: _mul,
+    ATEN.div.Tensor: _binary("Div"),
+    ATEN.rsub.Scalar: _reverse_sub,
+    ATEN.ge.Tensor: _binary("GreaterOrEqual"),
+    ATEN.neg.default: _unary("Neg"),
+    ATEN.exp.default: _unary("Exp"),
+    ATEN.log.default: _unary("Log"),
+    ATEN.sigmoid.default: _unary("Sigmoid"),
+    ATEN.clone.default: _clone,
+    ATEN.view.default: _reshape,
+    ATEN.expand.default: _expand,
+    **dict.fromkeys(TRANSPOSES, _transpose),
+    ATEN.slice.Tensor: _slice,
+    ATEN.constant_pad_nd.default: _pad,
+    ATEN.cat.default: _cat,
+    ATEN.stack.default: _stack,
+    ATEN.sum.default: _reduce("ReduceSum"),
+    ATEN.sum.dim_IntList: _reduce("ReduceSum"),
+    ATEN.amax.default: _reduce("ReduceMax"),
+    ATEN._softmax.default: _softmax,
+    ATEN.native_layer_norm.default: _layer_norm,
+    operator.getitem: _getitem,
+    ATEN.index.Tensor: _index,
+    ATEN.index_select.default: _index_select,
+    ATEN.clamp.default: _clamp,
+    ATEN._to_copy.default: _to_copy,
+}
