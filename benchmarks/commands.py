@@ -14,6 +14,9 @@ from edge_runtime.engines import ENGINES
 
 def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
+    bench = typer.Typer(no_args_is_help=True, help="Measure programs beside what else there is.")
+    bench.command("train")(bench_train)
+    app.add_typer(bench, name="bench")
 
 
 def demo(
@@ -46,3 +49,42 @@ def demo(
     else:
         messages.print(report.table(result))
         messages.print(f"took {result['seconds']:.0f} s; the whole story: {page.resolve()}")
+
+
+def bench_train(
+    base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2",
+    weights: Annotated[str, typer.Option(help="random or pretrained.")] = "random",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 1,
+    engines: Annotated[
+        str, typer.Option(help="Comma-separated: engine or engine:precision.")
+    ] = "onnxruntime,onnxruntime:int8,executorch",
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    steps: Annotated[int, typer.Option(min=4, help="Timed steps of each.")] = 10,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Time a training step beside PyTorch eager, taking turns, and its process's memory."""
+    from benchmarks import train_step
+
+    contestants = []
+    for part in engines.split(","):
+        engine, _, precision = part.strip().partition(":")
+        if engine not in ENGINES or precision not in ("", "float32", "int8"):
+            raise typer.BadParameter(
+                f"{part!r} is not an engine ({', '.join(ENGINES)}), alone or with :int8",
+                param_hint="--engines",
+            )
+        contestants.append((engine, precision or "float32"))
+    with messages.status("loading the base") as status:
+        result = train_step.run(
+            base_name=base,
+            random_weights=weights == "random",
+            batch=batch,
+            contestants=contestants,
+            threads=threads,
+            steps=steps,
+            progress=status.update,
+        )
+    if output is Format.JSON:
+        emit(dict(result))
+    else:
+        messages.print(train_step.table(result))

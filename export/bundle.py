@@ -26,6 +26,7 @@ from export.programs import Specification, specifications
 from export.tiers import Tier
 from protos import manifest_pb2 as pb
 
+PRECISIONS = ("float32", "int8")
 TOKENIZER_FILE = "tokenizer.json"
 Progress = Callable[[str], None]
 
@@ -37,6 +38,7 @@ def export_bundle(
     *,
     engines: Sequence[str],
     out: Path,
+    precision: str = PRECISIONS[0],
     seed: int = 0,
     programs: Sequence[str] | None = None,
     overwrite: bool = False,
@@ -45,22 +47,26 @@ def export_bundle(
     """Compiles every program of `tier` for `engines` and writes the bundle to `out`.
 
     Args:
+        precision: how the large frozen matrices are held, one of PRECISIONS.
         seed: of the fresh adapters and of the parity gate's inputs.
         programs: only those whose name before the dot is listed (default: all).
         overwrite: replace an existing bundle; it stays whole until the new one is complete.
         progress: told what happens, one line at a time.
 
     Raises:
+        ValueError: an engine has no programs of that precision.
         ParityError: a program disagrees with PyTorch; `out` is untouched.
         StorageError: `out` exists and `overwrite` is not set, or cannot be written.
     """
+    if precision == "int8" and "executorch" in engines:
+        raise ValueError("an int8 base is for onnxruntime only; add --engine onnxruntime")
     if out.exists() and not overwrite:
         raise StorageError(f"{out} exists; give another --out, or --overwrite to replace it")
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     with storage_errors(staging), _removed_on_failure(staging):
         staging.mkdir(parents=True)
-        manifest = _manifest(base, mixture, tier)
+        manifest = _manifest(base, mixture, tier, precision)
         base.tokenizer.save(str(staging / TOKENIZER_FILE))
         adapters.save_directory(manifest, mixtures.fresh(manifest, seed), staging)
         decoder = Decoder(base, mixture)
@@ -110,7 +116,7 @@ class _Source:
     example: list[Tensor]
 
 
-def _manifest(base: Base, mixture: Mixture, tier: Tier) -> pb.Manifest:
+def _manifest(base: Base, mixture: Mixture, tier: Tier, precision: str) -> pb.Manifest:
     """Everything that is known before a program is compiled."""
     config = base.config
     roles, tensors = mixtures.roles_and_tensors(mixture, layers=config.n_layer, width=config.n_embd)
@@ -130,6 +136,7 @@ def _manifest(base: Base, mixture: Mixture, tier: Tier) -> pb.Manifest:
             heads=config.n_head,
             vocabulary=config.vocab_size,
             positions=config.n_positions,
+            precision=precision,
         ),
         tokenizer=pb.Tokenizer(file=TOKENIZER_FILE, end_id=end),
         mixture=mixture.to_manifest(),
@@ -174,6 +181,7 @@ def _compile_onnx(
             [port.name for port in entry.inputs],
             file=staging / entry.file,
             store=store,
+            int8=manifest.base.precision == "int8",
         )
         entries.append(entry)
     return entries

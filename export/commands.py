@@ -29,6 +29,9 @@ def export(
     weights: Annotated[
         str, typer.Option(help="pretrained, or random (for measuring speed only).")
     ] = "pretrained",
+    precision: Annotated[
+        str, typer.Option(help="float32, or int8 for the base's matrices (onnxruntime).")
+    ] = "float32",
     tier: Annotated[str, typer.Option(help="Device tier; see export/tiers.json.")] = "laptop",
     engine: Annotated[str, typer.Option(help="onnxruntime, executorch or both.")] = "both",
     mixing: Annotated[str, typer.Option(help="per_linear or per_block.")] = "per_linear",
@@ -54,6 +57,13 @@ def export(
         raise typer.BadParameter(f"choose from {', '.join(ENGINE_CHOICES)}", param_hint="--engine")
     if weights not in ("pretrained", "random"):
         raise typer.BadParameter("choose pretrained or random", param_hint="--weights")
+    if precision not in ("float32", "int8"):
+        raise typer.BadParameter("choose float32 or int8", param_hint="--precision")
+    if precision == "int8" and engine != "onnxruntime":
+        raise typer.BadParameter(
+            "int8 programs are for ONNX Runtime so far; add --engine onnxruntime",
+            param_hint="--precision",
+        )
     try:
         mixture = Mixture(
             mixing=mixing,
@@ -75,6 +85,7 @@ def export(
             known[tier].fitted(loaded.config.n_positions),
             engines=ENGINE_CHOICES[engine],
             out=out,
+            precision=precision,
             seed=seed,
             overwrite=overwrite,
             progress=status.update,
@@ -92,6 +103,7 @@ def summary(bundle: Bundle) -> dict[str, Any]:
     return {
         "bundle": str(bundle.path),
         "base": manifest.base.name,
+        "precision": manifest.base.precision,
         "mixing": manifest.mixture.mixing,
         "specialists": manifest.mixture.specialists,
         "programs": [

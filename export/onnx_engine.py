@@ -48,10 +48,11 @@ def compile_program(
     *,
     file: Path,
     store: WeightStore,
+    int8: bool,
 ) -> None:
-    """Writes a program to `file`, its weights to `store`."""
+    """Writes a program to `file`, its weights to `store`, the large ones in int8 if asked for."""
     graph_module = flat_graph(specification, arguments, DECOMPOSITIONS)
-    model = translate(graph_module, input_names, specification.outputs)
+    model = translate(graph_module, input_names, specification.outputs, int8=int8)
     _externalise(model, store, file)
     file.write_bytes(model.SerializeToString())
 

@@ -7,6 +7,11 @@ Written out here, and not left to an exporter, for what the programs gain by it:
 * what is added to a product, and the number it is scaled by, become part of it (Gemm);
 * compiling takes seconds, most of which tracing is.
 
+With an int8 base, products with large frozen matrices are integer products of weights that were
+quantised here, symmetrically and per output, and activations that are quantised as they come, per
+token. ONNX Runtime's integer products multiply by a matrix as it is stored only, so each is stored
+as it is and transposed; both are the same integers with the same scales.
+
 An operator that is not listed here is refused by name.
 """
 
@@ -26,12 +31,15 @@ from torch import Tensor, fx
 from export.flat_graph import ATEN, Decompositions, decompositions
 
 OPSET = 20
+MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 IR_VERSION = 10
 TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
 }
+# Matrices with fewer numbers stay float32: they cost little and an integer product gains little.
+SMALLEST_QUANTISED = 2**14
 DECOMPOSITIONS: Decompositions = decompositions(lambda x: x.sum(-1, keepdim=True))
 
 Argument: TypeAlias = Any  # an fx.Node or what it was called with: numbers, lists, None
@@ -49,35 +57,42 @@ class Product:
 
 
 def translate(
-    graph_module: fx.GraphModule, input_names: Sequence[str], output_names: Sequence[str]
+    graph_module: fx.GraphModule,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    *,
+    int8: bool = False,
 ) -> onnx.ModelProto:
     """The ONNX model of a flat graph, with the weights inside.
+
+    Args:
+        int8: quantise the large frozen matrices.
 
     Raises:
         NotImplementedError: the graph holds an operator that has no translation.
     """
-    translation = _Translation(graph_module)
+    translation = _Translation(graph_module, int8)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, input_names, strict=True):
         translation.names[node] = name
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
-            translation.names[node] = translation.weight(node.target)
+            translation.names[node] = node.target
         elif node.op == "call_function":
             translation.call(node)
     results: Any = graph_module.graph.output_node().args[0]
     for node, name in zip(results, output_names, strict=True):
         translation.nodes.append(helper.make_node("Identity", [translation.name(node)], [name]))
+    nodes = translation.needed(output_names)
     graph = helper.make_graph(
-        translation.needed(output_names),
+        nodes,
         "program",
         [_value_info(name, node) for name, node in zip(input_names, placeholders, strict=True)],
         [_value_info(name, node) for name, node in zip(output_names, results, strict=True)],
         list(translation.initializers.values()),
     )
-    return helper.make_model(
-        graph, ir_version=IR_VERSION, opset_imports=[helper.make_opsetid("", OPSET)]
-    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets)
 
 
 def _value_info(name: str, node: fx.Node) -> onnx.ValueInfoProto:
@@ -88,8 +103,10 @@ def _value_info(name: str, node: fx.Node) -> onnx.ValueInfoProto:
 class _Translation:
     """The ONNX graph as it grows, and what each fx node is called in it."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, int8: bool) -> None:
         self.module = graph_module
+        self.int8 = int8
+        self.scales: dict[str, tuple[int, Tensor]] = {}  # of a quantised weight: (axis, scale)
         self.names: dict[fx.Node, str] = {}
         self.products: dict[fx.Node, Product] = {}
         self.nodes: list[onnx.NodeProto] = []
@@ -108,17 +125,17 @@ class _Translation:
         dtype = like.meta["val"].dtype if isinstance(like, fx.Node) else torch.int64
         return self.constant(torch.tensor(argument, dtype=dtype))
 
-    def weight(self, attribute: str) -> str:
-        if attribute not in self.initializers:
-            value = getattr(self.module, attribute).detach().contiguous().numpy()
-            self.initializers[attribute] = numpy_helper.from_array(value, attribute)
-        return attribute
+    def weight(self, attribute: str) -> Tensor:
+        value: Tensor = getattr(self.module, attribute).detach()
+        return value
+
+    def store(self, name: str, value: Tensor) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(value.contiguous().numpy(), name)
+        return name
 
     def constant(self, value: Tensor) -> str:
-        name = f"constant_{value.dtype}_{value.tolist()}".replace(" ", "")
-        if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(value.numpy(), name)
-        return name
+        return self.store(f"constant_{value.dtype}_{value.tolist()}".replace(" ", ""), value)
 
     def emit(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
         """Appends an operator; the name of its first output."""
@@ -157,7 +174,65 @@ class _Translation:
                 kept.append(node)
         for name in set(self.initializers) - wanted:
             del self.initializers[name]
+        for node in self.module.graph.nodes:
+            if node.op == "get_attr" and node.target in wanted:
+                self.store(node.target, self.weight(node.target))
         return kept[::-1]
+
+    # --- an int8 base --------------------------------------------------------------------------
+
+    def quantised(self, node: fx.Node) -> bool:
+        """Whether `node` is a frozen matrix that is stored in int8."""
+        return self.int8 and node.op == "get_attr" and _shape(node).numel() >= SMALLEST_QUANTISED
+
+    def integers(self, attribute: str, output_axis: int) -> tuple[Tensor, Tensor, int]:
+        """A weight as (int8, float32 scales (outputs,), axis of the outputs).
+
+        The outputs are those of the first use, which is the forward pass; the backward pass sums
+        over them, with the same scales.
+        """
+        value = self.weight(attribute)
+        if attribute not in self.scales:
+            scale = value.abs().amax(1 - output_axis).clamp(min=1e-12) / 127.0
+            self.scales[attribute] = (output_axis, scale)
+        axis, scale = self.scales[attribute]
+        integers = torch.round(value / scale.unsqueeze(1 - axis)).to(torch.int8)
+        return integers, scale, axis
+
+    def integer_product(self, a: str, b: fx.Node, transposed: bool) -> str:
+        """a @ b, or a @ b.T, of a float32 matrix and a quantised weight."""
+        attribute = str(b.target)
+        integers, scale, axis = self.integers(attribute, output_axis=0 if transposed else 1)
+        name = f"{attribute}.int8" + (".transposed" if transposed else "")
+        stored = self.store(name, integers.T if transposed else integers)
+        scales = self.store(f"{attribute}.scale", scale)
+        backward = axis != (0 if transposed else 1)
+        x = self.emit("Mul", a, scales) if backward else a
+        factor = self.constant(torch.tensor(1.0)) if backward else scales
+        # Tokens differ in size. Brought to the same first, each is quantised on its own scale.
+        rows = self.constant(torch.tensor([1]))
+        largest = self.emit("ReduceMax", self.emit("Abs", x), rows, keepdims=1)
+        size = self.emit("Max", largest, self.constant(torch.tensor(1e-30)))
+        even = self.emit("Div", x, size)
+        product = self.emit("DynamicQuantizeMatMul", even, stored, factor, domain=MICROSOFT)
+        if backward and integers.shape[axis] > integers.shape[1 - axis]:
+            # Summed over a vocabulary: probabilities, most of them far smaller than a step of the
+            # largest. What rounding left of them gets a product of its own.
+            step = self.emit("DynamicQuantizeLinear", even, outputs=3)
+            rounded = self.emit("DequantizeLinear", step, f"{step}.1", f"{step}.2")
+            rest = self.emit("Sub", even, rounded)
+            second = self.emit("DynamicQuantizeMatMul", rest, stored, factor, domain=MICROSOFT)
+            product = self.emit("Add", product, second)
+        return self.emit("Mul", product, size)
+
+    def half_rows(self, a: fx.Node, index: str) -> str:
+        """Rows of an embedding that is stored in float16, as float32.
+
+        In int8 they would be the largest error of all, and only the rows in use are in memory.
+        """
+        attribute = str(a.target)
+        stored = self.store(f"{attribute}.float16", self.weight(attribute).half())
+        return self.emit("Cast", self.emit("Gather", stored, index, axis=0), to=TensorProto.FLOAT)
 
 
 def _is_transpose(node: fx.Node) -> bool:
@@ -182,6 +257,9 @@ TRANSPOSES = {ATEN.t.default, ATEN.permute.default, ATEN.transpose.int}
 
 
 def _mm(t: _Translation, node: fx.Node, a: fx.Node, b: fx.Node) -> str:
+    factor = b.args[0] if _is_transpose(b) else b
+    if isinstance(factor, fx.Node) and t.quantised(factor):
+        return t.integer_product(t.name(a), factor, transposed=factor is not b)
     (a_name, transposed_a), (b_name, transposed_b) = t.matrix(a), t.matrix(b)
     t.products[node] = Product(a_name, b_name, transposed_a, transposed_b)
     return t.gemm(t.products[node])
@@ -306,6 +384,8 @@ def _getitem(t: _Translation, node: fx.Node, a: fx.Node, index: int) -> str:
 
 def _index(t: _Translation, node: fx.Node, a: fx.Node, indices: Sequence[fx.Node]) -> str:
     (index,) = indices
+    if t.quantised(a):
+        return t.half_rows(a, t.name(index))
     return t.emit("Gather", t.name(a), t.name(index), axis=0)
 
 

@@ -114,6 +114,7 @@ class Base(_message.Message):
     HEADS_FIELD_NUMBER: _builtins.int
     VOCABULARY_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name or path that `--base` was given."""
     architecture: _builtins.str
@@ -134,6 +135,10 @@ class Base(_message.Message):
     """Number of token ids."""
     positions: _builtins.int
     """Number of positions that the base was trained for, in tokens."""
+    precision: _builtins.str
+    """How the programs hold the large frozen matrices: "float32", or "int8" (symmetric, a scale per
+    output, activations quantised as they come). Programs of either may share generalists.
+    """
     def __init__(
         self,
         *,
@@ -146,10 +151,11 @@ class Base(_message.Message):
         heads: _builtins.int = ...,
         vocabulary: _builtins.int = ...,
         positions: _builtins.int = ...,
+        precision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "heads", b"heads", "layers", b"layers", "name", b"name", "parameters", b"parameters", "positions", b"positions", "sha256", b"sha256", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "heads", b"heads", "layers", b"layers", "name", b"name", "parameters", b"parameters", "positions", b"positions", "precision", b"precision", "sha256", b"sha256", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -400,13 +406,15 @@ class Parity(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     TOLERANCE_FIELD_NUMBER: _builtins.int
     worst_relative_error: _builtins.float
-    """Largest relative error ||got - want|| / ||want|| of any output against PyTorch."""
+    """Relative error ||got - want|| / ||want|| against PyTorch, with a float32 base, of the output
+    that comes nearest to its tolerance.
+    """
     worst_output: _builtins.str
     """Output that it belongs to."""
     outputs: _builtins.int
     """Number of outputs compared."""
     tolerance: _builtins.float
-    """Errors up to here pass."""
+    """Errors of that output up to here pass."""
     def __init__(
         self,
         *,

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from executorch.exir._serialize._program import deserialize_pte_binary
 from peft import PeftModel
 from tiny import TIER, ExportTiny
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -27,13 +28,14 @@ from edge_runtime.engines import load_engine
 from edge_runtime.errors import BaseModelError, BundleError, ParityError, StorageError
 from edge_runtime.predict import Predictor
 from edge_runtime.training import Evaluator
-from export import mixture, onnx_engine, parity
+from export import mixture, onnx_engine, onnx_graph, parity
 from export.base import BUILT_IN, load_base
 from export.bundle import export_bundle
 from export.decoder import Decoder
+from export.flat_graph import flat_graph
 from export.mixture import Mixture
 from export.onnx_engine import INLINE_BYTES
-from export.programs import specifications
+from export.programs import Specification, specifications
 from export.tiers import tiers
 
 ONE_PROGRAM = ("eval_loss",)
@@ -570,3 +572,40 @@ def test_the_command_refuses(
     if code != 2:
         assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+# --- the two compilers -------------------------------------------------------------------------
+
+
+def test_a_program_is_one_delegate_and_valid_onnx(export_tiny: ExportTiny) -> None:
+    """Each border of a delegate copies, and costs seconds to compile: there is none inside."""
+    bundle = export_tiny(
+        Mixture(rank=4, specialists=2),
+        engines=("onnxruntime", "executorch"),
+        programs=("train_step", "eval_loss"),
+        tier=replace(TIER, micro_batches=(2,)),
+    )
+    for program in bundle.manifest.programs:
+        file = bundle.path / program.file
+        if program.engine == "onnxruntime":
+            onnx.checker.check_model(file, full_check=True)
+            continue
+        plans = deserialize_pte_binary(file.read_bytes()).program.execution_plan
+        (plan,) = (plan for plan in plans if plan.name == program.method)
+        assert len(plan.delegates) == 1
+
+
+def test_an_operator_without_a_translation_is_refused_by_name() -> None:
+    def call(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.erfinv(x),)
+
+    specification = Specification("p", (("x", torch.float32, (2,)),), ("y",), call)
+    graph = flat_graph(specification, [torch.zeros(2)], onnx_graph.DECOMPOSITIONS)
+    with pytest.raises(NotImplementedError, match=r"aten\.erfinv"):
+        onnx_graph.translate(graph, ["x"], ["y"])
+
+
+def test_an_int8_base_for_executorch_is_refused(tmp_path: Path) -> None:
+    done = comigs("export", "--precision", "int8", "--out", tmp_path / "bundle")
+    assert done.returncode == 2
+    assert "--engine onnxruntime" in done.stderr

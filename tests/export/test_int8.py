@@ -1,0 +1,109 @@
+"""An int8 base: what it saves, that it trains as the float32 one, and that the gate watches it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import TIER
+
+from edge_runtime import training_config
+from edge_runtime.adapters import load_fresh
+from edge_runtime.bundle import Bundle
+from edge_runtime.data import Batches, load_tokenizer
+from edge_runtime.engines import load_engine
+from edge_runtime.errors import ParityError
+from edge_runtime.training import Evaluator, Trainer, new_state
+from export import onnx_graph
+from export.base import load_base
+from export.bundle import export_bundle
+from export.mixture import Mixture
+from export.tiers import Tier
+
+STEPS = 12
+Export = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """gpt2-mini, whose weights are real: what rounding does to random ones says little."""
+    base = load_base("gpt2-mini")
+    tier = Tier(
+        name="test", train_length=64, micro_batches=(4,), eval_batch=4, context=64, prefill_chunk=8
+    )
+    made: dict[str, Bundle] = {}
+
+    def export(precision: str) -> Bundle:
+        if precision not in made:
+            made[precision] = export_bundle(
+                base,
+                Mixture(),
+                tier,
+                engines=["onnxruntime"],
+                precision=precision,
+                out=tmp_path_factory.mktemp("int8") / precision,
+            )
+        return made[precision]
+
+    return export
+
+
+def test_the_manifest_says_it_and_the_gate_has_seen_it(export: Export) -> None:
+    small, full = export("int8").manifest, export("float32").manifest
+    assert (small.base.precision, full.base.precision) == ("int8", "float32")
+    # Of one base, so that their devices may share a generalist.
+    assert small.base.sha256 == full.base.sha256
+    for program in small.programs:
+        assert program.parity.tolerance in (0.01, 0.17)
+        assert 1e-4 < program.parity.worst_relative_error <= program.parity.tolerance
+    # Integers for each direction and the embedding in float16, against float32.
+    assert small.engines[0].disk_bytes < 0.75 * full.engines[0].disk_bytes
+
+
+def test_it_learns_as_the_float32_base_does(export: Export) -> None:
+    """The same steps on the same text end within 1 % of the same perplexity."""
+    text = Path(torch.__file__).with_name("functional.py").read_text()
+    perplexity = {}
+    for precision in ("float32", "int8"):
+        bundle = export(precision)
+        tokens = np.array(load_tokenizer(bundle).encode(text).ids)
+        train, test = tokens[:12_000], tokens[12_000:16_000]
+        engine = load_engine("onnxruntime", threads=2)
+        state = new_state(bundle.manifest, load_fresh(bundle))
+        config = training_config.load(None)
+        config.rounds, config.batch_sequences, config.tau = 1, 4, 6
+        length = bundle.manifest.tier.train_length
+        batches = Batches(train, length, seed=0)
+        trainer = Trainer(bundle, engine, state, config, 4, batches, batches)
+        fresh = math.exp(Evaluator(bundle, engine, state.vectors).loss(test))
+        for _ in range(STEPS):
+            trainer.step()
+        perplexity[precision] = math.exp(Evaluator(bundle, engine, state.vectors).loss(test))
+        assert perplexity[precision] < 0.5 * fresh
+    assert perplexity["int8"] == pytest.approx(perplexity["float32"], rel=0.01)
+
+
+def test_wrong_scales_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = onnx_graph._Translation.integers
+
+    def too_large(self: Any, attribute: str, output_axis: int) -> Any:
+        integers, scale, axis = right(self, attribute, output_axis)
+        return integers, 1.5 * scale, axis
+
+    monkeypatch.setattr(onnx_graph._Translation, "integers", too_large)
+    with pytest.raises(ParityError, match="nothing was written"):
+        export_bundle(
+            load_base("gpt2-mini"),
+            Mixture(),
+            TIER,
+            engines=["onnxruntime"],
+            precision="int8",
+            out=tmp_path / "bundle",
+            programs=("train_step",),
+        )
+    assert list(tmp_path.iterdir()) == []
