@@ -72,7 +72,7 @@ class UserText:
     test: str
 
 
-def default_users(characters: int = 400_000) -> list[UserText]:
+def default_users(characters: int = 250_000) -> list[UserText]:
     """Four users with about `characters` characters each, out of the installed packages.
 
     Raises:

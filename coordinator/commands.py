@@ -89,8 +89,7 @@ TEXTS = {
     "round_resumed": "round {round}: resumed with {updates} updates",
     "update_accepted": "round {round}: {device} reported ({bytes} bytes)",
     "update_refused": "round {round}: refused an update of {device}: {reason}",
-    "round_closed": "round {round}: averaged {updates} updates after {seconds:.1f} s; "
-    "training loss {train}, held-out loss {valid}",
+    "round_closed": "round {round}: averaged {updates} updates after {seconds:.1f} s",
     "round_abandoned": "round {round}: abandoned at its deadline with only {updates} updates",
     "storage_failed": "cannot store what a device sent: {reason}",
     "finished": "all rounds are over; {bytes_received} bytes received, {bytes_sent} bytes sent",
@@ -103,10 +102,6 @@ def _readable(fields: dict[str, Any]) -> dict[str, str]:
     if "ca" in fields:
         ca = fields["ca"]
         words["trust"] = f"devices need --ca {ca}" if ca else "without TLS: devices need --insecure"
-    for kind in ("train", "valid"):
-        if f"{kind}_loss" in fields:
-            loss = fields[f"{kind}_loss"]
-            words[kind] = "not measured" if loss is None else f"{loss:.4f}"
     return words
 
 

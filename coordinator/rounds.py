@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -36,7 +36,7 @@ MAX_WAIT_SECONDS = 30.0
 RETRY_SECONDS = 1.0
 # A device that was told to wait counts as present for so long after it was last heard of.
 PRESENT_SECONDS = MAX_WAIT_SECONDS + 5.0
-# How long to wait for the last round's devices to fetch the final generalist.
+# How long to wait for the last round's devices to store the final generalist.
 DELIVERY_SECONDS = 60.0
 
 Report = Callable[[str, dict[str, Any]], None]
@@ -165,8 +165,6 @@ class Rounds:
                 "round": current.number,
                 "updates": len(updates),
                 "seconds": round(time.time() - (current.opened_at or 0), 3),
-                "train_loss": _average(update.train_loss for update in updates),
-                "valid_loss": _average(u.valid_loss for u in updates if u.valid_loss),
             },
         )
 
@@ -245,8 +243,6 @@ class Rounds:
                 file=file,
                 sha256=header.sha256,
                 tokens=header.tokens,
-                train_loss=header.train_loss,
-                valid_loss=header.valid_loss,
             )
         )
         self._report(
@@ -262,7 +258,7 @@ class Rounds:
         self._nudged.set()
 
     def delivered(self, device: str, number: int) -> None:
-        """`device` has fetched the generalist of round `number`."""
+        """`device` has stored the generalist of round `number`."""
         if self._finished and number == self._state.current().number:
             self._delivered.add(device)
             self._nudged.set()
@@ -327,8 +323,3 @@ async def _wait(event: asyncio.Event, seconds: float | None) -> None:
             await event.wait()
     except TimeoutError:
         pass
-
-
-def _average(values: Iterable[float]) -> float | None:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else None

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import math
 import secrets
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, TypeVar
@@ -81,13 +80,15 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         self._received(request)
         async with self._storage_errors(context):
             device = await self._authenticated(context)
-            return self._sent(await self._rounds.check_in(device.id, request.wait_seconds))
+            reply = self._sent(await self._rounds.check_in(device.id, request.wait_seconds))
+            self._rounds.delivered(device.id, request.stored_round)
+            return reply
 
     async def Download(  # noqa: N802
         self, request: pb.DownloadRequest, context: Context
     ) -> AsyncIterator[pb.Chunk]:
         self._received(request)
-        device = await self._authenticated(context)
+        await self._authenticated(context)
         wanted = self._state.round(request.round)
         if wanted is None:
             await context.abort(
@@ -100,7 +101,6 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             chunk.data = data
             yield self._sent(chunk)
             chunk = pb.Chunk()
-        self._rounds.delivered(device.id, request.round)
 
     async def Upload(  # noqa: N802
         self, request_iterator: _MaybeAsyncIterator[pb.UploadPart], context: Context
@@ -147,8 +147,6 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                 f"it says that it was trained on {header.tokens} tokens; that must be between 1 "
                 f"and {MAX_TOKENS}"
             )
-        if not (math.isfinite(header.train_loss) and math.isfinite(header.valid_loss)):
-            raise RefusedUpdateError("a loss is a NaN or an infinity")
 
     async def _receive_payload(
         self, parts: AsyncIterator[pb.UploadPart], header: pb.UploadHeader

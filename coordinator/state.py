@@ -86,9 +86,6 @@ class Update(Base):
     """Payload, as a path below the state directory; deleted once the round is over."""
     sha256: Mapped[bytes]
     tokens: Mapped[int]
-    train_loss: Mapped[float]
-    """Nats per token, as is `valid_loss`."""
-    valid_loss: Mapped[float]
 
 
 class Refusal(Base):

@@ -145,9 +145,12 @@ class Client:
         self.identity = Identity(reply.device_id, reply.token)
         return self.identity
 
-    def check_in(self, wait_seconds: float) -> pb.CheckInReply:
-        """Asks what to do; the coordinator may take `wait_seconds` (at most 30) to answer."""
-        request = pb.CheckInRequest(wait_seconds=wait_seconds)
+    def check_in(self, wait_seconds: float, *, stored_round: int = 0) -> pb.CheckInReply:
+        """Asks what to do; the coordinator may take `wait_seconds` (at most 30) to answer.
+
+        With `stored_round` it says that the final generalist of that round is safe here.
+        """
+        request = pb.CheckInRequest(wait_seconds=wait_seconds, stored_round=stored_round)
 
         def attempt() -> pb.CheckInReply:
             self.bytes_sent += request.ByteSize()

@@ -6,6 +6,7 @@ fix the next batch. A device that starts again repeats the few steps since then 
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from edge_runtime.bundle import Bundle, contract_sha256
 from edge_runtime.client import Client, Identity
 from edge_runtime.data import Batches, Tokens, load_tokenizer, read_splits, tokenize
 from edge_runtime.engines import Engine
-from edge_runtime.errors import AdapterError, RefusedError
+from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
 from edge_runtime.measure import peak_bytes
 from edge_runtime.planner import Plan
 from edge_runtime.store import DeviceConfig, Home, Progress
@@ -120,8 +121,6 @@ class Device:
         header = pb.UploadHeader(
             round=reply.round,
             tokens=steps * reply.training.batch_sequences * self._length,
-            train_loss=self.progress.loss_sum / max(1, steps),
-            valid_loss=self.progress.curve[-1][1] if self.progress.curve else 0.0,
         )
         answer = client.upload(header, wire.encode(self.bundle.manifest, self.state.vectors))
         self.progress.uploaded = True
@@ -146,7 +145,7 @@ class Device:
             self._measure_curve()
         self.progress.round = number
         self.progress.round_start = self.state.expert_steps
-        self.progress.round_seconds = self.progress.loss_sum = 0.0
+        self.progress.round_seconds = 0.0
         self.progress.uploaded = False
         self._save()
         self.report({"event": "round", "round": number, "rounds": config.rounds})
@@ -163,7 +162,6 @@ class Device:
             seconds = time.monotonic() - started
             self._step_seconds.append(seconds)
             self.progress.round_seconds += seconds
-            self.progress.loss_sum += loss
             self.report(
                 {
                     "event": "step",
@@ -202,6 +200,9 @@ class Device:
             self._measure_curve()
             self.progress.finished = True
             self._save()
+        # Only now may the coordinator go. If it has, it waited for nobody, and all is well.
+        with contextlib.suppress(UnreachableError):
+            client.check_in(0, stored_round=number)
         self.report({"event": "finished", "round": number})
 
     # --- helpers ---------------------------------------------------------------------------

@@ -106,8 +106,8 @@ class OnnxRuntime:
         options.log_severity_level = 3
         # The planned block is a third larger than what allocating as one goes needs, and no faster.
         options.enable_mem_pattern = False
-        # Spinning worker threads would starve the other devices on a small machine.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Worker threads may wait actively between the operators of a run, but not between runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )

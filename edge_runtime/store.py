@@ -49,7 +49,6 @@ class Progress:
     round: int = 0  # round being trained, 0 before the first
     round_start: int = 0  # expert step at which it began
     round_seconds: float = 0.0  # training time spent in it
-    loss_sum: float = 0.0  # training losses of its steps, summed
     uploaded: bool = False  # its update was accepted
     finished: bool = False  # the final generalist is in place
     curve: list[tuple[int, float]] = field(default_factory=list)  # (expert step, held-out loss)

@@ -82,16 +82,20 @@ class CheckInRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    STORED_ROUND_FIELD_NUMBER: _builtins.int
     wait_seconds: _builtins.float
     """How long the coordinator may hold the call open, in seconds, at most 30."""
+    stored_round: _builtins.int
+    """Round whose final generalist the device has stored, after a reply that said FINISH; 0 before."""
     def __init__(
         self,
         *,
         wait_seconds: _builtins.float = ...,
+        stored_round: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["wait_seconds", b"wait_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stored_round", b"stored_round", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -277,8 +281,6 @@ class UploadHeader(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
-    TRAIN_LOSS_FIELD_NUMBER: _builtins.int
-    VALID_LOSS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round that the update belongs to."""
     total_bytes: _builtins.int
@@ -286,11 +288,9 @@ class UploadHeader(_message.Message):
     sha256: _builtins.bytes
     """SHA-256 of the payload."""
     tokens: _builtins.int
-    """Tokens that the device trained on in this round."""
-    train_loss: _builtins.float
-    """Mean training loss over the round, in nats per token."""
-    valid_loss: _builtins.float
-    """Loss on the held-out split after the round, in nats per token; 0 if not measured."""
+    """Tokens that the device trained on in this round: steps times batch times length, so nothing
+    about its text. What it learnt, and how well, stays on it.
+    """
     def __init__(
         self,
         *,
@@ -298,12 +298,10 @@ class UploadHeader(_message.Message):
         total_bytes: _builtins.int = ...,
         sha256: _builtins.bytes = ...,
         tokens: _builtins.int = ...,
-        train_loss: _builtins.float = ...,
-        valid_loss: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "sha256", b"sha256", "tokens", b"tokens", "total_bytes", b"total_bytes", "train_loss", b"train_loss", "valid_loss", b"valid_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "sha256", b"sha256", "tokens", b"tokens", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,7 +20,7 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.store import Home
 from protos import coordinator_pb2 as pb
 
-ROUNDS, STEPS = 3, 40
+ROUNDS, STEPS = 3, 150
 TRAINING = pb.TrainingConfig(
     rounds=ROUNDS, local_steps=STEPS, batch_sequences=2, tau=25, router_steps=5, weight_decay=0.01
 )

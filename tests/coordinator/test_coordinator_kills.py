@@ -5,7 +5,7 @@ import sqlite3
 import threading
 import time
 
-from coordinator_help import Fleet, free_port, header, in_parallel, mean_of, train
+from coordinator_help import Fleet, finish, free_port, header, in_parallel, mean_of, train
 
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle, contract_sha256
@@ -24,7 +24,7 @@ def live(bundle: Bundle, client: Client, seed: int) -> tuple[dict[int, bytes], b
     while True:
         reply = client.check_in(2)
         if reply.action == pb.CheckInReply.FINISH:
-            return acknowledged, client.download(reply.round)
+            return acknowledged, finish(client, reply.round)
         if reply.action == pb.CheckInReply.TRAIN:
             update = train(bundle, client.download(reply.round), seed, reply.round)
             time.sleep(pace.uniform(0, 0.08))

@@ -81,7 +81,6 @@ def hostile(good: bytes) -> dict[str, tuple[list[pb.UploadPart], str]]:
         "garbage": (parts(np.random.default_rng(0).bytes(5000)), "not a safetensors payload"),
         "no tokens": (parts(good, tokens=0), "0 tokens"),
         "too many tokens": (parts(good, tokens=2**64 - 1), "tokens"),
-        "loss": (parts(good, train_loss=float("nan")), "loss"),
     }
 
 
@@ -197,3 +196,10 @@ def test_a_full_disk_loses_nothing(fleet: Fleet) -> None:
     final = check_in_until(ada, pb.CheckInReply.FINISH)
     got = wire.decode(bundle.manifest, ada.download(final.round))["generalist"]
     assert got.tobytes() == mean_of(bundle, updates).tobytes()
+
+
+def test_an_upload_has_no_room_for_anything_but_the_generalist() -> None:
+    """A new field here is a decision about what leaves a device."""
+    fields = {field.name for field in pb.UploadHeader.DESCRIPTOR.fields}
+    assert fields == {"round", "total_bytes", "sha256", "tokens"}
+    assert {field.name for field in pb.UploadPart.DESCRIPTOR.fields} == {"header", "data"}
