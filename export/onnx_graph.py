@@ -107,6 +107,7 @@ class _Translation:
         self.module = graph_module
         self.int8 = int8
         self.scales: dict[str, tuple[int, Tensor]] = {}  # of a quantised weight: (axis, scale)
+        self.embeddings: set[str] = set()  # quantised weights of which rows are looked up
         self.names: dict[fx.Node, str] = {}
         self.products: dict[fx.Node, Product] = {}
         self.nodes: list[onnx.NodeProto] = []
@@ -215,8 +216,8 @@ class _Translation:
         size = self.emit("Max", largest, self.constant(torch.tensor(1e-30)))
         even = self.emit("Div", x, size)
         product = self.emit("DynamicQuantizeMatMul", even, stored, factor, domain=MICROSOFT)
-        if backward and integers.shape[axis] > integers.shape[1 - axis]:
-            # Summed over a vocabulary: probabilities, most of them far smaller than a step of the
+        if backward and attribute in self.embeddings:
+            # Summed over the vocabulary: probabilities, most of them far smaller than a step of the
             # largest. What rounding left of them gets a product of its own.
             step = self.emit("DynamicQuantizeLinear", even, outputs=3)
             rounded = self.emit("DequantizeLinear", step, f"{step}.1", f"{step}.2")
@@ -231,6 +232,7 @@ class _Translation:
         In int8 they would be the largest error of all, and only the rows in use are in memory.
         """
         attribute = str(a.target)
+        self.embeddings.add(attribute)
         stored = self.store(f"{attribute}.float16", self.weight(attribute).half())
         return self.emit("Cast", self.emit("Gather", stored, index, axis=0), to=TensorProto.FLOAT)
 
