@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -20,17 +21,17 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.store import Home
 from protos import coordinator_pb2 as pb
 
-ROUNDS, STEPS = 3, 150
+ROUNDS, STEPS = 3, 2500
 TRAINING = pb.TrainingConfig(
     rounds=ROUNDS, local_steps=STEPS, batch_sequences=2, tau=25, router_steps=5, weight_decay=0.01
 )
 NAMES = ("ada", "grace")
 
 
-def comigs(*arguments: object) -> subprocess.Popen[str]:
+def comigs(*arguments: object, stdout: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "edge_runtime", *map(str, arguments)],
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -68,19 +69,25 @@ class Session:
         return process
 
     def start_device(self, name: str) -> subprocess.Popen[str]:
-        return comigs(
-            *("device", "run", "--coordinator", f"127.0.0.1:{self.port}", "--ca", self.ca),
-            *("--home", self.root / name, "--data", self.text, "--bundle", self.bundle.path),
-            *("--seed", NAMES.index(name), "--threads", 1, "--format", "json"),
-        )
+        # To a file: a pipe that nobody reads holds up who writes into it.
+        with self.log(name).open("w") as log:
+            return comigs(
+                *("device", "run", "--coordinator", f"127.0.0.1:{self.port}", "--ca", self.ca),
+                *("--home", self.root / name, "--data", self.text, "--bundle", self.bundle.path),
+                *("--seed", NAMES.index(name), "--threads", 1, "--format", "json"),
+                stdout=log,
+            )
+
+    def log(self, name: str) -> Path:
+        return self.root / f"{name}.jsonl"
 
     def finish(self) -> dict[str, list[dict[str, object]]]:
         """Waits for everyone; returns each device's events."""
         events = {}
         for name, device in self.devices.items():
-            out, error = device.communicate(timeout=240)
+            _, error = device.communicate(timeout=240)
             assert device.returncode == 0, error
-            events[name] = [json.loads(line) for line in out.splitlines()]
+            events[name] = [json.loads(line) for line in self.log(name).read_text().splitlines()]
         _, error = self.coordinator.communicate(timeout=90)
         assert self.coordinator.returncode == 0, error
         return events
@@ -139,7 +146,7 @@ def test_kills_change_nothing(
     session = Session(tmp_path / "s", tiny_bundle, text_dir)
     rng, kills = random.Random(3), 0
     for _ in range(9):
-        time.sleep(rng.uniform(0.3, 1.6))
+        time.sleep(rng.uniform(0.2, 1.2))
         victim = rng.choice([*NAMES, "coordinator"])
         process = session.coordinator if victim == "coordinator" else session.devices[victim]
         if process.poll() is not None:

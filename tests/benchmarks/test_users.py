@@ -75,7 +75,7 @@ def test_default_users_are_long_enough_and_the_same_every_time(users: list[UserT
     for user in users:
         train, valid, test = map(len, parts(user))
         assert 240_000 < train + valid + test <= 250_000
-        assert min(valid, test) > 35_000
+        assert min(valid, test) > 22_000
         assert user.description
 
 

@@ -187,8 +187,8 @@ def test_the_same_arguments_give_the_same_bundle(
 def scaled_gradient(translate: Any, factor: float) -> Any:
     """`translate` with a defect that exporters have had: a gradient `factor` times too large."""
 
-    def defective(*arguments: Any) -> Any:
-        model = translate(*arguments)
+    def defective(*arguments: Any, **options: Any) -> Any:
+        model = translate(*arguments, **options)
         victim = next(o.name for o in model.graph.output if "mlp.c_fc.lora_B" in o.name)
         for node in model.graph.node:
             node.output[:] = ["right" if name == victim else name for name in node.output]
