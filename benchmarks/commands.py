@@ -10,6 +10,7 @@ import typer
 from edge_runtime import training_config
 from edge_runtime.cli import Format, FormatOption, emit, messages
 from edge_runtime.engines import ENGINES
+from export import PRECISIONS
 
 
 def register(app: typer.Typer) -> None:
@@ -65,15 +66,18 @@ def bench_train(
     """Time a training step beside PyTorch eager, taking turns, and its process's memory."""
     from benchmarks import train_step
 
+    if weights not in ("pretrained", "random"):
+        raise typer.BadParameter("choose pretrained or random", param_hint="--weights")
     contestants = []
     for part in engines.split(","):
         engine, _, precision = part.strip().partition(":")
-        if engine not in ENGINES or precision not in ("", "float32", "int8"):
+        precision = precision or "float32"
+        if engine not in PRECISIONS.get(precision, ()):
             raise typer.BadParameter(
-                f"{part!r} is not an engine ({', '.join(ENGINES)}), alone or with :int8",
+                f"{part!r} is none of onnxruntime, onnxruntime:int8 and executorch",
                 param_hint="--engines",
             )
-        contestants.append((engine, precision or "float32"))
+        contestants.append((engine, precision))
     with messages.status("loading the base") as status:
         result = train_step.run(
             base_name=base,

@@ -6,3 +6,6 @@ import logging
 # of torch's next version is of no use to anyone here.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+# How the base's large matrices may be held, and the engines that have programs of it.
+PRECISIONS = {"float32": ("onnxruntime", "executorch"), "int8": ("onnxruntime",)}

@@ -17,8 +17,8 @@ from edge_runtime.engines import load_engine
 from edge_runtime.errors import StorageError
 from edge_runtime.files import storage_errors
 from edge_runtime.measure import measure
+from export import PRECISIONS, parity
 from export import mixture as mixtures
-from export import parity
 from export.base import Base
 from export.decoder import Decoder
 from export.mixture import Mixture
@@ -26,7 +26,6 @@ from export.programs import Specification, specifications
 from export.tiers import Tier
 from protos import manifest_pb2 as pb
 
-PRECISIONS = ("float32", "int8")
 TOKENIZER_FILE = "tokenizer.json"
 Progress = Callable[[str], None]
 
@@ -38,7 +37,7 @@ def export_bundle(
     *,
     engines: Sequence[str],
     out: Path,
-    precision: str = PRECISIONS[0],
+    precision: str = "float32",
     seed: int = 0,
     programs: Sequence[str] | None = None,
     overwrite: bool = False,
@@ -58,8 +57,8 @@ def export_bundle(
         ParityError: a program disagrees with PyTorch; `out` is untouched.
         StorageError: `out` exists and `overwrite` is not set, or cannot be written.
     """
-    if precision == "int8" and "executorch" in engines:
-        raise ValueError("an int8 base is for onnxruntime only; add --engine onnxruntime")
+    if not set(engines) <= set(PRECISIONS[precision]):
+        raise ValueError(f"{precision} programs are for {', '.join(PRECISIONS[precision])} only")
     if out.exists() and not overwrite:
         raise StorageError(f"{out} exists; give another --out, or --overwrite to replace it")
     staging = out.with_name(out.name + ".partial")

@@ -9,6 +9,7 @@ import typer
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.cli import Format, FormatOption, emit, messages
+from export import PRECISIONS
 
 ENGINE_CHOICES = {
     "onnxruntime": ("onnxruntime",),
@@ -57,9 +58,9 @@ def export(
         raise typer.BadParameter(f"choose from {', '.join(ENGINE_CHOICES)}", param_hint="--engine")
     if weights not in ("pretrained", "random"):
         raise typer.BadParameter("choose pretrained or random", param_hint="--weights")
-    if precision not in ("float32", "int8"):
-        raise typer.BadParameter("choose float32 or int8", param_hint="--precision")
-    if precision == "int8" and engine != "onnxruntime":
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"choose {' or '.join(PRECISIONS)}", param_hint="--precision")
+    if not set(ENGINE_CHOICES[engine]) <= set(PRECISIONS[precision]):
         raise typer.BadParameter(
             "int8 programs are for ONNX Runtime so far; add --engine onnxruntime",
             param_hint="--precision",

@@ -84,7 +84,7 @@ def _fewer_passes():  # type: ignore[no-untyped-def]
     """Runs those of XNNPACK's passes over a delegate that find something in a rewritten graph.
 
     Each of the seventeen goes through every node, and most look for convolutions, batch norms,
-    activations or quantisation: two thirds of the time of lowering.
+    activations or quantisation: half of the time of lowering, in a profile of `decode`.
     """
     original = xnnpack_preprocess.XNNPACKPassManager
     needed = [

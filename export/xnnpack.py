@@ -7,7 +7,7 @@ what `flat_graph` writes out for every engine:
 | operator | becomes |
 |---|---|
 | sum over one dimension, or all | product with a column or row of ones |
-| layer norm, gradient of a sigmoid | their definitions |
+| layer norm | its definition |
 | maximum of a row, to keep exp in range | mean of the row under its own softmax, see `_amax` |
 
 Gathers from the embedding and the comparison with the position stay outside, before the delegate.

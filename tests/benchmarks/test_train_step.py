@@ -36,7 +36,14 @@ def test_a_step_is_compared_with_pytorch(tiny_base_dir: Path) -> None:
     assert result["steps"] == 4
 
 
-def test_an_unknown_engine_is_refused(tiny_base_dir: Path) -> None:
-    done = bench("--base", tiny_base_dir, "--engines", "onnxruntime:int3")
+@pytest.mark.parametrize("engine", ["onnxruntime:int3", "executorch:int8"])
+def test_an_unknown_engine_is_refused(tiny_base_dir: Path, engine: str) -> None:
+    done = bench("--base", tiny_base_dir, "--engines", engine)
     assert done.returncode == 2
-    assert "int3" in done.stderr
+    assert engine.partition(":")[2] in done.stderr
+
+
+def test_unknown_weights_are_refused(tiny_base_dir: Path) -> None:
+    done = bench("--base", tiny_base_dir, "--weights", "rnd")
+    assert done.returncode == 2
+    assert "pretrained or random" in done.stderr
