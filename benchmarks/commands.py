@@ -26,7 +26,7 @@ def demo(
     ] = None,
     base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2-mini",
     engine: Annotated[str, typer.Option(help=" or ".join(ENGINES))] = ENGINES[0],
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    rounds: Annotated[int, typer.Option(min=1)] = 4,
     local_steps: Annotated[int, typer.Option(min=1, help="Expert steps per round.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of adapters and batches.")] = 0,
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),

@@ -13,9 +13,12 @@ are taken from the device homes at the end, over each user's whole test split.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
+import queue
 import shutil
 import subprocess
 import sys
@@ -23,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +53,7 @@ from edge_runtime.errors import ComigsError
 from edge_runtime.predict import Predictor
 from edge_runtime.store import Home
 from edge_runtime.training import Evaluator
+from export.mixture import Mixture
 from protos import coordinator_pb2 as pb
 
 ARMS = ("local", "fedavg", "method")
@@ -167,17 +172,9 @@ class Demo:
     # --- compiling -------------------------------------------------------------------------
 
     def _export(self, progress: Progress) -> dict[str, Bundle]:
-        """The method's bundle and the one that both baselines use."""
-        from export.base import load_base
-        from export.bundle import export_bundle
-        from export.mixture import Mixture
-        from export.tiers import tiers
-
-        task = progress.add_task("compile", total=2, note="loading the base")
-        base = load_base(self.base)
-        tier = replace(tiers()["laptop"], micro_batches=(self.training.batch_sequences,))
-        tier = tier.fitted(base.config.n_positions)
-        plans = {
+        """The method's bundle and the one that both baselines use, each in a process of its own:
+        lowering is Python on one core."""
+        plans: dict[str, tuple[Mixture, Sequence[str] | None]] = {
             "method": (Mixture(specialists=1, rank=RANK, alpha=ALPHA), None),
             # As in the paper, the baselines have two LoRA pairs in the MLP as well and take their
             # mean, which is one pair of twice the rank at half the scale. One rank holds for the
@@ -187,28 +184,21 @@ class Demo:
                 ("train_step", "eval_loss"),
             ),
         }
-        bundles = {}
-        for name, (mixture, programs) in plans.items():
-            key = hashlib.sha256(
-                f"{base.sha256} {mixture} {tier} {self.engine} {programs} {self.seed} "
-                f"{_sources()}".encode()
-            ).hexdigest()[:16]
-            out = self.out / "bundles" / f"{name}-{key}"
-            if out.exists():
-                bundles[name] = open_bundle(out)
-            else:
-                bundles[name] = export_bundle(
-                    base,
-                    mixture,
-                    tier,
-                    engines=[self.engine],
-                    out=out,
-                    seed=self.seed,
-                    programs=programs,
-                    progress=lambda line: progress.update(task, note=line),
-                )
-            progress.advance(task)
-        progress.update(task, note="")
+        context = multiprocessing.get_context("spawn")
+        tasks = {name: progress.add_task(f"compile: {name}", total=1, note="") for name in plans}
+        with context.Manager() as manager, ProcessPoolExecutor(len(plans), context) as pool:
+            notes = manager.Queue()
+            futures = {
+                name: pool.submit(_compile, self, name, mixture, programs, notes)
+                for name, (mixture, programs) in plans.items()
+            }
+            while not all(future.done() for future in futures.values()):
+                with contextlib.suppress(queue.Empty):
+                    name, line = notes.get(timeout=0.2)
+                    progress.update(tasks[name], note=line)
+            bundles = {name: open_bundle(future.result()) for name, future in futures.items()}
+        for task in tasks.values():
+            progress.update(task, completed=1, note="")
         baseline = bundles["baseline"]
         return {"method": bundles["method"], "local": baseline, "fedavg": baseline}
 
@@ -380,6 +370,43 @@ class Demo:
             "Bytes are the serialized gRPC messages of the method's device, without TLS and "
             "HTTP/2 framing.",
         ]
+
+
+def _compile(
+    demo: Demo,
+    name: str,
+    mixture: Mixture,
+    programs: Sequence[str] | None,
+    notes: queue.Queue[tuple[str, str]],
+) -> Path:
+    """Compiles a bundle unless it is there already; runs in a process of its own."""
+    import torch
+
+    from export.base import load_base
+    from export.bundle import export_bundle
+    from export.tiers import tiers
+
+    torch.set_num_threads(1)  # as many processes as cores: threads of one wait for the other's
+    notes.put((name, "loading the base"))
+    base = load_base(demo.base)
+    tier = replace(tiers()["laptop"], micro_batches=(demo.training.batch_sequences,))
+    tier = tier.fitted(base.config.n_positions)
+    key = hashlib.sha256(
+        f"{base.sha256} {mixture} {tier} {demo.engine} {programs} {demo.seed} {_sources()}".encode()
+    ).hexdigest()[:16]
+    out = demo.out / "bundles" / f"{name}-{key}"
+    if not out.exists():
+        export_bundle(
+            base,
+            mixture,
+            tier,
+            engines=[demo.engine],
+            out=out,
+            seed=demo.seed,
+            programs=programs,
+            progress=lambda line: notes.put((name, line)),
+        )
+    return out
 
 
 def _shower(progress: Progress, task: TaskID) -> Callable[[dict[str, Any]], None]:

@@ -27,7 +27,7 @@ from edge_runtime.training import Evaluator, Trainer, TrainingState
 from protos import coordinator_pb2 as pb
 
 # Held-out text looked at after each round for the learning curve, in tokens.
-CURVE_TOKENS = 4096
+CURVE_TOKENS = 2048
 CHECK_IN_SECONDS = 10.0
 
 Report = Callable[[dict[str, Any]], None]
