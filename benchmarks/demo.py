@@ -390,7 +390,6 @@ def _compile(
     notes.put((name, "loading the base"))
     base = load_base(demo.base)
     tier = replace(tiers()["laptop"], micro_batches=(demo.training.batch_sequences,))
-    tier = tier.fitted(base.config.n_positions)
     key = hashlib.sha256(
         f"{base.sha256} {mixture} {tier} {demo.engine} {programs} {demo.seed} {_sources()}".encode()
     ).hexdigest()[:16]

@@ -22,7 +22,7 @@ from typing import Any, TypedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.device_step import (
     LEARNING_RATE,
@@ -33,6 +33,7 @@ from benchmarks.device_step import (
 )
 from edge_runtime.adapters import ROUTER
 from edge_runtime.bundle import Bundle
+from edge_runtime.errors import BaseModelError
 from export.base import Base, load_base
 from export.bundle import export_bundle
 from export.mixture import GENERALIST, Mixture
@@ -101,6 +102,7 @@ def reference(base: Base, bundle: Bundle, tokens: Tensor, targets: Tensor) -> St
     adapters = {
         name: torch.from_numpy(view.copy()) for name, view in fixed_adapters(bundle)[1].items()
     }
+    assert isinstance(base.config, GPT2Config)
     model = GPT2LMHeadModel(base.config)
     model.transformer.load_state_dict({k: v for k, v in base.tensors.items() if k != "lm_head"})
     model.requires_grad_(False)
@@ -147,11 +149,14 @@ def run(
     """Times the reference and each (engine, precision) of `contestants`, taking turns.
 
     Raises:
+        BaseModelError: the base is not available, or no GPT-2.
         AssertionError: a contestant's loss is not the reference's, so it does other work.
     """
     torch.set_num_threads(threads)
     base = load_base(base_name, random_weights=random_weights)
-    tier = replace(tiers()["laptop"].fitted(base.config.n_positions), micro_batches=(batch,))
+    if not isinstance(base.config, GPT2Config):
+        raise BaseModelError(f"{base_name} is no GPT-2, the only family this has a reference for")
+    tier = replace(tiers()["laptop"], micro_batches=(batch,))
     with tempfile.TemporaryDirectory() as folder:
         bundles = {}
         for engine, precision in contestants:

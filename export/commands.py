@@ -40,8 +40,11 @@ def export(
     rank: Annotated[int, typer.Option(help="Rank of every LoRA pair.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA alpha (scale alpha / sqrt(rank)).")] = 16.0,
     targets: Annotated[
-        str, typer.Option(help="Comma-separated: attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj.")
-    ] = "attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj",
+        str,
+        typer.Option(
+            help="Linear maps that carry LoRA, comma-separated (default: all of a block)."
+        ),
+    ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the fresh adapters.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     output: FormatOption = Format.TEXT,
@@ -71,7 +74,7 @@ def export(
             specialists=specialists,
             rank=rank,
             alpha=alpha,
-            targets=tuple(t.strip() for t in targets.split(",")),
+            targets=tuple(t.strip() for t in targets.split(",") if t.strip()),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -80,10 +83,14 @@ def export(
 
     with messages.status("loading the base") as status:
         loaded = load_base(base, random_weights=weights == "random")
+        try:
+            mixture = mixture.on(loaded.architecture)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--targets") from error
         bundle = export_bundle(
             loaded,
             mixture,
-            known[tier].fitted(loaded.config.n_positions),
+            known[tier],
             engines=ENGINE_CHOICES[engine],
             out=out,
             precision=precision,

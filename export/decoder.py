@@ -1,66 +1,38 @@
-"""GPT-2 with a mixture of LoRA experts, as functions of the adapters.
+"""GPT-2 and the Llama family with a mixture of LoRA experts, as functions of the adapters.
 
-Shapes: N tokens (B sequences of T), d width, H heads, D = d / H, V vocabulary, n experts, r rank,
-C length of the KV cache. Activations stay two-dimensional (N, d) outside attention, so that every
-product is a plain matrix product; what the exporters get wrong or slow is written out by hand:
+`Decoder` is what they have in common; `gpt2.py` and `llama.py` are the rest.
+
+Shapes: N tokens (B sequences of T), d width, H query heads and K key and value heads of D numbers,
+G = H / K, V vocabulary, n experts, r rank, C length of the KV cache. Activations stay
+two-dimensional (N, d) outside attention, so that every product is a plain matrix product; what the
+exporters get wrong or slow is written out by hand:
 
 * the loss is logsumexp(logits) - <h, W[target]>, in chunks: no array of N x V, no scatter;
-* queries, keys and values have a weight each, so nothing is split;
+* the query heads that share a key head are rows of one product with it: nothing is repeated;
 * top-k is a rank by comparison: no TopK, no scatter, ties go to the lower index on every engine;
-* GELU is a sigmoid: see `gelu`.
+* activations and norms have written-out gradients, in half the passes of autograd's.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edge_runtime.adapters import ROUTER
 from export.base import Base
 from export.mixture import GENERALIST, Mixture
 
 Adapters = Mapping[str, Tensor]
+Positions = slice | Tensor
+"""Where a sequence's T tokens stand: its first ones, or int64 (T,)."""
 LOGITS_AT_ONCE = 4 * 2**20  # numbers; 16 MiB
 NEGATIVE = -1e9  # an exponent of zero that survives arithmetic, unlike -inf
-
-
-GELU_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
-GELU_CUBIC = 0.044715 * GELU_SLOPE
-
-
-class _Gelu(torch.autograd.Function):
-    """x sigmoid(z) with z = a x + b x^3; its slope is s + y (1 - s) (a + 3 b x^2).
-
-    The gradient is written out since there it takes half the passes of autograd's.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        square = x * x
-        s = torch.sigmoid(x * (square * GELU_CUBIC + GELU_SLOPE))
-        y = x * s
-        ctx.save_for_backward(square, s, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        square, s, y = ctx.saved_tensors
-        slope: Tensor = s + (y - y * s) * (square * (3.0 * GELU_CUBIC) + GELU_SLOPE)
-        return gradient * slope
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GPT-2's tanh GELU as x sigmoid(2u), with 1 + tanh(u) = 2 sigmoid(2u) (Hendrycks 2016).
-
-    XNNPACK takes aten.gelu in either form and computes the erf one: off by 5e-4, silently.
-    """
-    y: Tensor = _Gelu.apply(x)  # type: ignore[no-untyped-call]
-    return y
 
 
 def positive(x: Tensor) -> Tensor:
@@ -106,80 +78,105 @@ class Routing:
     chosen: Tensor
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """Holds the base's weights, frozen; the adapters come with every call.
 
     Adapters are keyed by manifest tensor names.
     """
 
-    def __init__(self, base: Base, mixture: Mixture) -> None:
-        super().__init__()
-        config = base.config
-        self.mixture = mixture
-        self.layers, self.heads, self.width = config.n_layer, config.n_head, config.n_embd
-        self.head_dim = self.width // self.heads
-        self.epsilon = config.layer_norm_epsilon
-        self.positions = config.n_positions
-        self.weights = nn.ParameterDict()
-        for key, value in base.tensors.items():
-            if key.endswith("attn.c_attn.weight") or key.endswith("attn.c_attn.bias"):
-                stem, kind = key.rsplit(".", 1)
-                for part, piece in zip("qkv", value.tensor_split(3, dim=-1), strict=True):
-                    self._add(f"{stem}.{part}.{kind}", piece.contiguous())
-            else:
-                self._add(key, value)
+    EMBEDDING: ClassVar[str]
+    FIRST_NORM: ClassVar[str]
+    """Of a block, before attention; SECOND_NORM before the MLP, FINAL_NORM after all blocks."""
+    SECOND_NORM: ClassVar[str]
+    FINAL_NORM: ClassVar[str]
+    ATTENTION_OUTPUT: ClassVar[str]
+    MLP_INPUTS: ClassVar[tuple[str, ...]]
+    """The maps whose outputs `activation` takes."""
+    MLP_OUTPUT: ClassVar[str]
 
-    def _add(self, key: str, value: Tensor) -> None:
+    def __init__(self, base: Base, mixture: Mixture, longest: int) -> None:
+        """
+        Args:
+            longest: tokens of the longest text, at most the base's positions.
+        """
+        super().__init__()
+        self.mixture = mixture
+        self.longest = longest
+        self.architecture = base.architecture
+        # "transformer.h" -> "transformer." for adapters, "h" for weights, as in `Base.tensors`.
+        prefix, _, self.blocks = base.architecture.blocks.rpartition(".")
+        self.prefix = f"{prefix}."
+        self.weights = nn.ParameterDict()
+
+    # --- what differs between families -------------------------------------------------------
+
+    @abstractmethod
+    def embed(self, tokens: Tensor, at: Positions) -> Tensor:
+        """(B, T) -> (N, d)"""
+
+    @abstractmethod
+    def norm(self, x: Tensor, key: str) -> Tensor:
+        """(N, d) -> (N, d)"""
+
+    @abstractmethod
+    def linear(self, x: Tensor, key: str) -> Tensor:
+        """(N, inputs) -> (N, outputs)"""
+
+    @abstractmethod
+    def queries_keys_values(
+        self, adapters: Adapters, block: str, x: Tensor, at: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, d) -> (N, H D), (N, K D), (N, K D)"""
+
+    @abstractmethod
+    def activation(self, *parts: Tensor) -> Tensor:
+        """One (N, inner) per map of MLP_INPUTS -> (N, inner)"""
+
+    # --- pieces of a block -----------------------------------------------------------------
+
+    def add(self, key: str, value: Tensor) -> None:
         self.weights[key.replace(".", "_")] = nn.Parameter(value, requires_grad=False)
 
     def weight(self, key: str) -> Tensor:
         weight: Tensor = self.weights[key.replace(".", "_")]
         return weight
 
-    # --- pieces of a block -----------------------------------------------------------------
-
-    def norm(self, x: Tensor, key: str) -> Tensor:
-        return F.layer_norm(
-            x,
-            (self.width,),
-            self.weight(f"{key}.weight"),
-            self.weight(f"{key}.bias"),
-            self.epsilon,
-        )
-
-    def linear(self, x: Tensor, key: str) -> Tensor:
-        return x @ self.weight(f"{key}.weight") + self.weight(f"{key}.bias")
-
     def lora(self, adapters: Adapters, role: str, key: str) -> tuple[Tensor, Tensor] | None:
         """A (r, in) and B (out, r) of one expert on one map, or None if it is no target."""
-        name = f"{role}/transformer.{key}"
+        name = f"{role}/{self.prefix}{key}"
         if f"{name}.lora_A.weight" not in adapters:
             return None
         return adapters[f"{name}.lora_A.weight"], adapters[f"{name}.lora_B.weight"]
 
-    def queries_keys_values(self, adapters: Adapters, layer: int, x: Tensor) -> list[Tensor]:
-        """Three of (N, d)."""
-        key = f"h.{layer}.attn.c_attn"
-        parts = [self.linear(x, f"{key}.{part}") for part in "qkv"]
-        pair = self.lora(adapters, GENERALIST, key)
-        if pair is not None:
-            low = x @ pair[0].T * self.mixture.scale
-            rows = [pair[1][i * self.width : (i + 1) * self.width] for i in range(3)]
-            parts = [part + low @ row.T for part, row in zip(parts, rows, strict=True)]
-        return parts
-
-    def attention_output(self, adapters: Adapters, layer: int, x: Tensor) -> Tensor:
-        key = f"h.{layer}.attn.c_proj"
+    def adapted(self, adapters: Adapters, key: str, x: Tensor) -> Tensor:
+        """A map of attention with the generalist's LoRA, which is not routed."""
         y = self.linear(x, key)
         pair = self.lora(adapters, GENERALIST, key)
         return y if pair is None else y + (x @ pair[0].T * self.mixture.scale) @ pair[1].T
 
-    def route(self, adapters: Adapters, layer: int, x: Tensor) -> Routing | None:
+    def split_heads(self, y: Tensor, batch: int, heads: int) -> Tensor:
+        """(N, heads D) -> (B K, heads / K T, D): head by head, those that share a key together."""
+        groups = self.architecture.key_value_heads
+        y = y.view(batch, -1, groups, heads // groups, self.architecture.head_dim)
+        return y.permute(0, 2, 3, 1, 4).reshape(batch * groups, -1, y.shape[-1])
+
+    def merge_heads(self, y: Tensor, batch: int) -> Tensor:
+        """(B K, G T, D) -> (N, H D)"""
+        a = self.architecture
+        y = y.view(batch, a.key_value_heads, a.heads // a.key_value_heads, -1, a.head_dim)
+        return y.permute(0, 3, 1, 2, 4).reshape(-1, a.heads * a.head_dim)
+
+    def causal_mask(self, length: int) -> Tensor:
+        """(G T, T), to be added to scores of `split_heads`."""
+        mask = torch.full((length, length), NEGATIVE).triu(1)
+        return mask.repeat(self.architecture.heads // self.architecture.key_value_heads, 1)
+
+    def route(self, adapters: Adapters, block: str, x: Tensor) -> Routing | None:
         """p = softmax(top-k(W_r x)) (CoMiGS, eq. 1); None with a single expert."""
         n = self.mixture.experts
         if n == 1:
             return None
-        logits = x @ adapters[f"router/transformer.h.{layer}.mlp.router.weight"].T
+        logits = x @ adapters[f"{ROUTER}/{self.prefix}{block}.mlp.router.weight"].T
         full = torch.softmax(logits, -1)
         if n <= self.mixture.top_k:
             return Routing(mix=full, full=full, chosen=torch.ones_like(full))
@@ -217,56 +214,80 @@ class Decoder(nn.Module):
             low = (low.view(-1, n, r) * routing.mix.unsqueeze(-1)).view(-1, n * r)
         return low @ torch.cat([b for _, b in pairs], 1).T
 
-    def mlp(self, adapters: Adapters, layer: int, x: Tensor, routing: Routing | None) -> Tensor:
-        fc, proj = f"h.{layer}.mlp.c_fc", f"h.{layer}.mlp.c_proj"
+    def mlp(self, adapters: Adapters, block: str, x: Tensor, routing: Routing | None) -> Tensor:
         roles = self.mixture.expert_roles()
-        fc_pairs = [p for role in roles if (p := self.lora(adapters, role, fc))]
-        proj_pairs = [p for role in roles if (p := self.lora(adapters, role, proj))]
-        up = self.linear(x, fc)
-        if self.mixture.mixing == "per_linear" or routing is None or not fc_pairs:
-            if fc_pairs:
-                up = up + self.mix_low_rank([x], fc_pairs, routing)
-            inner = [gelu(up)]
+
+        def pairs(name: str) -> list[tuple[Tensor, Tensor]]:
+            found = (self.lora(adapters, role, f"{block}.{name}") for role in roles)
+            return [pair for pair in found if pair]
+
+        parts = [self.linear(x, f"{block}.{name}") for name in self.MLP_INPUTS]
+        input_pairs = [pairs(name) for name in self.MLP_INPUTS]
+        if self.mixture.mixing == "per_linear" or routing is None or not any(input_pairs):
+            parts = [
+                part + self.mix_low_rank([x], each, routing) if each else part
+                for part, each in zip(parts, input_pairs, strict=True)
+            ]
+            inner = [self.activation(*parts)]
             mixed = inner[0]
         else:
             # Whole MLPs, mixed at the output. What is frozen is linear there and the weights sum
             # to one, so sum_j p_j (W u_j + b) = W (sum_j p_j u_j) + b: one product for all.
-            inner = [gelu(up + (x @ a.T * self.mixture.scale) @ b.T) for a, b in fc_pairs]
+            inner = [
+                self.activation(
+                    *(
+                        part + (x @ each[j][0].T * self.mixture.scale) @ each[j][1].T
+                        if each
+                        else part
+                        for part, each in zip(parts, input_pairs, strict=True)
+                    )
+                )
+                for j in range(len(roles))
+            ]
             weighted = [u * routing.mix[:, j : j + 1] for j, u in enumerate(inner)]
             mixed = sum(weighted[1:], weighted[0])
-        y = self.linear(mixed, proj)
-        return y + self.mix_low_rank(inner, proj_pairs, routing) if proj_pairs else y
+        y = self.linear(mixed, f"{block}.{self.MLP_OUTPUT}")
+        output_pairs = pairs(self.MLP_OUTPUT)
+        return y + self.mix_low_rank(inner, output_pairs, routing) if output_pairs else y
+
+    def finish_block(
+        self, adapters: Adapters, block: str, x: Tensor, attended: Tensor
+    ) -> tuple[Tensor, list[Routing]]:
+        """Everything of a block after attention: (N, d) and the routing, if there is any."""
+        x = x + self.adapted(adapters, f"{block}.{self.ATTENTION_OUTPUT}", attended)
+        h = self.norm(x, f"{block}.{self.SECOND_NORM}")
+        routing = self.route(adapters, block, h)
+        x = x + self.mlp(adapters, block, h, routing)
+        return x, [] if routing is None else [routing]
 
     # --- whole passes ----------------------------------------------------------------------
 
     def hidden(self, adapters: Adapters, tokens: Tensor) -> tuple[Tensor, list[Routing]]:
         """`tokens` (B, T) -> final hidden states (N, d) and every block's routing."""
         b, t = tokens.shape
-        x = self.weight("wte.weight")[tokens.reshape(-1)]
-        x = (x.view(b, t, self.width) + self.weight("wpe.weight")[:t]).view(b * t, self.width)
-        mask = torch.full((t, t), NEGATIVE).triu(1)
-
-        def heads(y: Tensor) -> Tensor:  # (N, d) -> (B, H, T, D)
-            return y.view(b, t, self.heads, self.head_dim).transpose(1, 2)
-
+        a = self.architecture
+        at = slice(t)
+        x = self.embed(tokens, at)
+        mask = self.causal_mask(t)
         routings = []
-        for layer in range(self.layers):
-            q, k, v = self.queries_keys_values(adapters, layer, self.norm(x, f"h.{layer}.ln_1"))
-            scores = heads(q) @ heads(k).transpose(-1, -2) / math.sqrt(self.head_dim) + mask
-            mixed = torch.softmax(scores, -1) @ heads(v)
-            mixed = mixed.transpose(1, 2).reshape(b * t, self.width)
-            x = x + self.attention_output(adapters, layer, mixed)
-            h = self.norm(x, f"h.{layer}.ln_2")
-            routing = self.route(adapters, layer, h)
-            if routing is not None:
-                routings.append(routing)
-            x = x + self.mlp(adapters, layer, h, routing)
-        return self.norm(x, "ln_f"), routings
+        for layer in range(a.layers):
+            block = f"{self.blocks}.{layer}"
+            normed = self.norm(x, f"{block}.{self.FIRST_NORM}")
+            q, k, v = self.queries_keys_values(adapters, block, normed, at)
+            q, k, v = (
+                self.split_heads(y, b, heads)
+                for y, heads in ((q, a.heads), (k, a.key_value_heads), (v, a.key_value_heads))
+            )
+            scores = q @ k.mT / math.sqrt(a.head_dim) + mask
+            attended = self.merge_heads(torch.softmax(scores, -1) @ v, b)
+            x, routing = self.finish_block(adapters, block, x, attended)
+            routings += routing
+        return self.norm(x, self.FINAL_NORM), routings
 
     def head(self) -> Tensor:
         """(V, d): the output embedding, tied to the input's unless the base has its own."""
         tied = "lm_head_weight" not in self.weights
-        return self.weight("wte.weight" if tied else "lm_head.weight")
+        return self.weight(f"{self.EMBEDDING}.weight" if tied else "lm_head.weight")
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats, (N,)."""
@@ -310,38 +331,32 @@ class Decoder(nn.Module):
             tokens: (T,), the new tokens; what comes after `last` is padding.
             position: (1,), how many entries of the cache are filled.
             last: (1,), index of the last real token.
-            cache: per block, keys and values, each (H, C, D); entries from `position` on are
+            cache: per block, keys and values, each (K, C, D); entries from `position` on are
                 ignored, whatever they hold.
 
         Returns:
             Logits (V,) after `last`, every block's routing, and per block the new keys and
-            values, each (H, T, D), for the caller to store from `position` on.
+            values, each (K, T, D), for the caller to store from `position` on.
         """
         t, c = tokens.shape[0], cache[0][0].shape[1]
-        steps = torch.arange(t)
-        where = torch.clamp(position + steps, max=self.positions - 1)
-        x = self.weight("wte.weight")[tokens] + self.weight("wpe.weight")[where]
+        a = self.architecture
+        at = torch.clamp(position + torch.arange(t), max=self.longest - 1)
+        x = self.embed(tokens.unsqueeze(0), at)
         past = (torch.arange(c) >= position).to(x.dtype) * NEGATIVE  # (C,)
-        future = torch.full((t, t), NEGATIVE).triu(1)
-
-        def heads(y: Tensor) -> Tensor:  # (T, d) -> (H, T, D)
-            return y.view(t, self.heads, self.head_dim).transpose(0, 1)
-
+        future = self.causal_mask(t)
         routings, fresh = [], []
         for layer, (old_k, old_v) in enumerate(cache):
-            parts = self.queries_keys_values(adapters, layer, self.norm(x, f"h.{layer}.ln_1"))
-            q, k, v = (heads(part) for part in parts)
+            block = f"{self.blocks}.{layer}"
+            normed = self.norm(x, f"{block}.{self.FIRST_NORM}")
+            q, k, v = self.queries_keys_values(adapters, block, normed, at)
+            q = self.split_heads(q, 1, a.heads) / math.sqrt(a.head_dim)
+            k, v = (self.split_heads(y, 1, a.key_value_heads) for y in (k, v))
             fresh.append((k, v))
             # Scores over the cache and over the new tokens side by side: nothing is copied.
-            q = q / math.sqrt(self.head_dim)
             scores = torch.cat([q @ old_k.mT + past, q @ k.mT + future], -1)
             p = torch.softmax(scores, -1)
-            mixed = (p[..., :c] @ old_v + p[..., c:] @ v).transpose(0, 1).reshape(t, self.width)
-            x = x + self.attention_output(adapters, layer, mixed)
-            h = self.norm(x, f"h.{layer}.ln_2")
-            routing = self.route(adapters, layer, h)
-            if routing is not None:
-                routings.append(routing)
-            x = x + self.mlp(adapters, layer, h, routing)
-        final = self.norm(x.index_select(0, last), "ln_f")
+            attended = self.merge_heads(p[..., :c] @ old_v + p[..., c:] @ v, 1)
+            x, routing = self.finish_block(adapters, block, x, attended)
+            routings += routing
+        final = self.norm(x.index_select(0, last), self.FINAL_NORM)
         return (final @ self.head().T).squeeze(0), routings, fresh

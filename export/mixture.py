@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from edge_runtime.adapters import ROUTER, ROUTER_FILE, Vectors, views, zeros
+from export.architecture import Architecture
 from protos import manifest_pb2 as pb
 
 MIXINGS = ("per_linear", "per_block")
-ATTENTION_TARGETS = ("attn.c_attn", "attn.c_proj")
-MLP_TARGETS = ("mlp.c_fc", "mlp.c_proj")
-TARGETS = ATTENTION_TARGETS + MLP_TARGETS
 GENERALIST = "generalist"
 
 
@@ -22,14 +20,15 @@ class Mixture:
     """One generalist and `specialists` specialists.
 
     Attention LoRA belongs to the generalist and is not routed; every expert has a LoRA pair on
-    each targeted linear map of the MLP (CoMiGS, arXiv 2409.13931, section 2 and appendix).
+    each targeted linear map of the MLP (CoMiGS, arXiv 2409.13931, section 2 and appendix). Without
+    `targets` every linear map of a block is one.
     """
 
     mixing: str = "per_linear"
     specialists: int = 1
     rank: int = 8
     alpha: float = 16.0
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = ()
     balance_weight: float = 0.01
 
     def __post_init__(self) -> None:
@@ -37,13 +36,21 @@ class Mixture:
             raise ValueError(f"mixing is {self.mixing!r}; it must be one of {', '.join(MIXINGS)}")
         if self.specialists < 0 or self.rank < 1:
             raise ValueError("specialists must be 0 or more and rank 1 or more")
-        unknown = set(self.targets) - set(TARGETS)
-        if unknown or not self.targets:
-            raise ValueError(
-                f"targets are {', '.join(self.targets) or 'none'}; choose from {', '.join(TARGETS)}"
-            )
-        if self.specialists and not set(self.targets) & set(MLP_TARGETS):
-            raise ValueError("specialists need a target in the MLP (mlp.c_fc or mlp.c_proj)")
+
+    def on(self, architecture: Architecture) -> Mixture:
+        """The same with the targets of this architecture filled in.
+
+        Raises:
+            ValueError: a target is no linear map of its blocks, or specialists have none.
+        """
+        known = architecture.targets()
+        if unknown := [target for target in self.targets if target not in known]:
+            raise ValueError(f"{unknown[0]} is no target; choose from {', '.join(known)}")
+        chosen = [m for m in architecture.maps if not self.targets or m.name in self.targets]
+        if self.specialists and not any(each.routed for each in chosen):
+            routed = " or ".join(each.name for each in architecture.maps if each.routed)
+            raise ValueError(f"specialists need a target in the MLP ({routed})")
+        return replace(self, targets=tuple(each.name for each in chosen))
 
     @property
     def experts(self) -> int:
@@ -74,15 +81,9 @@ class Mixture:
 
 
 def roles_and_tensors(
-    mixture: Mixture, *, layers: int, width: int
+    mixture: Mixture, architecture: Architecture
 ) -> tuple[list[pb.Role], list[pb.Tensor]]:
-    """The manifest's roles and tensors for a GPT-2 of this size, in vector order."""
-    sizes = {  # target -> (inputs, outputs)
-        "attn.c_attn": (width, 3 * width),
-        "attn.c_proj": (width, width),
-        "mlp.c_fc": (width, 4 * width),
-        "mlp.c_proj": (4 * width, width),
-    }
+    """The manifest's roles and tensors, in vector order, of a mixture `on` the architecture."""
     roles: list[pb.Role] = []
     tensors: list[pb.Tensor] = []
 
@@ -98,22 +99,24 @@ def roles_and_tensors(
         roles.append(pb.Role(name=name, shared=name == GENERALIST, size=offset, path=path))
 
     for role in mixture.expert_roles():
-        own = TARGETS if role == GENERALIST else MLP_TARGETS
+        own = [m for m in architecture.maps if role == GENERALIST or m.routed]
         shapes: list[tuple[str, tuple[int, int]]] = []
-        for layer in range(layers):
-            for target in (t for t in own if t in mixture.targets):
-                inputs, outputs = sizes[target]
-                key = f"transformer.h.{layer}.{target}"
-                shapes.append((f"{key}.lora_A.weight", (mixture.rank, inputs)))
-                shapes.append((f"{key}.lora_B.weight", (outputs, mixture.rank)))
+        for layer in range(architecture.layers):
+            for target in (m for m in own if m.name in mixture.targets):
+                key = f"{architecture.blocks}.{layer}.{target.name}"
+                shapes.append((f"{key}.lora_A.weight", (mixture.rank, target.inputs)))
+                shapes.append((f"{key}.lora_B.weight", (target.outputs, mixture.rank)))
         add_role(role, f"adapters/{role}", shapes)
     if mixture.specialists:
         add_role(
             ROUTER,
             f"adapters/{ROUTER_FILE}",
             [
-                (f"transformer.h.{layer}.mlp.router.weight", (mixture.experts, width))
-                for layer in range(layers)
+                (
+                    f"{architecture.blocks}.{layer}.mlp.router.weight",
+                    (mixture.experts, architecture.width),
+                )
+                for layer in range(architecture.layers)
             ],
         )
     return roles, tensors

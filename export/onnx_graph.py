@@ -39,7 +39,7 @@ TYPES = {
     torch.bool: TensorProto.BOOL,
 }
 # Matrices with fewer numbers stay float32: they cost little and an integer product gains little.
-SMALLEST_QUANTISED = 2**14
+SMALLEST_QUANTISED = 2**15
 DECOMPOSITIONS: Decompositions = decompositions(lambda x: x.sum(-1, keepdim=True))
 
 Argument: TypeAlias = Any  # an fx.Node or what it was called with: numbers, lists, None
@@ -106,6 +106,12 @@ class _Translation:
     def __init__(self, graph_module: fx.GraphModule, int8: bool) -> None:
         self.module = graph_module
         self.int8 = int8
+        factors = (
+            node.args[1].args[0] if _is_transpose(node.args[1]) else node.args[1]
+            for node in graph_module.graph.nodes
+            if node.target == ATEN.mm.default
+        )
+        self.factors = {node.target for node in factors if node.op == "get_attr"}
         self.scales: dict[str, tuple[int, Tensor]] = {}  # of a quantised weight: (axis, scale)
         self.embeddings: set[str] = set()  # quantised weights of which rows are looked up
         self.names: dict[fx.Node, str] = {}
@@ -183,8 +189,9 @@ class _Translation:
     # --- an int8 base --------------------------------------------------------------------------
 
     def quantised(self, node: fx.Node) -> bool:
-        """Whether `node` is a frozen matrix that is stored in int8."""
-        return self.int8 and node.op == "get_attr" and _shape(node).numel() >= SMALLEST_QUANTISED
+        """Whether `node` is a frozen matrix of products that is stored in int8."""
+        large = _shape(node).numel() >= SMALLEST_QUANTISED
+        return self.int8 and large and node.op == "get_attr" and node.target in self.factors
 
     def integers(self, attribute: str, output_axis: int) -> tuple[Tensor, Tensor, int]:
         """A weight as (int8, float32 scales (outputs,), axis of the outputs).
@@ -301,6 +308,10 @@ def _unary(kind: str) -> Callable[..., str]:
         return t.emit(kind, t.name(a))
 
     return call
+
+
+def _rsqrt(t: _Translation, node: fx.Node, a: fx.Node) -> str:
+    return t.emit("Reciprocal", t.emit("Sqrt", t.name(a)))
 
 
 def _reverse_sub(t: _Translation, node: fx.Node, a: fx.Node, b: float) -> str:
@@ -422,6 +433,7 @@ TRANSLATIONS: dict[Any, Callable[..., str]] = {
     ATEN.ge.Tensor: _binary("GreaterOrEqual"),
     ATEN.neg.default: _unary("Neg"),
     ATEN.exp.default: _unary("Exp"),
+    ATEN.rsqrt.default: _rsqrt,
     ATEN.log.default: _unary("Log"),
     ATEN.sigmoid.default: _unary("Sigmoid"),
     ATEN.clone.default: _clone,

@@ -8,7 +8,7 @@
 | `decode` | token (1,), position (1,), cache | logits (V,), routing (L, 1, n), new cache |
 
 Every program also takes all adapter tensors, in manifest order, after its own inputs. The cache is
-`cache.<l>.key` and `.value`, each (H, C, D), with `new.<l>.key` and `.value` (H, T, D) to store.
+`cache.<l>.key` and `.value`, each (K, C, D), with `new.<l>.key` and `.value` (K, T, D) to store.
 Token ids and positions are int64, everything else float32. `routing` is absent with one expert.
 """
 
@@ -97,13 +97,13 @@ def extend(
     decoder: Decoder, tensors: Sequence[pb.Tensor], name: str, length: int, context: int
 ) -> Specification:
     names = [tensor.name for tensor in tensors]
-    layers = range(decoder.layers)
-    cache_shape = (decoder.heads, context, decoder.head_dim)
+    a = decoder.architecture
+    cache_shape = (a.key_value_heads, context, a.head_dim)
     with_last = length > 1  # a single token is its own last one
 
     def call(tokens: Tensor, position: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         last, rest = (rest[0], rest[1:]) if with_last else (torch.zeros(1, dtype=torch.int64), rest)
-        flat, values = rest[: 2 * decoder.layers], rest[2 * decoder.layers :]
+        flat, values = rest[: 2 * a.layers], rest[2 * a.layers :]
         cache = list(zip(flat[::2], flat[1::2], strict=True))
         adapters = dict(zip(names, values, strict=True))
         with torch.no_grad():
@@ -111,7 +111,7 @@ def extend(
         routing = (torch.stack([r.mix for r in routings]),) if routings else ()
         return logits, *routing, *(part for pair in fresh for part in pair)
 
-    parts = [(layer, part) for layer in layers for part in ("key", "value")]
+    parts = [(layer, part) for layer in range(a.layers) for part in ("key", "value")]
     last_input = (("last", torch.int64, (1,)),) if with_last else ()
     return Specification(
         name=name,

@@ -115,6 +115,7 @@ class Base(_message.Message):
     VOCABULARY_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    KEY_VALUE_HEADS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name or path that `--base` was given."""
     architecture: _builtins.str
@@ -139,6 +140,8 @@ class Base(_message.Message):
     """How the programs hold the large frozen matrices: "float32", or "int8" (symmetric, a scale per
     output, activations quantised as they come). Programs of either may share generalists.
     """
+    key_value_heads: _builtins.int
+    """Number of heads of keys and values; as many query heads share one as this divides `heads` into."""
     def __init__(
         self,
         *,
@@ -152,10 +155,11 @@ class Base(_message.Message):
         vocabulary: _builtins.int = ...,
         positions: _builtins.int = ...,
         precision: _builtins.str = ...,
+        key_value_heads: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "heads", b"heads", "layers", b"layers", "name", b"name", "parameters", b"parameters", "positions", b"positions", "precision", b"precision", "sha256", b"sha256", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "heads", b"heads", "key_value_heads", b"key_value_heads", "layers", b"layers", "name", b"name", "parameters", b"parameters", "positions", b"positions", "precision", b"precision", "sha256", b"sha256", "vocabulary", b"vocabulary", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,7 +10,13 @@ import huggingface_hub.constants
 import pytest
 import torch
 from tiny import TIER, ExportTiny
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from edge_runtime.bundle import Bundle
 from export.base import _bytes_tokenizer, load_base
@@ -46,6 +52,30 @@ def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama (2 layers, 32 wide, 4 heads of 10 in groups of two) saved by transformers."""
+    path = tmp_path_factory.mktemp("base") / "tiny-llama"
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=256,
+        max_position_embeddings=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=_bytes_tokenizer()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def export_tiny(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportTiny:
     """Compiles the tiny base; the same arguments give the same bundle, compiled once."""
     made: dict[tuple[object, ...], Bundle] = {}
@@ -53,15 +83,16 @@ def export_tiny(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     def export(
         mixture: Mixture | None = None,
         *,
+        base: Path = tiny_base_dir,
         engines: tuple[str, ...] = ("onnxruntime",),
         programs: tuple[str, ...] | None = None,
         tier: Tier = TIER,
     ) -> Bundle:
         mixture = mixture or Mixture(rank=4)
-        key = (mixture, engines, programs, tier)
+        key = (mixture, base, engines, programs, tier)
         if key not in made:
             made[key] = export_bundle(
-                load_base(str(tiny_base_dir)),
+                load_base(str(base)),
                 mixture,
                 tier,
                 engines=engines,

@@ -22,14 +22,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, T), targets (B, T): the targets are already shifted
 Batches = Callable[[int], Sequence[Batch]]  # step (from 0) -> micro-batches of that step
 Arrays = dict[str, NDArray[np.float32]]
 
-ATTENTION = ("attn.c_attn", "attn.c_proj")
-MLP = ("mlp.c_fc", "mlp.c_proj")
 GENERALIST = "generalist/"
 ROUTER = "router/"
 
@@ -61,33 +59,41 @@ def balance_loss(logits: Tensor, k: int) -> Tensor:
 class OracleModel(torch.nn.Module):
     """A frozen GPT-2 with a mixture of LoRA experts in its MLPs; expert 0 is the generalist.
 
+    `LlamaOracle` is the same for the other family.
+
     Args:
         base: only read, never changed.
         mixing: "per_linear" (LoRA deltas mixed in each map) or "per_block" (whole MLPs mixed).
         experts: the generalist and its specialists; with one expert there is no router.
-        targets: the maps that carry LoRA.
+        targets: the maps that carry LoRA; all if not given.
         top_k: experts that a token uses.
         balance_weight: weight of the balance loss in `loss`.
         values: adapters to start with; fresh ones (B zero, so no effect yet) if not given.
     """
 
+    family: type[PreTrainedModel] = GPT2LMHeadModel
+    blocks = "transformer.h"
+    embedding, norms = "transformer.wte.weight", ("ln_1", "ln_2", "transformer.ln_f")
+    attention: tuple[str, ...] = ("attn.c_attn", "attn.c_proj")
+    mlp: tuple[str, ...] = ("mlp.c_fc", "mlp.c_proj")
+
     def __init__(
         self,
-        base: GPT2LMHeadModel,
+        base: PreTrainedModel,
         *,
         mixing: str = "per_linear",
         experts: int = 2,
         rank: int = 8,
         alpha: float = 16.0,
-        targets: Sequence[str] = ATTENTION + MLP,
+        targets: Sequence[str] | None = None,
         top_k: int = 2,
         balance_weight: float = 0.01,
         values: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
         super().__init__()
         assert mixing in ("per_linear", "per_block"), mixing
-        assert set(targets) <= {*ATTENTION, *MLP}, targets
-        assert base.config.activation_function == "gelu_new", base.config.activation_function
+        assert isinstance(base, self.family), type(base)
+        assert set(targets or ()) <= {*self.attention, *self.mlp}, targets
         self.config = base.config
         self.weights = {name: value.detach() for name, value in base.state_dict().items()}
         self.mixing = mixing
@@ -95,7 +101,7 @@ class OracleModel(torch.nn.Module):
         self.k = min(top_k, experts)
         self.rank = rank
         self.scale = alpha / math.sqrt(rank)
-        self.targets = tuple(targets)
+        self.targets = self.attention + self.mlp if targets is None else tuple(targets)
         self.balance_weight = balance_weight
         self.adapters = {
             name: torch.nn.Parameter(value) for name, value in self._fresh_adapters().items()
@@ -126,22 +132,19 @@ class OracleModel(torch.nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Tokens (B, T) -> logits (B, T, V), and each layer's router logits (B, T, n), if any."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.weights["transformer.wte.weight"][tokens]  # (B, T, D)
-        x = x + self.weights["transformer.wpe.weight"][positions]
+        x = self._embed(tokens)  # (B, T, D)
         routed = []
-        for layer in range(self.config.n_layer):
-            block = f"transformer.h.{layer}"
-            x = x + self._attention(block, self._norm(f"{block}.ln_1", x))
-            h = self._norm(f"{block}.ln_2", x)
+        for layer in range(self.config.num_hidden_layers):
+            block = f"{self.blocks}.{layer}"
+            x = x + self._attention(block, self._norm(f"{block}.{self.norms[0]}", x))
+            h = self._norm(f"{block}.{self.norms[1]}", x)
             if self.n == 1:
                 p = torch.ones_like(h[..., :1])
             else:
                 routed.append(h @ self.adapters[f"{ROUTER}{block}.mlp.router.weight"].T)
                 p = mixing_weights(routed[-1], self.k)
             x = x + self._mlp(block, h, p)
-        x = self._norm("transformer.ln_f", x)
-        return x @ self.weights["lm_head.weight"].T, routed
+        return self._norm(self.norms[2], x) @ self.weights["lm_head.weight"].T, routed
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy + balance_weight * the balance loss averaged over layers."""
@@ -151,6 +154,12 @@ class OracleModel(torch.nn.Module):
             balance = torch.stack([balance_loss(r, self.k) for r in routed]).mean()
             loss = loss + self.balance_weight * balance
         return loss
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return (
+            self.weights[self.embedding][tokens] + self.weights["transformer.wpe.weight"][positions]
+        )
 
     def _attention(self, block: str, x: Tensor) -> Tensor:
         """Causal attention; its LoRA is the generalist's, and is not routed."""
@@ -167,14 +176,16 @@ class OracleModel(torch.nn.Module):
         return self._one_expert(f"{block}.attn.c_proj", mixed, 0)
 
     def _mlp(self, block: str, x: Tensor, p: Tensor) -> Tensor:
-        fc, proj = f"{block}.mlp.c_fc", f"{block}.mlp.c_proj"
         if self.mixing == "per_linear":
-            return self._all_experts(proj, _gelu_new(self._all_experts(fc, x, p)), p)
+            return self._whole_mlp(block, x, lambda map_, x: self._all_experts(map_, x, p))
         y = torch.zeros_like(x)
         for j in range(self.n):
-            expert = self._one_expert(proj, _gelu_new(self._one_expert(fc, x, j)), j)
+            expert = self._whole_mlp(block, x, lambda map_, x, j=j: self._one_expert(map_, x, j))
             y = y + p[..., j : j + 1] * expert
         return y
+
+    def _whole_mlp(self, block: str, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
+        return linear(f"{block}.mlp.c_proj", _gelu_new(linear(f"{block}.mlp.c_fc", x)))
 
     def _one_expert(self, module: str, x: Tensor, j: int) -> Tensor:
         """W x + b + s B_j A_j x"""
@@ -205,23 +216,84 @@ class OracleModel(torch.nn.Module):
 
     def _fresh_adapters(self) -> dict[str, Tensor]:
         """A Kaiming-uniform (a = sqrt 5), B zero, router N(0, 0.02), from torch's generator."""
-        wte = self.weights["transformer.wte.weight"]
+        wte = self.weights[self.embedding]
         fresh = {}
         for j in range(self.n):
-            for layer in range(self.config.n_layer):
-                for target in (*ATTENTION, *MLP) if j == 0 else MLP:
+            for layer in range(self.config.num_hidden_layers):
+                for target in (*self.attention, *self.mlp) if j == 0 else self.mlp:
                     if target not in self.targets:
                         continue
-                    module = f"transformer.h.{layer}.{target}"
-                    inputs, outputs = self.weights[f"{module}.weight"].shape
+                    module = f"{self.blocks}.{layer}.{target}"
+                    inputs, outputs = self._sizes(module)
                     a = wte.new_empty(self.rank, inputs)
                     torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5))
                     fresh[f"{_expert(j)}{module}.lora_A.weight"] = a
                     fresh[f"{_expert(j)}{module}.lora_B.weight"] = wte.new_zeros(outputs, self.rank)
-        for layer in range(self.config.n_layer if self.n > 1 else 0):
-            name = f"{ROUTER}transformer.h.{layer}.mlp.router.weight"
-            fresh[name] = 0.02 * torch.randn(self.n, self.config.n_embd).to(wte.dtype)
+        for layer in range(self.config.num_hidden_layers if self.n > 1 else 0):
+            name = f"{ROUTER}{self.blocks}.{layer}.mlp.router.weight"
+            fresh[name] = 0.02 * torch.randn(self.n, self.config.hidden_size).to(wte.dtype)
         return fresh
+
+    def _sizes(self, module: str) -> tuple[int, int]:
+        inputs, outputs = self.weights[f"{module}.weight"].shape
+        return inputs, outputs
+
+
+class LlamaOracle(OracleModel):
+    """The same method in a frozen Llama: RMS norm, rotary positions, grouped queries, gated MLP."""
+
+    family = LlamaForCausalLM
+    blocks = "model.layers"
+    embedding = "model.embed_tokens.weight"
+    norms = ("input_layernorm", "post_attention_layernorm", "model.norm")
+    attention = tuple(f"self_attn.{part}_proj" for part in "qkvo")
+    mlp = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.weights[self.embedding][tokens]
+
+    def _attention(self, block: str, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        heads, key_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        q, k, v = (
+            self._one_expert(f"{block}.self_attn.{part}_proj", x, 0)
+            .reshape(batch, length, -1, self.config.head_dim)
+            .transpose(1, 2)  # (B, heads, T, D)
+            for part in "qkv"
+        )
+        q, k = self._rotate(q), self._rotate(k)
+        k, v = (y.repeat_interleave(heads // key_heads, dim=1) for y in (k, v))
+        scores = q @ k.transpose(-1, -2) / math.sqrt(self.config.head_dim)
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        mixed = scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v
+        mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
+        return self._one_expert(f"{block}.self_attn.o_proj", mixed, 0)
+
+    def _rotate(self, y: Tensor) -> Tensor:
+        """Numbers i and i + D/2 of a head, as a complex one, turn by position / theta^(2i/D)."""
+        half = y.shape[-1] // 2
+        theta = self.config.rope_parameters["rope_theta"]
+        rates = theta ** -(torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.outer(torch.arange(y.shape[-2], dtype=torch.float64), rates)
+        pairs = torch.complex(y[..., :half], y[..., half:])
+        turned = pairs * torch.polar(torch.ones_like(angles), angles).to(pairs.dtype)
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    def _whole_mlp(self, block: str, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
+        gate = F.silu(linear(f"{block}.mlp.gate_proj", x))
+        return linear(f"{block}.mlp.down_proj", gate * linear(f"{block}.mlp.up_proj", x))
+
+    def _base(self, module: str, x: Tensor) -> Tensor:
+        """Llama stores W as [out, in]."""
+        return x @ self.weights[f"{module}.weight"].T
+
+    def _norm(self, module: str, x: Tensor) -> Tensor:
+        size = x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps
+        return self.weights[f"{module}.weight"] * x * size.rsqrt()
+
+    def _sizes(self, module: str) -> tuple[int, int]:
+        outputs, inputs = self.weights[f"{module}.weight"].shape
+        return inputs, outputs
 
 
 def _expert(j: int) -> str:

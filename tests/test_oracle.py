@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from tiny import TIER, ExportTiny
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from coordinator.aggregation import Contribution, mean
 from edge_runtime import wire
@@ -85,7 +85,8 @@ def train_compiled(bundle: Bundle, engine_name: str, tmp_path: Path) -> list[Arr
 def train_oracle(bundle: Bundle, base: Path, *, leak: bool = False) -> list[Arrays]:
     mixture = bundle.manifest.mixture
     fresh = views(bundle.manifest, load_fresh(bundle))
-    model = GPT2LMHeadModel.from_pretrained(base, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    family = oracle.LlamaOracle if model.config.model_type == "llama" else oracle.OracleModel
     devices = []
     for device in range(2):
 
@@ -99,7 +100,7 @@ def train_oracle(bundle: Bundle, base: Path, *, leak: bool = False) -> list[Arra
         train, valid = device_batches(bundle, device)
         devices.append(
             oracle.OracleDevice(
-                oracle.OracleModel(
+                family(
                     model,
                     mixing=mixture.mixing,
                     experts=1 + mixture.specialists,
@@ -153,6 +154,28 @@ def test_compiled_training_agrees_with_the_oracle(
     )
     got = train_compiled(bundle, engine, tmp_path)
     difference, where = worst_difference(got, train_oracle(bundle, tiny_base_dir))
+    assert difference < 1e-3, where
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "executorch"])
+@pytest.mark.parametrize(("mixing", "specialists"), [("per_linear", 2), ("per_block", 1)])
+def test_the_llama_family_agrees_with_its_oracle(
+    export_tiny: ExportTiny,
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    engine: str,
+    mixing: str,
+    specialists: int,
+) -> None:
+    bundle = export_tiny(
+        Mixture(rank=4, mixing=mixing, specialists=specialists),
+        base=tiny_llama_dir,
+        engines=(engine,),
+        programs=("train_step",),
+        tier=ONE_PROGRAM,
+    )
+    got = train_compiled(bundle, engine, tmp_path)
+    difference, where = worst_difference(got, train_oracle(bundle, tiny_llama_dir))
     assert difference < 1e-3, where
 
 

@@ -1,4 +1,4 @@
-"""The oracle against Hugging Face's GPT-2 and against numbers worked out by hand."""
+"""The oracle against Hugging Face's models and against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.oracle import (
-    ATTENTION,
-    MLP,
     Arrays,
     Batch,
     Batches,
     Constants,
+    LlamaOracle,
     OracleDevice,
     OracleModel,
     balance_loss,
@@ -131,6 +130,42 @@ def test_equal_experts_are_gpt2_with_merged_weights(
     torch.testing.assert_close(model(tokens)[0], want)
 
 
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_equal_experts_are_a_llama_with_merged_weights(mixing: str) -> None:
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+    )
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = LlamaOracle(base, mixing=mixing, experts=3, rank=4)
+    model.load(random_values(model))
+    tokens, _ = batch(0)[0]
+    with torch.no_grad():
+        bare = base(tokens).logits
+        for name, parameter in model.adapters.items():
+            if name.startswith("specialist"):
+                parameter.copy_(model.adapters["generalist/" + name.split("/")[1]])
+        got = model(tokens)[0]
+        for name, a in model.adapters.items():
+            if name.startswith("generalist/") and "lora_A" in name:
+                b = model.adapters[name.replace("lora_A", "lora_B")]
+                module = base.get_submodule(name.split("/")[1].removesuffix(".lora_A.weight"))
+                module.weight += (16 / math.sqrt(4)) * (b @ a)
+        want = base(tokens).logits
+    assert (want - bare).abs().max() > 0.1
+    # transformers keeps its rotary frequencies in float32.
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 class MixedMLP(torch.nn.Module):
     """Stands in for a block's MLP in Hugging Face's model; mixes with merged weights, per token."""
 
@@ -216,7 +251,9 @@ def test_names_and_shapes_of_the_tensors(base: GPT2LMHeadModel) -> None:
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
-@pytest.mark.parametrize("targets", [(), ATTENTION, MLP[:1], MLP[1:]])
+@pytest.mark.parametrize(
+    "targets", [(), OracleModel.attention, OracleModel.mlp[:1], OracleModel.mlp[1:]]
+)
 def test_any_set_of_targets_runs(
     base: GPT2LMHeadModel, mixing: str, targets: tuple[str, ...]
 ) -> None:

@@ -507,12 +507,15 @@ def test_a_coordinator_that_cannot_be_reached(
 def test_interrupting_is_no_error(tiny_bundle: Bundle, text_dir: Path, tmp_path: Path) -> None:
     training = training_file(tmp_path / "training.json", local_steps=100_000)
     home = tmp_path / "home"
+    # A background job ignores interrupts, and its children would, too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         device_run(home, text_dir, "--bundle", tiny_bundle.path, "--training", training),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     for line in process.stdout:
         if json.loads(line).get("step") == 30:

@@ -29,10 +29,12 @@ from edge_runtime.errors import BaseModelError, BundleError, ParityError, Storag
 from edge_runtime.predict import Predictor
 from edge_runtime.training import Evaluator
 from export import mixture, onnx_engine, onnx_graph, parity
+from export.architecture import architecture
 from export.base import BUILT_IN, load_base
 from export.bundle import export_bundle
-from export.decoder import Decoder
 from export.flat_graph import flat_graph
+from export.gpt2 import GPT2
+from export.llama import Llama
 from export.mixture import Mixture
 from export.onnx_engine import INLINE_BYTES
 from export.programs import Specification, specifications
@@ -227,7 +229,7 @@ def test_the_gate_compares_with_the_program_that_was_meant(
     manifest = tiny_bundle.manifest
 
     def check(meant: Mixture) -> None:
-        for specification in specifications(Decoder(base, meant), manifest.tensors, TIER):
+        for specification in specifications(GPT2(base, meant, 32), manifest.tensors, TIER):
             example = parity.example_arguments(specification, manifest, 3)
             parity.check(specification, example, tiny_bundle, engine)
 
@@ -328,14 +330,14 @@ def test_whole_blocks_with_another_rank_and_some_targets(export_tiny: ExportTiny
         {"mixing": "per_head"},
         {"rank": 0},
         {"specialists": -1},
-        {"targets": ()},
         {"targets": ("mlp.c_fc", "lm_head")},
+        {"targets": ("mlp.gate_proj",)},  # of another family
         {"targets": ("attn.c_attn",)},  # leaves a specialist nothing
     ],
 )
 def test_mixtures_that_make_no_sense(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must|choose|need"):
-        Mixture(**values)
+        Mixture(**values).on(architecture(GPT2Config()))
 
 
 # --- PEFT --------------------------------------------------------------------------------------
@@ -386,6 +388,26 @@ def test_a_trained_expert_means_the_same_to_peft(
     assert loss == pytest.approx(losses.item(), rel=1e-5)
 
 
+def test_an_expert_of_a_llama_means_the_same_to_peft(
+    export_tiny: ExportTiny, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    bundle = export_tiny(Mixture(rank=4, specialists=0), base=tiny_llama_dir)
+    vectors = mixture.random(bundle.manifest, 8)
+    adapters.save_directory(bundle.manifest, vectors, tmp_path)
+    base = LlamaForCausalLM.from_pretrained(tiny_llama_dir)
+    text = np.random.default_rng(0).integers(0, 256, 30)
+    with torch.no_grad():
+        bare = base(torch.from_numpy(text)[None]).logits[0]
+        model = PeftModel.from_pretrained(base, tmp_path / "adapters" / "generalist").eval()
+        want = model(torch.from_numpy(text)[None]).logits[0]
+    assert (want - bare).abs().max() > 0.05
+    ours = Predictor(bundle, load_engine("onnxruntime", threads=1), vectors)
+    for length in (1, 5, 9, 20, len(text)):  # each goes on from the cache of the last
+        np.testing.assert_allclose(
+            ours.logits(text[:length].tolist()), want[length - 1].numpy(), atol=1e-4
+        )
+
+
 # --- bases -------------------------------------------------------------------------------------
 
 
@@ -419,16 +441,57 @@ def test_a_half_precision_base_and_an_untied_head(tmp_path: Path, tiny_base_dir:
     assert not torch.equal(base.tensors["lm_head.weight"], base.tensors["wte.weight"])
     model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32)
     text = torch.arange(20)[None]
-    decoder = Decoder(base, Mixture(rank=2))
+    decoder = GPT2(base, Mixture(rank=2), 32)
     with torch.no_grad():
         hidden, _ = decoder.hidden(fresh_tensors(base), text)
         torch.testing.assert_close(hidden @ decoder.head().T, model(text).logits[0])
 
 
-def fresh_tensors(base: Any) -> dict[str, torch.Tensor]:
-    _, tensors = mixture.roles_and_tensors(
-        Mixture(rank=2), layers=base.config.n_layer, width=base.config.n_embd
+def test_a_llama_with_biases_stretched_positions_and_its_own_head(
+    tmp_path: Path, tiny_base_dir: Path
+) -> None:
+    config = LlamaConfig(
+        vocab_size=256,
+        max_position_embeddings=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        attention_bias=True,
+        mlp_bias=True,
+        initializer_range=0.2,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
     )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):  # transformers makes them zero
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    path = tmp_path / "llama"
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).write_bytes((tiny_base_dir / name).read_bytes())
+    base = load_base(str(path))
+    text = torch.randint(256, (2, 40))
+    decoder = Llama(base, Mixture(rank=2), 48)
+    with torch.no_grad():
+        hidden, _ = decoder.hidden(fresh_tensors(base), text)
+        torch.testing.assert_close(
+            (hidden @ decoder.head().T).view(2, 40, -1), model(text).logits, atol=1e-4, rtol=1e-4
+        )
+
+
+def fresh_tensors(base: Any) -> dict[str, torch.Tensor]:
+    meant = Mixture(rank=2).on(base.architecture)
+    _, tensors = mixture.roles_and_tensors(meant, base.architecture)
     return {t.name: torch.zeros(tuple(t.shape)) for t in tensors}
 
 
@@ -473,30 +536,32 @@ def test_directories_that_are_no_base(tmp_path: Path, tiny_base_dir: Path) -> No
     refused(foreign, r"knows \d+ tokens, the model 256")
 
 
-def test_architectures_that_are_not_supported(tmp_path: Path, tiny_base_dir: Path) -> None:
-    llama = tmp_path / "llama"
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    ).save_pretrained(llama)
-    with pytest.raises(BaseModelError, match="llama model; supported architectures: gpt2"):
-        load_base(str(llama))
-    config = json.loads((tiny_base_dir / "config.json").read_text())
-    for odd, says in (
-        ({"activation_function": "relu"}, "activation relu"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scaled by layer"),
-        ({"n_inner": 99}, "MLP of 99"),
-    ):
-        path = tmp_path / next(iter(odd))
+def test_architectures_that_are_not_supported(
+    tmp_path: Path, tiny_base_dir: Path, tiny_llama_dir: Path
+) -> None:
+    def refused(name: str, base: Path, changed: dict[str, Any], says: str) -> None:
+        config = json.loads((base / "config.json").read_text())
+        path = tmp_path / name
         path.mkdir()
-        (path / "config.json").write_text(json.dumps(config | odd))
-        with pytest.raises(BaseModelError, match=f"{says}.*not supported"):
+        (path / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(BaseModelError, match=says):
             load_base(str(path))
+
+    supported = "mistral model; supported architectures: gpt2, llama"
+    refused("mistral", tiny_llama_dir, {"model_type": "mistral"}, supported)
+    for name, base, odd, says in (
+        ("relu", tiny_base_dir, {"activation_function": "relu"}, "activation relu"),
+        ("by-layer", tiny_base_dir, {"scale_attn_by_inverse_layer_idx": True}, "scaled by layer"),
+        ("wide", tiny_base_dir, {"n_inner": 99}, "MLP of 99"),
+        ("gelu", tiny_llama_dir, {"hidden_act": "gelu"}, "activation gelu"),
+        (
+            "dynamic",
+            tiny_llama_dir,
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rotary positions of type dynamic",
+        ),
+    ):
+        refused(name, base, odd, f"{says}.*not supported")
 
 
 def test_random_weights_need_no_download() -> None:
@@ -577,10 +642,14 @@ def test_the_command_refuses(
 # --- the two compilers -------------------------------------------------------------------------
 
 
-def test_a_program_is_one_delegate_and_valid_onnx(export_tiny: ExportTiny) -> None:
+@pytest.mark.parametrize("family", ["tiny_base_dir", "tiny_llama_dir"])
+def test_a_program_is_one_delegate_and_valid_onnx(
+    export_tiny: ExportTiny, request: pytest.FixtureRequest, family: str
+) -> None:
     """Each border of a delegate copies, and costs seconds to compile: there is none inside."""
     bundle = export_tiny(
         Mixture(rank=4, specialists=2),
+        base=request.getfixturevalue(family),
         engines=("onnxruntime", "executorch"),
         programs=("train_step", "eval_loss"),
         tier=replace(TIER, micro_batches=(2,)),
