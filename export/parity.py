@@ -6,7 +6,7 @@ zero; every output, and so every gradient, is compared as a whole tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from export import mixture
 from export.programs import Specification
 from protos import manifest_pb2 as pb
 
-# Relative error of a whole tensor, on either engine: what the order of float32 sums explains. A
-# larger one has been an operator that is not the one that was asked for.
+# Relative error of a whole tensor, on either engine: what the order of float32 sums explains, in
+# most bases; where it explains more, see `_float32_noise`. A larger one has been an operator that is
+# not the one that was asked for.
 TOLERANCE = 1e-4
 # With an int8 base, against the float32 one: losses, and anything else. This finds defects; it is
 # no measure of quality, for random tokens and adapters are harsher than text. Gradients of routers
@@ -68,7 +69,11 @@ def check(
     outputs = allocate(entry.outputs)
     engine.load(bundle, specification.name).bind(inputs, outputs)()
     errors = {name: _relative_error(outputs[name], want) for name, want in wanted.items()}
-    allowed = {name: _tolerance(name, bundle.manifest.base.precision) for name in wanted}
+    precision = bundle.manifest.base.precision
+    allowed = {name: _tolerance(name, precision) for name in wanted}
+    if precision == "float32" and any(errors[name] > allowed[name] for name in wanted):
+        noise = _float32_noise(specification, arguments, wanted)
+        allowed = {name: max(allowed[name], 4.0 * noise[name]) for name in wanted}
     worst = max(errors, key=lambda name: errors[name] / allowed[name])
     # Written so that a NaN fails too.
     if not errors[worst] <= allowed[worst]:
@@ -83,6 +88,24 @@ def check(
         outputs=len(errors),
         tolerance=allowed[worst],
     )
+
+
+def _float32_noise(
+    specification: Specification, arguments: Sequence[Tensor], results: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """How far PyTorch's own `results` are from those in float64, relative.
+
+    In a deep base whose activations reach tens of thousands, the order of sums shows: float32 tells
+    some gradients of SmolLM2 to 1.6e-4 only.
+    """
+    exact_arguments = [a.double() if a.is_floating_point() else a for a in arguments]
+    specification.base.double()
+    exact = specification.call(*exact_arguments)
+    specification.base.float()
+    return {
+        name: _relative_error(result.numpy(), want)
+        for (name, result), want in zip(results.items(), exact, strict=True)
+    }
 
 
 def _tolerance(output: str, precision: str) -> float:

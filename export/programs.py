@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.decoder import Decoder
 from export.tiers import Tier
@@ -39,6 +39,8 @@ class Specification:
     inputs: tuple[tuple[str, torch.dtype, Shape], ...]
     outputs: tuple[str, ...]
     call: Callable[..., tuple[Tensor, ...]]
+    base: nn.Module
+    """Holds the frozen weights that `call` uses."""
 
 
 def specifications(
@@ -71,6 +73,7 @@ def train_step(
         inputs=(("tokens", torch.int64, shape), ("targets", torch.int64, shape)),
         outputs=("loss", "cross_entropy", *(f"grad:{name}" for name in names)),
         call=call,
+        base=decoder,
     )
 
 
@@ -90,6 +93,7 @@ def eval_loss(
         inputs=(("tokens", torch.int64, shape), ("targets", torch.int64, shape)),
         outputs=("losses",),
         call=call,
+        base=decoder,
     )
 
 
@@ -127,4 +131,5 @@ def extend(
             *(f"new.{layer}.{part}" for layer, part in parts),
         ),
         call=call,
+        base=decoder,
     )

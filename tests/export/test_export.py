@@ -668,7 +668,9 @@ def test_an_operator_without_a_translation_is_refused_by_name() -> None:
     def call(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (torch.erfinv(x),)
 
-    specification = Specification("p", (("x", torch.float32, (2,)),), ("y",), call)
+    specification = Specification(
+        "p", (("x", torch.float32, (2,)),), ("y",), call, torch.nn.Module()
+    )
     graph = flat_graph(specification, [torch.zeros(2)], onnx_graph.DECOMPOSITIONS)
     with pytest.raises(NotImplementedError, match=r"aten\.erfinv"):
         onnx_graph.translate(graph, ["x"], ["y"])
