@@ -17,6 +17,7 @@ from export.programs import Specification
 
 ATEN = torch.ops.aten
 IDENTITIES = {ATEN.detach.default, ATEN.alias.default, ATEN.lift_fresh_copy.default}
+TRANSPOSES = {ATEN.t.default, ATEN.permute.default, ATEN.transpose.int}
 SHAPING = {ATEN.view.default, ATEN.expand.default}
 BROADCASTING = {ATEN.add.Tensor, ATEN.sub.Tensor, ATEN.mul.Tensor, ATEN.div.Tensor}
 
@@ -109,6 +110,10 @@ def _drop_identities(graph_module: fx.GraphModule) -> None:
         elif node.target == ATEN.cat.default and len(node.args[0]) == 1:
             node.replace_all_uses_with(node.args[0][0])
             graph_module.graph.erase_node(node)
+        elif is_transpose(node) and is_transpose(node.args[0]):
+            # Autograd keeps the W.T of x @ W.T, and multiplies by its transpose.
+            node.replace_all_uses_with(node.args[0].args[0])
+            graph_module.graph.erase_node(node)
         elif (
             node.target in IDENTITIES
             or (node.target in SHAPING and _same_shape(node.args[0], node))
@@ -116,6 +121,22 @@ def _drop_identities(graph_module: fx.GraphModule) -> None:
         ):
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
+
+
+def is_transpose(node: fx.Node) -> bool:
+    return node.target in TRANSPOSES and axes_of(node) == [1, 0]
+
+
+def axes_of(node: fx.Node) -> list[int]:
+    """The permutation that a node of TRANSPOSES is."""
+    rank = node.meta["val"].dim()
+    arguments: Any = node.args[1:] or (0, 1)  # aten.t has none
+    if node.target == ATEN.permute.default:
+        return [axis % rank for axis in arguments[0]]
+    axes = list(range(rank))
+    one, other = arguments
+    axes[one], axes[other] = axes[other], axes[one]
+    return axes
 
 
 def _same_shape(one: fx.Node, other: fx.Node) -> bool:

@@ -28,7 +28,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
-from export.flat_graph import ATEN, Decompositions, decompositions
+from export.flat_graph import (
+    ATEN,
+    TRANSPOSES,
+    Decompositions,
+    axes_of,
+    decompositions,
+    is_transpose,
+)
+from export.rounding import coarse_products
 
 OPSET = 20
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
@@ -62,16 +70,20 @@ def translate(
     output_names: Sequence[str],
     *,
     int8: bool = False,
+    arguments: Sequence[Tensor] = (),
 ) -> onnx.ModelProto:
     """The ONNX model of a flat graph, with the weights inside.
 
     Args:
         int8: quantise the large frozen matrices.
+        arguments: with `int8`, inputs on which to see which products rounding is too coarse for.
 
     Raises:
         NotImplementedError: the graph holds an operator that has no translation.
     """
     translation = _Translation(graph_module, int8)
+    if int8:
+        translation.coarse = coarse_products(graph_module, arguments, translation.quantised)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, input_names, strict=True):
         translation.names[node] = name
@@ -107,10 +119,11 @@ class _Translation:
         self.module = graph_module
         self.int8 = int8
         factors = (
-            node.args[1].args[0] if _is_transpose(node.args[1]) else node.args[1]
+            node.args[1].args[0] if is_transpose(node.args[1]) else node.args[1]
             for node in graph_module.graph.nodes
             if node.target == ATEN.mm.default
         )
+        self.coarse: set[fx.Node] = set()  # products for which rounding is too coarse
         self.factors = {node.target for node in factors if node.op == "get_attr"}
         self.scales: dict[str, tuple[int, Tensor]] = {}  # of a quantised weight: (axis, scale)
         self.embeddings: set[str] = set()  # quantised weights of which rows are looked up
@@ -162,7 +175,7 @@ class _Translation:
 
     def matrix(self, node: fx.Node) -> tuple[str, bool]:
         """A factor of a product: (value name, whether it is to be transposed)."""
-        if _is_transpose(node):
+        if is_transpose(node):
             return self.name(node.args[0]), True
         return self.name(node), False
 
@@ -207,8 +220,11 @@ class _Translation:
         integers = torch.round(value / scale.unsqueeze(1 - axis)).to(torch.int8)
         return integers, scale, axis
 
-    def integer_product(self, a: str, b: fx.Node, transposed: bool) -> str:
-        """a @ b, or a @ b.T, of a float32 matrix and a quantised weight."""
+    def integer_product(self, a: str, b: fx.Node, transposed: bool, coarse: bool) -> str:
+        """a @ b, or a @ b.T, of a float32 matrix and a quantised weight.
+
+        With `coarse`, what rounding left of `a` gets a product of its own.
+        """
         attribute = str(b.target)
         integers, scale, axis = self.integers(attribute, output_axis=0 if transposed else 1)
         name = f"{attribute}.int8" + (".transposed" if transposed else "")
@@ -223,9 +239,8 @@ class _Translation:
         size = self.emit("Max", largest, self.constant(torch.tensor(1e-30)))
         even = self.emit("Div", x, size)
         product = self.emit("DynamicQuantizeMatMul", even, stored, factor, domain=MICROSOFT)
-        if backward and attribute in self.embeddings:
-            # Summed over the vocabulary: probabilities, most of them far smaller than a step of the
-            # largest. What rounding left of them gets a product of its own.
+        # Summed over the vocabulary: probabilities, most of them far smaller than a step.
+        if coarse or (backward and attribute in self.embeddings):
             step = self.emit("DynamicQuantizeLinear", even, outputs=3)
             rounded = self.emit("DequantizeLinear", step, f"{step}.1", f"{step}.2")
             rest = self.emit("Sub", even, rounded)
@@ -244,31 +259,14 @@ class _Translation:
         return self.emit("Cast", self.emit("Gather", stored, index, axis=0), to=TensorProto.FLOAT)
 
 
-def _is_transpose(node: fx.Node) -> bool:
-    return node.target in TRANSPOSES and _axes_of(node) == [1, 0]
-
-
-def _axes_of(node: fx.Node) -> list[int]:
-    """The permutation that a node of TRANSPOSES is."""
-    rank = len(_shape(node))
-    arguments: Any = node.args[1:] or (0, 1)  # aten.t has none
-    if node.target == ATEN.permute.default:
-        return [axis % rank for axis in arguments[0]]
-    axes = list(range(rank))
-    one, other = arguments
-    axes[one], axes[other] = axes[other], axes[one]
-    return axes
-
-
-TRANSPOSES = {ATEN.t.default, ATEN.permute.default, ATEN.transpose.int}
-
 # --- one function per kind of operator -----------------------------------------------------------
 
 
 def _mm(t: _Translation, node: fx.Node, a: fx.Node, b: fx.Node) -> str:
-    factor = b.args[0] if _is_transpose(b) else b
+    factor = b.args[0] if is_transpose(b) else b
     if isinstance(factor, fx.Node) and t.quantised(factor):
-        return t.integer_product(t.name(a), factor, transposed=factor is not b)
+        transposed, coarse = factor is not b, node in t.coarse
+        return t.integer_product(t.name(a), factor, transposed=transposed, coarse=coarse)
     (a_name, transposed_a), (b_name, transposed_b) = t.matrix(a), t.matrix(b)
     t.products[node] = Product(a_name, b_name, transposed_a, transposed_b)
     return t.gemm(t.products[node])
@@ -331,7 +329,7 @@ def _expand(t: _Translation, node: fx.Node, a: fx.Node, shape: Argument) -> str:
 
 
 def _transpose(t: _Translation, node: fx.Node, a: fx.Node, *axes: Argument) -> str:
-    return t.emit("Transpose", t.name(a), perm=_axes_of(node))
+    return t.emit("Transpose", t.name(a), perm=axes_of(node))
 
 
 def _slice(

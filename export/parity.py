@@ -21,8 +21,8 @@ from export.programs import Specification
 from protos import manifest_pb2 as pb
 
 # Relative error of a whole tensor, on either engine: what the order of float32 sums explains, in
-# most bases; where it explains more, see `_float32_noise`. A larger one has been an operator that is
-# not the one that was asked for.
+# most bases; where it explains more, see `_float32_noise`. A larger one has been an operator that
+# is not the one that was asked for.
 TOLERANCE = 1e-4
 # With an int8 base, against the float32 one: losses, and anything else. This finds defects; it is
 # no measure of quality, for random tokens and adapters are harsher than text. Gradients of routers

@@ -1,0 +1,70 @@
+"""Where activations do not fit into eight bits.
+
+Real bases hold a few activations that are thousands of times larger than a token's others (Sun et
+al. 2024, "Massive activations in large language models"). Rounded on one scale with them, the
+others are lost, and with them what every other token attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from export.flat_graph import ATEN, is_transpose
+
+# Largest error, relative, of a token's outputs. Without such activations most are below it.
+ALLOWED = 0.03
+
+
+def coarse_products(
+    graph_module: fx.GraphModule,
+    arguments: Sequence[Tensor],
+    quantised: Callable[[fx.Node], bool],
+) -> set[fx.Node]:
+    """Products with quantised weights for which rounding each token on one scale is too coarse.
+
+    Args:
+        arguments: what to run the graph on.
+        quantised: whether a node is a weight that is held in int8.
+    """
+    rounding = _Rounding(graph_module, quantised)
+    with torch.no_grad():
+        rounding.run(*arguments)
+    return rounding.coarse
+
+
+class _Rounding(fx.Interpreter):
+    """Runs a graph in float32 and, beside it, each product once more with a rounded factor."""
+
+    def __init__(self, graph_module: fx.GraphModule, quantised: Callable[[fx.Node], bool]) -> None:
+        super().__init__(graph_module)
+        self.quantised = quantised
+        self.coarse: set[fx.Node] = set()
+        self.scales: dict[Any, tuple[bool, Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target == ATEN.mm.default:
+            a, b = n.args
+            assert isinstance(a, fx.Node)
+            assert isinstance(b, fx.Node)
+            weight = b.args[0] if is_transpose(b) else b
+            if isinstance(weight, fx.Node) and self.quantised(weight):
+                x, transposed = self.env[a], weight is not b
+                if self._worst_error(weight.target, x, self.env[b], transposed) > ALLOWED:
+                    self.coarse.add(n)
+        return result
+
+    def _worst_error(self, weight: Any, x: Tensor, factor: Tensor, transposed: bool) -> float:
+        if weight not in self.scales:
+            self.scales[weight] = (transposed, factor.abs().amax(0).clamp(min=1e-12))
+        forward, scales = self.scales[weight]
+        if transposed != forward:  # the backward pass: scales per output belong to x then
+            x, factor = x * scales, factor / scales.unsqueeze(1)
+        step = x.abs().amax(1, keepdim=True).clamp(min=1e-30) * (2.0 / 255.0)
+        error = torch.round(x / step) * step - x
+        wanted = (x @ factor).norm(dim=1).clamp(min=1e-30)
+        return float(((error @ factor).norm(dim=1) / wanted).max())
