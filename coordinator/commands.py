@@ -13,6 +13,9 @@ import typer
 from edge_runtime import training_config
 from edge_runtime.cli import Format, FormatOption
 
+# A heading of `comigs serve --help`.
+AGGREGATION = "Aggregation"
+
 
 def register(app: typer.Typer) -> None:
     """Adds this package's subcommands to `app`."""
@@ -27,9 +30,57 @@ def serve(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in all.")] = 3,
     min_devices: Annotated[int, typer.Option(min=1, help="Updates that a round needs.")] = 2,
     deadline: Annotated[float, typer.Option(min=0.1, help="Longest round, in seconds.")] = 600,
-    average: Annotated[
-        str, typer.Option(help="Mean over devices: uniform, or weighted by tokens.")
-    ] = "uniform",
+    aggregation: Annotated[
+        str,
+        typer.Option(
+            help="Of updates: mean, token-mean, median, trimmed-mean, krum, multi-krum.",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = "mean",
+    malicious: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Malicious updates per round that trimmed-mean, krum and multi-krum bear; 1.",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    clip_norm: Annotated[
+        float | None,
+        typer.Option(
+            help="Longest step of a device from the generalist, as an L2 norm.",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    server_optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Takes the aggregate as a gradient: momentum, adam, yogi.",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    server_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Its learning rate; 1 for momentum, else 0.01.", rich_help_panel=AGGREGATION
+        ),
+    ] = None,
+    server_beta1: Annotated[
+        float | None,
+        typer.Option(help="Its decay of the first moment; 0.9.", rich_help_panel=AGGREGATION),
+    ] = None,
+    server_beta2: Annotated[
+        float | None,
+        typer.Option(
+            help="Decay of the second moment, of adam and yogi; 0.99.", rich_help_panel=AGGREGATION
+        ),
+    ] = None,
+    server_tau: Annotated[
+        float | None,
+        typer.Option(
+            help="How little they adapt to each coordinate; 0.001.", rich_help_panel=AGGREGATION
+        ),
+    ] = None,
     training: Annotated[
         Path | None, typer.Option(help="How devices train: TrainingConfig as JSON.")
     ] = None,
@@ -45,12 +96,27 @@ def serve(
 ) -> None:
     """Runs rounds in which devices exchange the generalist, and nothing else."""
     # Imported here: the other commands must not wait for gRPC and SQLAlchemy.
-    from coordinator.rounds import Average, Policy
+    from coordinator.aggregation import choose
+    from coordinator.rounds import Policy
     from coordinator.server import Options
     from coordinator.server import serve as run
 
-    if average not in list(Average):
-        raise typer.BadParameter(f"{average} is neither uniform nor tokens", param_hint="--average")
+    try:
+        recipe = choose(
+            aggregation=aggregation,
+            min_devices=min_devices,
+            malicious=malicious,
+            clip_norm=clip_norm,
+            optimizer=server_optimizer,
+            constants={
+                "rate": server_rate,
+                "beta1": server_beta1,
+                "beta2": server_beta2,
+                "tau": server_tau,
+            },
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     try:
         config = training_config.load(training)
     except ValueError as error:
@@ -64,7 +130,7 @@ def serve(
             rounds=rounds,
             min_devices=min_devices,
             deadline_seconds=deadline,
-            average=Average(average),
+            recipe=recipe,
             training=config,
         ),
         names=tuple(name or ()),
@@ -89,8 +155,8 @@ TEXTS = {
     "round_resumed": "round {round}: resumed with {updates} updates",
     "update_accepted": "round {round}: {device} reported ({bytes} bytes)",
     "update_refused": "round {round}: refused an update of {device}: {reason}",
-    "round_closed": "round {round}: averaged {updates} updates after {seconds:.1f} s",
-    "round_abandoned": "round {round}: abandoned at its deadline with only {updates} updates",
+    "round_closed": "round {round}: aggregated {updates} updates after {seconds:.1f} s",
+    "round_abandoned": "round {round}: abandoned with {updates} updates: {reason}",
     "storage_failed": "cannot store what a device sent: {reason}",
     "finished": "all rounds are over; {bytes_received} bytes received, {bytes_sent} bytes sent",
 }

@@ -8,13 +8,14 @@
   deadline. Missing are participants without an update and, so that a group stays together, devices
   that reported in the previous round and have not come back yet. A device that had an update
   refused is not waited for, nor sent to train again in that round.
-* At the deadline with fewer updates the round is abandoned and its number is used up.
+* At the deadline with fewer updates the round is abandoned and its number is used up; so is a round
+  whose updates amount to no usable generalist.
 * After a restart the open round goes on with the updates it has, and its clock starts again, since
   nobody could report while the coordinator was down.
 
 All state changes are synchronous code on the event loop: no other coroutine sees a half of one, and
-a cancelled call cannot leave one. Only the average is computed in a thread; while it is, the round
-is closed to updates.
+a cancelled call cannot leave one. Only the aggregate is computed in a thread; while it is, the
+round is closed to updates.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
-from coordinator.aggregation import Contribution, mean
+from coordinator.aggregation import AggregationError, Contribution, Outcome, Recipe, aggregate
 from coordinator.state import Device, Round, State, Status, Update
 from edge_runtime import wire
 from protos import coordinator_pb2 as pb
@@ -43,11 +43,6 @@ Report = Callable[[str, dict[str, Any]], None]
 """Takes an event's name and its fields, for the operator to see."""
 
 
-class Average(StrEnum):
-    UNIFORM = "uniform"
-    TOKENS = "tokens"
-
-
 @dataclass(frozen=True)
 class Policy:
     """How rounds are run."""
@@ -56,7 +51,7 @@ class Policy:
     """Aggregated rounds until the end."""
     min_devices: int
     deadline_seconds: float
-    average: Average
+    recipe: Recipe
     training: pb.TrainingConfig
 
 
@@ -110,7 +105,8 @@ class Rounds:
         self._finished = len(self._state.aggregated_rounds()) >= self._policy.rounds
         current = self._state.current()
         if current.status == Status.OPEN:
-            self._state.postpone(current.number, time.time() + self._policy.deadline_seconds)
+            deadline = time.time() + self._policy.deadline_seconds
+            self._state.resume(current.number, deadline=deadline, recipe=str(self._policy.recipe))
             updates = len(self._state.updates(current.number))
             self._report("round_resumed", {"round": current.number, "updates": updates})
 
@@ -128,8 +124,7 @@ class Rounds:
             await self._aggregate(current, updates)
             return True
         if due:
-            self._state.abandon(current.number)
-            self._report("round_abandoned", {"round": current.number, "updates": len(updates)})
+            self._abandon(current, updates, "too few updates at its deadline")
             return True
         return False
 
@@ -137,25 +132,24 @@ class Rounds:
         present = self._present()
         if len(present) < self._policy.min_devices and not self._reporters(waiting.number - 1):
             return False
-        deadline = time.time() + self._policy.deadline_seconds
-        self._state.open(waiting.number, deadline=deadline, participants=present)
+        self._state.open(
+            waiting.number,
+            deadline=time.time() + self._policy.deadline_seconds,
+            recipe=str(self._policy.recipe),
+            participants=present,
+        )
         self._report("round_opened", {"round": waiting.number})
         return True
 
     async def _aggregate(self, current: Round, updates: list[Update]) -> None:
-        by_tokens = self._policy.average == Average.TOKENS
-        contributions = [
-            Contribution(
-                device=update.device,
-                path=self._state.directory / update.file,
-                weight=update.tokens if by_tokens else 1,
-            )
-            for update in updates
-        ]
         self._closing = current.number
         try:
-            vectors = await asyncio.to_thread(mean, self._manifest, contributions)
-            self._state.aggregate(current.number, wire.encode(self._manifest, vectors))
+            outcome = await asyncio.to_thread(self._close, current, updates)
+            generalist = wire.encode(self._manifest, outcome.generalist)
+            self._state.aggregate(current.number, generalist, outcome.memory)
+        except AggregationError as error:
+            self._abandon(current, updates, str(error))
+            return
         finally:
             self._closing = None
         self._finished = len(self._state.aggregated_rounds()) >= self._policy.rounds
@@ -164,8 +158,34 @@ class Rounds:
             {
                 "round": current.number,
                 "updates": len(updates),
+                "clipped": outcome.clipped,
                 "seconds": round(time.time() - (current.opened_at or 0), 3),
             },
+        )
+
+    def _close(self, current: Round, updates: list[Update]) -> Outcome:
+        directory = self._state.directory
+        memory = current.memory_file
+        return aggregate(
+            self._manifest,
+            self._policy.recipe,
+            incoming=wire.decode(
+                self._manifest, (directory / current.generalist_file).read_bytes()
+            ),
+            contributions=[
+                Contribution(
+                    device=update.device, path=directory / update.file, tokens=update.tokens
+                )
+                for update in updates
+            ],
+            memory=None if memory is None else (directory / memory).read_bytes(),
+        )
+
+    def _abandon(self, current: Round, updates: list[Update], reason: str) -> None:
+        self._state.abandon(current.number)
+        self._report(
+            "round_abandoned",
+            {"round": current.number, "updates": len(updates), "reason": reason},
         )
 
     async def _deliver(self) -> None:
@@ -270,8 +290,7 @@ class Rounds:
         if self._finished:
             return pb.CheckInReply(action=pb.CheckInReply.FINISH, round=current.number)
         left = self._seconds_left(current)
-        closing = current.number == self._closing
-        if not left or closing or self._is_done(device, current.number):
+        if not left or not self._is_wanted(device, current.number):
             return pb.CheckInReply(action=pb.CheckInReply.WAIT, retry_seconds=RETRY_SECONDS)
         self._state.join(current.number, device)
         return pb.CheckInReply(
@@ -282,14 +301,17 @@ class Rounds:
             seconds_left=left,
         )
 
-    def _is_done(self, device: str, number: int) -> bool:
+    def _is_wanted(self, device: str, number: int) -> bool:
+        """Whether an update of `device` could still count in the open round."""
+        if number == self._closing:
+            return False
         reported = self._state.update(number, device) is not None
-        return reported or device in self._state.refused(number)
+        return not reported and device not in self._state.refused(number)
 
     def _expected(self, number: int) -> set[str]:
         """Devices whose updates the round should have before it closes early."""
-        wanted = self._state.participants(number) | self._reporters(number - 1)
-        return wanted - self._state.refused(number)
+        expected = self._state.participants(number) | self._reporters(number - 1)
+        return expected - self._state.refused(number)
 
     def _reporters(self, number: int) -> set[str]:
         """Devices whose updates went into round `number`; none if it was not aggregated."""

@@ -27,6 +27,7 @@ from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
 
 DATABASE = "coordinator.sqlite3"
 LOCK = "lock"
+MEMORIES = "memories"
 
 
 class Status(StrEnum):
@@ -64,6 +65,12 @@ class Round(Base):
     generalist_file: Mapped[str]
     """What the round starts from, as a path below the state directory."""
     generalist_sha256: Mapped[str]
+    memory_file: Mapped[str | None]
+    """What the server optimizer remembers of earlier rounds, likewise; deleted once the round is
+    over."""
+    recipe: Mapped[str | None]
+    """How it is aggregated, for people; None before it has begun."""
+    closed_at: Mapped[float | None]
 
 
 class Participant(Base):
@@ -109,7 +116,7 @@ class Settings(Base):
     rounds: Mapped[int]
     min_devices: Mapped[int]
     deadline_seconds: Mapped[float]
-    average: Mapped[str]
+    recipe: Mapped[str]
     training: Mapped[str]
     """TrainingConfig in proto3 JSON."""
 
@@ -209,25 +216,37 @@ class State:
             aggregated = select(Round.number).where(Round.status == Status.AGGREGATED)
             return list(session.scalars(aggregated.order_by(Round.number)))
 
-    def open(self, number: int, *, deadline: float, participants: Iterable[str]) -> None:
+    def open(
+        self, number: int, *, deadline: float, recipe: str, participants: Iterable[str]
+    ) -> None:
         """Lets a waiting round begin now."""
         with self._transaction() as session:
             opened = session.get_one(Round, number)
             opened.status = Status.OPEN
             opened.opened_at = time.time()
             opened.deadline = deadline
+            opened.recipe = recipe
             session.add_all(Participant(round=number, device=device) for device in participants)
 
-    def postpone(self, number: int, deadline: float) -> None:
-        """Gives an open round another deadline."""
+    def resume(self, number: int, *, deadline: float, recipe: str) -> None:
+        """Gives an open round another deadline, and the recipe that it will be closed with."""
         with self._transaction() as session:
-            session.get_one(Round, number).deadline = deadline
+            resumed = session.get_one(Round, number)
+            resumed.deadline = deadline
+            resumed.recipe = recipe
 
-    def aggregate(self, number: int, generalist: bytes) -> None:
-        """Closes an open round; `generalist` is what the next one, now waiting, starts from."""
+    def aggregate(self, number: int, generalist: bytes, memory: bytes | None) -> None:
+        """Closes an open round. The next one, now waiting, starts from `generalist` and, with a
+        server optimizer, from its `memory`."""
         successor = self._round_from(number + 1, Status.WAITING, generalist)
+        if memory is not None:
+            digest = hashlib.sha256(memory).hexdigest()
+            successor.memory_file = f"{MEMORIES}/{number + 1}-{digest}.safetensors"
+            write_atomic(self.directory / successor.memory_file, memory)
         with self._transaction() as session:
-            session.get_one(Round, number).status = Status.AGGREGATED
+            closed = session.get_one(Round, number)
+            closed.status = Status.AGGREGATED
+            closed.closed_at = time.time()
             session.add(successor)
         self._clean()
 
@@ -236,12 +255,14 @@ class State:
         with self._transaction() as session:
             abandoned = session.get_one(Round, number)
             abandoned.status = Status.ABANDONED
+            abandoned.closed_at = time.time()
             session.add(
                 Round(
                     number=number + 1,
                     status=Status.WAITING,
                     generalist_file=abandoned.generalist_file,
                     generalist_sha256=abandoned.generalist_sha256,
+                    memory_file=abandoned.memory_file,
                 )
             )
         self._clean()
@@ -311,14 +332,20 @@ class State:
         )
 
     def _clean(self) -> None:
-        """Deletes the updates of rounds that are over, and what interrupted writes left."""
+        """Deletes the updates and the optimizer's memory of rounds that are over, and what
+        interrupted writes left."""
         with self._transaction() as session:
             latest = session.scalar(select(func.max(Round.number))) or 1
+            current = session.get(Round, latest)
         updates = self.directory / _updates_of(latest)
         for other in updates.parent.glob("*"):
             if other != updates:
                 shutil.rmtree(other, ignore_errors=True)
-        for place in (updates, self.directory / "generalists", self.directory):
+        memories = self.directory / MEMORIES
+        for file in memories.glob("*.safetensors"):
+            if current is None or current.memory_file != f"{MEMORIES}/{file.name}":
+                file.unlink(missing_ok=True)
+        for place in (updates, memories, self.directory / "generalists", self.directory):
             remove_leftovers(place)
 
     @contextlib.contextmanager

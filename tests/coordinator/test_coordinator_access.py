@@ -174,7 +174,9 @@ def test_starts_that_are_refused(fleet: Fleet, served: Served) -> None:
         (fleet.serve(bundle, "--rounds", "0", **elsewhere), 2, "--rounds"),
         (fleet.serve(bundle, "--min-devices", "0", **elsewhere), 2, "--min-devices"),
         (fleet.serve(bundle, "--deadline", "0", **elsewhere), 2, "--deadline"),
-        (fleet.serve(bundle, "--average", "median", **elsewhere), 2, "median"),
+        (fleet.serve(bundle, "--aggregation", "best", **elsewhere), 2, "best is not one of"),
+        (fleet.serve(bundle, "--aggregation", "krum", **elsewhere), 2, "give --min-devices 5"),
+        (fleet.serve(bundle, "--server-tau", "1", **elsewhere), 2, "without --server-optimizer"),
         (fleet.serve(bundle, "--training", str(bad_training), **elsewhere), 2, "beta1"),
     ):
         stderr = starting.stderr()
