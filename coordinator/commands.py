@@ -13,8 +13,9 @@ import typer
 from edge_runtime import training_config
 from edge_runtime.cli import Format, FormatOption
 
-# A heading of `comigs serve --help`.
+# Headings of `comigs serve --help`.
 AGGREGATION = "Aggregation"
+SELECTION = "Selection"
 
 
 def register(app: typer.Typer) -> None:
@@ -81,6 +82,24 @@ def serve(
             help="How little they adapt to each coordinate; 0.001.", rich_help_panel=AGGREGATION
         ),
     ] = None,
+    devices_per_round: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Updates that a round wants; without it every device takes part.",
+            rich_help_panel=SELECTION,
+        ),
+    ] = None,
+    over_selection: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Devices selected for each wanted update; 1.3.", rich_help_panel=SELECTION
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the selection; drawn if not given.", rich_help_panel=SELECTION),
+    ] = None,
     training: Annotated[
         Path | None, typer.Option(help="How devices train: TrainingConfig as JSON.")
     ] = None,
@@ -98,6 +117,7 @@ def serve(
     # Imported here: the other commands must not wait for gRPC and SQLAlchemy.
     from coordinator.aggregation import choose
     from coordinator.rounds import Policy
+    from coordinator.selection import select
     from coordinator.server import Options
     from coordinator.server import serve as run
 
@@ -115,6 +135,7 @@ def serve(
                 "tau": server_tau,
             },
         )
+        selection = select(devices_per_round, over_selection, seed, min_devices=min_devices)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:
@@ -131,6 +152,7 @@ def serve(
             min_devices=min_devices,
             deadline_seconds=deadline,
             recipe=recipe,
+            selection=selection,
             training=config,
         ),
         names=tuple(name or ()),

@@ -85,6 +85,7 @@ def _settings(policy: Policy, contract: str) -> Settings:
         min_devices=policy.min_devices,
         deadline_seconds=policy.deadline_seconds,
         recipe=str(policy.recipe),
+        selection=None if policy.selection is None else str(policy.selection),
         training=json_format.MessageToJson(policy.training, preserving_proto_field_name=True),
     )
 

@@ -117,6 +117,7 @@ class Settings(Base):
     min_devices: Mapped[int]
     deadline_seconds: Mapped[float]
     recipe: Mapped[str]
+    selection: Mapped[str | None]
     training: Mapped[str]
     """TrainingConfig in proto3 JSON."""
 
@@ -197,6 +198,12 @@ class State:
     def device(self, device: str) -> Device | None:
         with self._transaction() as session:
             return session.get(Device, device)
+
+    def names(self, devices: Iterable[str]) -> dict[str, str]:
+        """Name -> id of those of `devices` that are known."""
+        with self._transaction() as session:
+            chosen = select(Device.name, Device.id).where(Device.id.in_(list(devices)))
+            return {name: device for name, device in session.execute(chosen)}
 
     # Rounds
 
@@ -285,6 +292,11 @@ class State:
         with self._transaction() as session:
             accepted = select(Update).where(Update.round == number).order_by(Update.device)
             return list(session.scalars(accepted))
+
+    def count_updates(self, number: int) -> int:
+        with self._transaction() as session:
+            accepted = select(func.count()).select_from(Update).where(Update.round == number)
+            return session.scalar(accepted) or 0
 
     def update(self, number: int, device: str) -> Update | None:
         with self._transaction() as session:
