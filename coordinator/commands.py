@@ -1,4 +1,4 @@
-"""`comigs serve`."""
+"""`comigs serve` and `comigs rounds`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from edge_runtime import training_config
-from edge_runtime.cli import Format, FormatOption
+from edge_runtime.cli import Format, FormatOption, emit
 
 # Headings of `comigs serve --help`.
 AGGREGATION = "Aggregation"
@@ -21,6 +21,7 @@ SELECTION = "Selection"
 def register(app: typer.Typer) -> None:
     """Adds this package's subcommands to `app`."""
     app.command("serve")(serve)
+    app.command("rounds")(rounds)
 
 
 def serve(
@@ -42,7 +43,8 @@ def serve(
         int | None,
         typer.Option(
             min=0,
-            help="Malicious updates per round that trimmed-mean, krum and multi-krum bear; 1.",
+            help="Malicious updates per round that trimmed-mean, krum and multi-krum bear.",
+            show_default="1",
             rich_help_panel=AGGREGATION,
         ),
     ] = None,
@@ -63,23 +65,33 @@ def serve(
     server_rate: Annotated[
         float | None,
         typer.Option(
-            help="Its learning rate; 1 for momentum, else 0.01.", rich_help_panel=AGGREGATION
+            help="Its learning rate.",
+            show_default="0.01, momentum 1",
+            rich_help_panel=AGGREGATION,
         ),
     ] = None,
     server_beta1: Annotated[
         float | None,
-        typer.Option(help="Its decay of the first moment; 0.9.", rich_help_panel=AGGREGATION),
+        typer.Option(
+            help="Its decay of the first moment.",
+            show_default="0.9",
+            rich_help_panel=AGGREGATION,
+        ),
     ] = None,
     server_beta2: Annotated[
         float | None,
         typer.Option(
-            help="Decay of the second moment, of adam and yogi; 0.99.", rich_help_panel=AGGREGATION
+            help="Decay of the second moment, of adam and yogi.",
+            show_default="0.99",
+            rich_help_panel=AGGREGATION,
         ),
     ] = None,
     server_tau: Annotated[
         float | None,
         typer.Option(
-            help="How little they adapt to each coordinate; 0.001.", rich_help_panel=AGGREGATION
+            help="How little they adapt to each coordinate.",
+            show_default="0.001",
+            rich_help_panel=AGGREGATION,
         ),
     ] = None,
     devices_per_round: Annotated[
@@ -93,7 +105,10 @@ def serve(
     over_selection: Annotated[
         float | None,
         typer.Option(
-            min=1, help="Devices selected for each wanted update; 1.3.", rich_help_panel=SELECTION
+            min=1,
+            help="Devices selected for each wanted update.",
+            show_default="1.3",
+            rich_help_panel=SELECTION,
         ),
     ] = None,
     seed: Annotated[
@@ -160,6 +175,22 @@ def serve(
         exit_when_done=exit_when_done,
     )
     asyncio.run(run(options, _print_json if output is Format.JSON else _print_text))
+
+
+def rounds(
+    *,
+    state: Annotated[Path, typer.Option(help="State directory of a coordinator, running or not.")],
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Lists the rounds of a coordinator, also while it runs."""
+    from coordinator import listing
+
+    rows = listing.rounds(state)
+    if output is Format.JSON:
+        emit({"rounds": [vars(row) for row in rows]})
+        return
+    for line in listing.table(rows):
+        _print(line)
 
 
 def _print_json(event: str, fields: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ForeignKey, create_engine, event, func, select
+from sqlalchemy import URL, ForeignKey, create_engine, event, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -146,7 +146,7 @@ class State:
                 f"{directory} is in use by another coordinator; stop that one first, or choose "
                 "another --state"
             ) from error
-        self._engine = create_engine(f"sqlite:///{directory / DATABASE}")
+        self._engine = create_engine(URL.create("sqlite", database=str(directory / DATABASE)))
         event.listen(self._engine, "connect", _configure)
         with self._storage_errors():
             Base.metadata.create_all(self._engine)
