@@ -16,7 +16,7 @@ class Selection:
     """Some devices per round, chosen by a seed.
 
     More are selected than are wanted, since some drop out; the round is over when the wanted number
-    has reported (Bonawitz et al. 2019, section 2.2, with 130 %).
+    has reported (Bonawitz et al. 2019, arXiv 1902.01046, who select 130 %).
     """
 
     wanted: int

@@ -12,8 +12,8 @@ from coordinator.aggregation.updates import Flat, Strategy, Update
 class Clipped:
     """Another strategy, on updates whose steps have an L2 norm of at most S.
 
-    The step d = x_i - x of a device from the incoming generalist x becomes d min(1, S / |d|)
-    (McMahan et al. 2018, section 3; Sun et al. 2019, section 4).
+    The step d = x_i - x of a device from the incoming generalist x becomes d min(1, S / |d|): flat
+    clipping of McMahan et al. 2018 (arXiv 1710.06963).
     """
 
     def __init__(self, strategy: Strategy, norm: float) -> None:

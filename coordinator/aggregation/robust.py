@@ -69,8 +69,8 @@ class TrimmedMean(_Robust):
 class Krum(_Robust):
     """The update whose n - f - 2 closest others are the closest (Blanchard et al. 2017, section 4).
 
-    Multi-Krum is the mean of the m best such (section 5), with m = n - f - 2. Of equal scores the
-    first accepted is the better. Memory also grows by the n x n distances, 8 bytes each.
+    Multi-Krum is the mean of the m best such, here with m = n - f - 2. Of equal scores the first
+    accepted is the better. Memory also grows by some n x n distances of 8 bytes.
     """
 
     def __init__(self, malicious: int, *, multi: bool = False) -> None:
