@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, ForeignKey, create_engine, event, func, select
+from sqlalchemy import URL, ForeignKey, create_engine, event, func, inspect, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -28,6 +28,8 @@ from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
 DATABASE = "coordinator.sqlite3"
 LOCK = "lock"
 MEMORIES = "memories"
+# Raised whenever the tables below change; in the database as `user_version`.
+SCHEMA = 1
 
 
 class Status(StrEnum):
@@ -149,6 +151,7 @@ class State:
         self._engine = create_engine(URL.create("sqlite", database=str(directory / DATABASE)))
         event.listen(self._engine, "connect", _configure)
         with self._storage_errors():
+            self._check_schema()
             Base.metadata.create_all(self._engine)
         self._clean()
 
@@ -334,6 +337,18 @@ class State:
             return set(session.scalars(chosen))
 
     # The inside
+
+    def _check_schema(self) -> None:
+        """Marks a new database with SCHEMA; refuses one with another mark."""
+        new = not inspect(self._engine).has_table(Round.__tablename__)
+        with self._engine.begin() as connection:
+            if new:
+                connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA}")
+            elif connection.exec_driver_sql("PRAGMA user_version").scalar() != SCHEMA:
+                raise StorageError(
+                    f"{self.directory} was made by another version of comigs; go on with that "
+                    "one, or choose another --state"
+                )
 
     def _round_from(self, number: int, status: Status, generalist: bytes) -> Round:
         digest = hashlib.sha256(generalist).hexdigest()
