@@ -208,7 +208,7 @@ TEXTS = {
     "round_resumed": "round {round}: resumed with {updates} updates",
     "update_accepted": "round {round}: {device} reported ({bytes} bytes)",
     "update_refused": "round {round}: refused an update of {device}: {reason}",
-    "round_closed": "round {round}: aggregated {updates} updates after {seconds:.1f} s",
+    "round_closed": "round {round}: aggregated {updates} updates{clipping} after {seconds:.1f} s",
     "round_abandoned": "round {round}: abandoned with {updates} updates: {reason}",
     "storage_failed": "cannot store what a device sent: {reason}",
     "finished": "all rounds are over; {bytes_received} bytes received, {bytes_sent} bytes sent",
@@ -221,6 +221,9 @@ def _readable(fields: dict[str, Any]) -> dict[str, str]:
     if "ca" in fields:
         ca = fields["ca"]
         words["trust"] = f"devices need --ca {ca}" if ca else "without TLS: devices need --insecure"
+    if "clipped" in fields:
+        clipped = fields["clipped"]
+        words["clipping"] = f", {clipped} of them clipped," if clipped else ""
     return words
 
 

@@ -82,7 +82,7 @@ def test_what_a_person_reads(fleet: Fleet) -> None:
     bundle = fleet.bundle()
     listen = f"127.0.0.1:{free_port()}"
     options = ("--listen", listen, "--rounds", "1", "--min-devices", "1", "--exit-when-done")
-    command = serve_command(bundle.path, fleet.state, *options)
+    command = serve_command(bundle.path, fleet.state, *options, "--clip-norm", "0.1")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         ca = fleet.state / "ca.pem"
         assert process.stdout.readline() == f"listening on {listen}, devices need --ca {ca}\n"
@@ -101,7 +101,7 @@ def test_what_a_person_reads(fleet: Fleet) -> None:
     assert lines == [
         "round 1: open",
         "round 1: ada reported (N)",
-        "round 1: aggregated 1 updates after N",
+        "round 1: aggregated 1 updates, 1 of them clipped, after N",
         "all rounds are over; N received, N sent",
     ]
 
