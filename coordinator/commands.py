@@ -185,7 +185,10 @@ def rounds(
     """Lists the rounds of a coordinator, also while it runs."""
     from coordinator import listing
 
-    rows = listing.rounds(state)
+    try:
+        rows = listing.rounds(state)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--state") from error
     if output is Format.JSON:
         emit({"rounds": [vars(row) for row in rows]})
         return

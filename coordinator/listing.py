@@ -36,13 +36,12 @@ def rounds(state: Path) -> list[Row]:
     """All rounds in the state directory `state`, in order. Writes nothing and waits for nobody.
 
     Raises:
-        StorageError: there is no coordinator's state, or it cannot be read.
+        ValueError: there is no coordinator's state.
+        StorageError: it cannot be read.
     """
     database = state / DATABASE
     if not database.exists():
-        raise StorageError(
-            f"{state} holds no state of a coordinator; give the directory of `comigs serve --state`"
-        )
+        raise ValueError(f"{state} holds no state of a coordinator; give what `comigs serve` has")
     # Its own connections: SQLAlchemy's URLs cannot say "read only" for every path.
     uri = f"{database.resolve().as_uri()}?mode=ro"
     engine = create_engine(
