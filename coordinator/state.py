@@ -1,4 +1,4 @@
-"""What the coordinator remembers: a SQLite database, and a file for every generalist and update.
+"""What the coordinator remembers: a SQLite database, and files of generalists, updates and moments.
 
 A file is written before the row that names it, and the row is committed before anyone is told, so a
 kill at any moment loses nothing that was acknowledged. There is always exactly one current round,
