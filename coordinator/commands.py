@@ -1,4 +1,4 @@
-"""`comigs serve`."""
+"""`comigs serve` and `comigs rounds`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from edge_runtime import training_config
-from edge_runtime.cli import Format, FormatOption
+from edge_runtime.cli import Format, FormatOption, emit
+
+# Headings of `comigs serve --help`.
+AGGREGATION = "Aggregation"
+SELECTION = "Selection"
 
 
 def register(app: typer.Typer) -> None:
     """Adds this package's subcommands to `app`."""
     app.command("serve")(serve)
+    app.command("rounds")(rounds)
 
 
 def serve(
@@ -27,9 +32,89 @@ def serve(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in all.")] = 3,
     min_devices: Annotated[int, typer.Option(min=1, help="Updates that a round needs.")] = 2,
     deadline: Annotated[float, typer.Option(min=0.1, help="Longest round, in seconds.")] = 600,
-    average: Annotated[
-        str, typer.Option(help="Mean over devices: uniform, or weighted by tokens.")
-    ] = "uniform",
+    aggregation: Annotated[
+        str,
+        typer.Option(
+            help="Of updates: mean, token-mean, median, trimmed-mean, krum, multi-krum.",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = "mean",
+    malicious: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Malicious updates per round that trimmed-mean, krum and multi-krum bear.",
+            show_default="1",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    clip_norm: Annotated[
+        float | None,
+        typer.Option(
+            help="Longest step of a device from the generalist, as an L2 norm.",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    server_optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Takes the aggregate as a gradient: momentum, adam, yogi.",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    server_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Its learning rate.",
+            show_default="0.01, momentum 1",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    server_beta1: Annotated[
+        float | None,
+        typer.Option(
+            help="Its decay of the first moment.",
+            show_default="0.9",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    server_beta2: Annotated[
+        float | None,
+        typer.Option(
+            help="Decay of the second moment, of adam and yogi.",
+            show_default="0.99",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    server_tau: Annotated[
+        float | None,
+        typer.Option(
+            help="How little they adapt to each coordinate.",
+            show_default="0.001",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    devices_per_round: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Updates that a round wants; without it every device takes part.",
+            rich_help_panel=SELECTION,
+        ),
+    ] = None,
+    over_selection: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Devices selected for each wanted update.",
+            show_default="1.3",
+            rich_help_panel=SELECTION,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the selection; drawn if not given.", rich_help_panel=SELECTION),
+    ] = None,
     training: Annotated[
         Path | None, typer.Option(help="How devices train: TrainingConfig as JSON.")
     ] = None,
@@ -45,12 +130,29 @@ def serve(
 ) -> None:
     """Runs rounds in which devices exchange the generalist, and nothing else."""
     # Imported here: the other commands must not wait for gRPC and SQLAlchemy.
-    from coordinator.rounds import Average, Policy
+    from coordinator.aggregation import choose
+    from coordinator.rounds import Policy
+    from coordinator.selection import select
     from coordinator.server import Options
     from coordinator.server import serve as run
 
-    if average not in list(Average):
-        raise typer.BadParameter(f"{average} is neither uniform nor tokens", param_hint="--average")
+    try:
+        recipe = choose(
+            aggregation=aggregation,
+            min_devices=min_devices,
+            malicious=malicious,
+            clip_norm=clip_norm,
+            optimizer=server_optimizer,
+            constants={
+                "rate": server_rate,
+                "beta1": server_beta1,
+                "beta2": server_beta2,
+                "tau": server_tau,
+            },
+        )
+        selection = select(devices_per_round, over_selection, seed, min_devices=min_devices)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     try:
         config = training_config.load(training)
     except ValueError as error:
@@ -64,7 +166,8 @@ def serve(
             rounds=rounds,
             min_devices=min_devices,
             deadline_seconds=deadline,
-            average=Average(average),
+            recipe=recipe,
+            selection=selection,
             training=config,
         ),
         names=tuple(name or ()),
@@ -72,6 +175,25 @@ def serve(
         exit_when_done=exit_when_done,
     )
     asyncio.run(run(options, _print_json if output is Format.JSON else _print_text))
+
+
+def rounds(
+    *,
+    state: Annotated[Path, typer.Option(help="State directory of a coordinator, running or not.")],
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Lists the rounds of a coordinator, also while it runs."""
+    from coordinator import listing
+
+    try:
+        rows = listing.rounds(state)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--state") from error
+    if output is Format.JSON:
+        emit({"rounds": [vars(row) for row in rows]})
+        return
+    for line in listing.table(rows):
+        _print(line)
 
 
 def _print_json(event: str, fields: dict[str, Any]) -> None:
@@ -89,8 +211,8 @@ TEXTS = {
     "round_resumed": "round {round}: resumed with {updates} updates",
     "update_accepted": "round {round}: {device} reported ({bytes} bytes)",
     "update_refused": "round {round}: refused an update of {device}: {reason}",
-    "round_closed": "round {round}: averaged {updates} updates after {seconds:.1f} s",
-    "round_abandoned": "round {round}: abandoned at its deadline with only {updates} updates",
+    "round_closed": "round {round}: aggregated {updates} updates{clipping} after {seconds:.1f} s",
+    "round_abandoned": "round {round}: abandoned with {updates} updates: {reason}",
     "storage_failed": "cannot store what a device sent: {reason}",
     "finished": "all rounds are over; {bytes_received} bytes received, {bytes_sent} bytes sent",
 }
@@ -102,6 +224,9 @@ def _readable(fields: dict[str, Any]) -> dict[str, str]:
     if "ca" in fields:
         ca = fields["ca"]
         words["trust"] = f"devices need --ca {ca}" if ca else "without TLS: devices need --insecure"
+    if "clipped" in fields:
+        clipped = fields["clipped"]
+        words["clipping"] = f", {clipped} of them clipped," if clipped else ""
     return words
 
 

@@ -8,25 +8,31 @@
   deadline. Missing are participants without an update and, so that a group stays together, devices
   that reported in the previous round and have not come back yet. A device that had an update
   refused is not waited for, nor sent to train again in that round.
-* At the deadline with fewer updates the round is abandoned and its number is used up.
+* At the deadline with fewer updates the round is abandoned and its number is used up; so is a round
+  whose updates amount to no usable generalist.
+* With a Selection, a round takes only some devices. It opens when as many are there as it selects,
+  counting those that reported in the previous round, since they are about to come back; or, after
+  GATHER_SECONDS more, with as many as it wants updates of. Who takes part is settled then; others
+  wait for a later round. It also closes as soon as the wanted updates are there, and refuses those
+  that come after.
 * After a restart the open round goes on with the updates it has, and its clock starts again, since
   nobody could report while the coordinator was down.
 
 All state changes are synchronous code on the event loop: no other coroutine sees a half of one, and
-a cancelled call cannot leave one. Only the average is computed in a thread; while it is, the round
-is closed to updates.
+a cancelled call cannot leave one. Only the aggregate is computed in a thread; while it is, the
+round is closed to updates.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
-from coordinator.aggregation import Contribution, mean
+from coordinator.aggregation import AggregationError, Contribution, Outcome, Recipe, aggregate
+from coordinator.selection import Selection
 from coordinator.state import Device, Round, State, Status, Update
 from edge_runtime import wire
 from protos import coordinator_pb2 as pb
@@ -36,16 +42,13 @@ MAX_WAIT_SECONDS = 30.0
 RETRY_SECONDS = 1.0
 # A device that was told to wait counts as present for so long after it was last heard of.
 PRESENT_SECONDS = MAX_WAIT_SECONDS + 5.0
+# How long a round that could begin with fewer waits for all the devices that it would select.
+GATHER_SECONDS = 5.0
 # How long to wait for the last round's devices to store the final generalist.
 DELIVERY_SECONDS = 60.0
 
 Report = Callable[[str, dict[str, Any]], None]
 """Takes an event's name and its fields, for the operator to see."""
-
-
-class Average(StrEnum):
-    UNIFORM = "uniform"
-    TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class Policy:
     """Aggregated rounds until the end."""
     min_devices: int
     deadline_seconds: float
-    average: Average
+    recipe: Recipe
+    selection: Selection | None
+    """None: every device takes part."""
     training: pb.TrainingConfig
 
 
@@ -77,6 +82,8 @@ class Rounds:
         self._finished = False
         self._stopping = False
         self._closing: int | None = None
+        # When the next round begins with fewer devices than it would select.
+        self._gathered_by: float | None = None
         self._delivered: set[str] = set()
         self._heard: dict[str, float] = {}
         # Wakes the check-ins that wait; replaced by a new one each time.
@@ -98,7 +105,7 @@ class Rounds:
             while await self._advance():
                 self._notify()
             if not self._finished:
-                await self._wait_for_nudge(self._seconds_left(self._state.current()))
+                await self._wait_for_nudge(self._seconds_to_next())
         await self._deliver()
 
     def stop(self) -> None:
@@ -110,7 +117,8 @@ class Rounds:
         self._finished = len(self._state.aggregated_rounds()) >= self._policy.rounds
         current = self._state.current()
         if current.status == Status.OPEN:
-            self._state.postpone(current.number, time.time() + self._policy.deadline_seconds)
+            deadline = time.time() + self._policy.deadline_seconds
+            self._state.resume(current.number, deadline=deadline, recipe=str(self._policy.recipe))
             updates = len(self._state.updates(current.number))
             self._report("round_resumed", {"round": current.number, "updates": updates})
 
@@ -123,39 +131,56 @@ class Rounds:
             return self._open(current)
         updates = self._state.updates(current.number)
         due = self._seconds_left(current) == 0
-        complete = self._expected(current.number) <= {update.device for update in updates}
+        expected = self._expected(current.number)
+        complete = self._is_full(current.number) or expected <= {u.device for u in updates}
         if len(updates) >= self._policy.min_devices and (complete or due):
             await self._aggregate(current, updates)
             return True
         if due:
-            self._state.abandon(current.number)
-            self._report("round_abandoned", {"round": current.number, "updates": len(updates)})
+            self._abandon(current, updates, "too few updates at its deadline")
             return True
         return False
 
     def _open(self, waiting: Round) -> bool:
-        present = self._present()
-        if len(present) < self._policy.min_devices and not self._reporters(waiting.number - 1):
+        participants = self._gather(waiting.number)
+        if participants is None:
             return False
-        deadline = time.time() + self._policy.deadline_seconds
-        self._state.open(waiting.number, deadline=deadline, participants=present)
+        self._state.open(
+            waiting.number,
+            deadline=time.time() + self._policy.deadline_seconds,
+            recipe=str(self._policy.recipe),
+            participants=participants,
+        )
         self._report("round_opened", {"round": waiting.number})
         return True
 
+    def _gather(self, number: int) -> Iterable[str] | None:
+        """Devices with which round `number` can begin; None if it cannot yet."""
+        present, returning = self._present(), self._reporters(number - 1)
+        selection = self._policy.selection
+        if selection is None:
+            return present if len(present) >= self._policy.min_devices or returning else None
+        candidates = self._state.names(present | returning)
+        if len(candidates) < selection.wanted:
+            self._gathered_by = None
+            return None
+        if len(candidates) < selection.selected:
+            if self._gathered_by is None:
+                self._gathered_by = time.monotonic() + GATHER_SECONDS
+            if time.monotonic() < self._gathered_by:
+                return None
+        self._gathered_by = None
+        return [candidates[name] for name in selection.choose(number, candidates)]
+
     async def _aggregate(self, current: Round, updates: list[Update]) -> None:
-        by_tokens = self._policy.average == Average.TOKENS
-        contributions = [
-            Contribution(
-                device=update.device,
-                path=self._state.directory / update.file,
-                weight=update.tokens if by_tokens else 1,
-            )
-            for update in updates
-        ]
         self._closing = current.number
         try:
-            vectors = await asyncio.to_thread(mean, self._manifest, contributions)
-            self._state.aggregate(current.number, wire.encode(self._manifest, vectors))
+            outcome = await asyncio.to_thread(self._close, current, updates)
+            generalist = wire.encode(self._manifest, outcome.generalist)
+            self._state.aggregate(current.number, generalist, outcome.memory)
+        except AggregationError as error:
+            self._abandon(current, updates, str(error))
+            return
         finally:
             self._closing = None
         self._finished = len(self._state.aggregated_rounds()) >= self._policy.rounds
@@ -164,8 +189,34 @@ class Rounds:
             {
                 "round": current.number,
                 "updates": len(updates),
+                "clipped": outcome.clipped,
                 "seconds": round(time.time() - (current.opened_at or 0), 3),
             },
+        )
+
+    def _close(self, current: Round, updates: list[Update]) -> Outcome:
+        directory = self._state.directory
+        memory = current.memory_file
+        return aggregate(
+            self._manifest,
+            self._policy.recipe,
+            incoming=wire.decode(
+                self._manifest, (directory / current.generalist_file).read_bytes()
+            ),
+            contributions=[
+                Contribution(
+                    device=update.device, path=directory / update.file, tokens=update.tokens
+                )
+                for update in updates
+            ],
+            memory=None if memory is None else (directory / memory).read_bytes(),
+        )
+
+    def _abandon(self, current: Round, updates: list[Update], reason: str) -> None:
+        self._state.abandon(current.number)
+        self._report(
+            "round_abandoned",
+            {"round": current.number, "updates": len(updates), "reason": reason},
         )
 
     async def _deliver(self) -> None:
@@ -226,6 +277,8 @@ class Rounds:
             raise RefusedUpdateError(f"round {header.round} has not begun")
         if device not in self._state.participants(header.round):
             raise RefusedUpdateError(f"this device takes no part in round {header.round}")
+        if self._is_full(header.round):
+            raise RefusedUpdateError(f"round {header.round} has all the updates that it wanted")
         return None
 
     def accept(self, device: Device, header: pb.UploadHeader, file: str) -> None:
@@ -270,8 +323,7 @@ class Rounds:
         if self._finished:
             return pb.CheckInReply(action=pb.CheckInReply.FINISH, round=current.number)
         left = self._seconds_left(current)
-        closing = current.number == self._closing
-        if not left or closing or self._is_done(device, current.number):
+        if not left or not self._is_wanted(device, current.number):
             return pb.CheckInReply(action=pb.CheckInReply.WAIT, retry_seconds=RETRY_SECONDS)
         self._state.join(current.number, device)
         return pb.CheckInReply(
@@ -282,14 +334,26 @@ class Rounds:
             seconds_left=left,
         )
 
-    def _is_done(self, device: str, number: int) -> bool:
+    def _is_wanted(self, device: str, number: int) -> bool:
+        """Whether an update of `device` could still count in the open round."""
+        if number == self._closing or self._is_full(number):
+            return False
+        if self._policy.selection and device not in self._state.participants(number):
+            return False
         reported = self._state.update(number, device) is not None
-        return reported or device in self._state.refused(number)
+        return not reported and device not in self._state.refused(number)
+
+    def _is_full(self, number: int) -> bool:
+        """Whether the round has as many updates as it wants."""
+        selection = self._policy.selection
+        return selection is not None and self._state.count_updates(number) >= selection.wanted
 
     def _expected(self, number: int) -> set[str]:
         """Devices whose updates the round should have before it closes early."""
-        wanted = self._state.participants(number) | self._reporters(number - 1)
-        return wanted - self._state.refused(number)
+        expected = self._state.participants(number)
+        if self._policy.selection is None:
+            expected |= self._reporters(number - 1)
+        return expected - self._state.refused(number)
 
     def _reporters(self, number: int) -> set[str]:
         """Devices whose updates went into round `number`; none if it was not aggregated."""
@@ -307,6 +371,12 @@ class Rounds:
         if current.deadline is None:
             return None
         return max(0.0, current.deadline - time.time())
+
+    def _seconds_to_next(self) -> float | None:
+        """Until the next step may be due though nothing happens; None if it cannot."""
+        if self._gathered_by is not None:
+            return max(0.0, self._gathered_by - time.monotonic())
+        return self._seconds_left(self._state.current())
 
     def _notify(self) -> None:
         self._changed.set()

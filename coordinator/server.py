@@ -84,7 +84,8 @@ def _settings(policy: Policy, contract: str) -> Settings:
         rounds=policy.rounds,
         min_devices=policy.min_devices,
         deadline_seconds=policy.deadline_seconds,
-        average=policy.average,
+        recipe=str(policy.recipe),
+        selection=None if policy.selection is None else str(policy.selection),
         training=json_format.MessageToJson(policy.training, preserving_proto_field_name=True),
     )
 

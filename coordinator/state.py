@@ -1,4 +1,4 @@
-"""What the coordinator remembers: a SQLite database, and a file for every generalist and update.
+"""What the coordinator remembers: a SQLite database, and files of generalists, updates and moments.
 
 A file is written before the row that names it, and the row is committed before anyone is told, so a
 kill at any moment loses nothing that was acknowledged. There is always exactly one current round,
@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ForeignKey, create_engine, event, func, select
+from sqlalchemy import URL, ForeignKey, create_engine, event, func, inspect, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -27,6 +27,9 @@ from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
 
 DATABASE = "coordinator.sqlite3"
 LOCK = "lock"
+MEMORIES = "memories"
+# Raised whenever the tables below change; in the database as `user_version`.
+SCHEMA = 1
 
 
 class Status(StrEnum):
@@ -64,6 +67,12 @@ class Round(Base):
     generalist_file: Mapped[str]
     """What the round starts from, as a path below the state directory."""
     generalist_sha256: Mapped[str]
+    memory_file: Mapped[str | None]
+    """What the server optimizer remembers of earlier rounds, likewise; deleted once the round is
+    over."""
+    recipe: Mapped[str | None]
+    """How it is aggregated, for people; None before it has begun."""
+    closed_at: Mapped[float | None]
 
 
 class Participant(Base):
@@ -109,7 +118,8 @@ class Settings(Base):
     rounds: Mapped[int]
     min_devices: Mapped[int]
     deadline_seconds: Mapped[float]
-    average: Mapped[str]
+    recipe: Mapped[str]
+    selection: Mapped[str | None]
     training: Mapped[str]
     """TrainingConfig in proto3 JSON."""
 
@@ -138,9 +148,10 @@ class State:
                 f"{directory} is in use by another coordinator; stop that one first, or choose "
                 "another --state"
             ) from error
-        self._engine = create_engine(f"sqlite:///{directory / DATABASE}")
+        self._engine = create_engine(URL.create("sqlite", database=str(directory / DATABASE)))
         event.listen(self._engine, "connect", _configure)
         with self._storage_errors():
+            self._check_schema()
             Base.metadata.create_all(self._engine)
         self._clean()
 
@@ -191,6 +202,12 @@ class State:
         with self._transaction() as session:
             return session.get(Device, device)
 
+    def names(self, devices: Iterable[str]) -> dict[str, str]:
+        """Name -> id of those of `devices` that are known."""
+        with self._transaction() as session:
+            chosen = select(Device.name, Device.id).where(Device.id.in_(list(devices)))
+            return {name: device for name, device in session.execute(chosen)}
+
     # Rounds
 
     def current(self) -> Round:
@@ -209,25 +226,37 @@ class State:
             aggregated = select(Round.number).where(Round.status == Status.AGGREGATED)
             return list(session.scalars(aggregated.order_by(Round.number)))
 
-    def open(self, number: int, *, deadline: float, participants: Iterable[str]) -> None:
+    def open(
+        self, number: int, *, deadline: float, recipe: str, participants: Iterable[str]
+    ) -> None:
         """Lets a waiting round begin now."""
         with self._transaction() as session:
             opened = session.get_one(Round, number)
             opened.status = Status.OPEN
             opened.opened_at = time.time()
             opened.deadline = deadline
+            opened.recipe = recipe
             session.add_all(Participant(round=number, device=device) for device in participants)
 
-    def postpone(self, number: int, deadline: float) -> None:
-        """Gives an open round another deadline."""
+    def resume(self, number: int, *, deadline: float, recipe: str) -> None:
+        """Gives an open round another deadline, and the recipe that it will be closed with."""
         with self._transaction() as session:
-            session.get_one(Round, number).deadline = deadline
+            resumed = session.get_one(Round, number)
+            resumed.deadline = deadline
+            resumed.recipe = recipe
 
-    def aggregate(self, number: int, generalist: bytes) -> None:
-        """Closes an open round; `generalist` is what the next one, now waiting, starts from."""
+    def aggregate(self, number: int, generalist: bytes, memory: bytes | None) -> None:
+        """Closes an open round. The next one, now waiting, starts from `generalist` and, with a
+        server optimizer, from its `memory`."""
         successor = self._round_from(number + 1, Status.WAITING, generalist)
+        if memory is not None:
+            digest = hashlib.sha256(memory).hexdigest()
+            successor.memory_file = f"{MEMORIES}/{number + 1}-{digest}.safetensors"
+            write_atomic(self.directory / successor.memory_file, memory)
         with self._transaction() as session:
-            session.get_one(Round, number).status = Status.AGGREGATED
+            closed = session.get_one(Round, number)
+            closed.status = Status.AGGREGATED
+            closed.closed_at = time.time()
             session.add(successor)
         self._clean()
 
@@ -236,12 +265,14 @@ class State:
         with self._transaction() as session:
             abandoned = session.get_one(Round, number)
             abandoned.status = Status.ABANDONED
+            abandoned.closed_at = time.time()
             session.add(
                 Round(
                     number=number + 1,
                     status=Status.WAITING,
                     generalist_file=abandoned.generalist_file,
                     generalist_sha256=abandoned.generalist_sha256,
+                    memory_file=abandoned.memory_file,
                 )
             )
         self._clean()
@@ -264,6 +295,11 @@ class State:
         with self._transaction() as session:
             accepted = select(Update).where(Update.round == number).order_by(Update.device)
             return list(session.scalars(accepted))
+
+    def count_updates(self, number: int) -> int:
+        with self._transaction() as session:
+            accepted = select(func.count()).select_from(Update).where(Update.round == number)
+            return session.scalar(accepted) or 0
 
     def update(self, number: int, device: str) -> Update | None:
         with self._transaction() as session:
@@ -302,6 +338,18 @@ class State:
 
     # The inside
 
+    def _check_schema(self) -> None:
+        """Marks a new database with SCHEMA; refuses one with another mark."""
+        new = not inspect(self._engine).has_table(Round.__tablename__)
+        with self._engine.begin() as connection:
+            if new:
+                connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA}")
+            elif connection.exec_driver_sql("PRAGMA user_version").scalar() != SCHEMA:
+                raise StorageError(
+                    f"{self.directory} was made by another version of comigs; go on with that "
+                    "one, or choose another --state"
+                )
+
     def _round_from(self, number: int, status: Status, generalist: bytes) -> Round:
         digest = hashlib.sha256(generalist).hexdigest()
         relative = f"generalists/{number}-{digest}.safetensors"
@@ -311,14 +359,20 @@ class State:
         )
 
     def _clean(self) -> None:
-        """Deletes the updates of rounds that are over, and what interrupted writes left."""
+        """Deletes the updates and the optimizer's memory of rounds that are over, and what
+        interrupted writes left."""
         with self._transaction() as session:
             latest = session.scalar(select(func.max(Round.number))) or 1
+            current = session.get(Round, latest)
         updates = self.directory / _updates_of(latest)
         for other in updates.parent.glob("*"):
             if other != updates:
                 shutil.rmtree(other, ignore_errors=True)
-        for place in (updates, self.directory / "generalists", self.directory):
+        memories = self.directory / MEMORIES
+        for file in memories.glob("*.safetensors"):
+            if current is None or current.memory_file != f"{MEMORIES}/{file.name}":
+                file.unlink(missing_ok=True)
+        for place in (updates, memories, self.directory / "generalists", self.directory):
             remove_leftovers(place)
 
     @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 from tiny import TIER, ExportTiny
 from transformers import AutoModelForCausalLM
 
-from coordinator.aggregation import Contribution, mean
+from coordinator.aggregation import Contribution, Recipe, aggregate
 from edge_runtime import wire
 from edge_runtime.adapters import load_fresh, views
 from edge_runtime.bundle import Bundle
@@ -76,9 +76,14 @@ def train_compiled(bundle: Bundle, engine_name: str, tmp_path: Path) -> list[Arr
                 trainer.step()
             files.append(tmp_path / f"{device}.safetensors")
             files[-1].write_bytes(wire.encode(manifest, trainer.state.vectors))
-        averaged = mean(manifest, [Contribution(path.stem, path, 1) for path in files])
+        outcome = aggregate(
+            manifest,
+            Recipe(),
+            incoming=load_fresh(bundle),
+            contributions=[Contribution(path.stem, path, 1) for path in files],
+        )
         for trainer in trainers:
-            trainer.state.vectors["generalist"][...] = averaged["generalist"]
+            trainer.state.vectors["generalist"][...] = outcome.generalist["generalist"]
     return [{k: v.copy() for k, v in views(manifest, t.state.vectors).items()} for t in trainers]
 
 

@@ -1,5 +1,6 @@
 """Who gets in, who trusts whom, and what a wrong start or a wrong address is told."""
 
+import sqlite3
 import stat
 import time
 from pathlib import Path
@@ -163,6 +164,10 @@ def test_starts_that_are_refused(fleet: Fleet, served: Served) -> None:
     bundle = fleet.bundle()
     bad_training = fleet.directory / "training.json"
     bad_training.write_text('{"beta1": 1.5}')
+    old = fleet.directory / "old"
+    old.mkdir()
+    with sqlite3.connect(old / "coordinator.sqlite3") as connection:
+        connection.execute("create table rounds (number integer primary key)")
     elsewhere = {"state": fleet.directory / "elsewhere"}
     damaged = make_bundle(fleet.directory / "damaged")
     (damaged.path / "adapters/generalist/adapter_model.safetensors").write_bytes(b"")
@@ -170,11 +175,14 @@ def test_starts_that_are_refused(fleet: Fleet, served: Served) -> None:
         (fleet.serve(bundle, listen=address, **elsewhere), AddressError.code, "in use"),
         (fleet.serve(bundle, listen="nonsense", **elsewhere), AddressError.code, "HOST:PORT"),
         (fleet.serve(bundle), StorageError.code, "in use by another coordinator"),
+        (fleet.serve(bundle, state=old), StorageError.code, "made by another version"),
         (fleet.serve(damaged, **elsewhere), BundleError.code, "0 bytes instead of"),
         (fleet.serve(bundle, "--rounds", "0", **elsewhere), 2, "--rounds"),
         (fleet.serve(bundle, "--min-devices", "0", **elsewhere), 2, "--min-devices"),
         (fleet.serve(bundle, "--deadline", "0", **elsewhere), 2, "--deadline"),
-        (fleet.serve(bundle, "--average", "median", **elsewhere), 2, "median"),
+        (fleet.serve(bundle, "--aggregation", "best", **elsewhere), 2, "best is not one of"),
+        (fleet.serve(bundle, "--aggregation", "krum", **elsewhere), 2, "give --min-devices 5"),
+        (fleet.serve(bundle, "--server-tau", "1", **elsewhere), 2, "without --server-optimizer"),
         (fleet.serve(bundle, "--training", str(bad_training), **elsewhere), 2, "beta1"),
     ):
         stderr = starting.stderr()

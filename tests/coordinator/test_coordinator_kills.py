@@ -5,6 +5,8 @@ import sqlite3
 import threading
 import time
 
+import numpy as np
+import pytest
 from coordinator_help import Fleet, finish, free_port, header, in_parallel, mean_of, train
 
 from edge_runtime import adapters, wire
@@ -33,10 +35,37 @@ def live(bundle: Bundle, client: Client, seed: int) -> tuple[dict[int, bytes], b
             acknowledged[reply.round] = update
 
 
-def test_kills_at_random_moments(fleet: Fleet) -> None:
+class Mean:
+    """What a round makes of the updates, by numpy."""
+
+    options: tuple[str, ...] = ()
+
+    def close(self, bundle: Bundle, generalist: bytes, updates: list[bytes]) -> np.ndarray:
+        return mean_of(bundle, updates)
+
+
+class Adam:
+    """FedAdam (Reddi et al. 2021, algorithm 2) in float64; remembers what a kill must not cost."""
+
+    options = ("--server-optimizer", "adam", "--server-rate", "0.05")
+    m, v = 0.0, 1e-3**2
+
+    def close(self, bundle: Bundle, generalist: bytes, updates: list[bytes]) -> np.ndarray:
+        start, *vectors = (
+            wire.decode(bundle.manifest, payload)["generalist"].astype(np.float64)
+            for payload in (generalist, *updates)
+        )
+        delta = sum(vectors) / len(vectors) - start
+        self.m = 0.9 * self.m + (1 - 0.9) * delta
+        self.v = 0.99 * self.v + (1 - 0.99) * delta**2
+        return (start + 0.05 * self.m / (np.sqrt(self.v) + 1e-3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("reference", [Mean(), Adam()], ids=["mean", "adam"])
+def test_kills_at_random_moments(fleet: Fleet, reference: Mean | Adam) -> None:
     bundle = fleet.bundle(width=100_000)  # four chunks
     listen = f"127.0.0.1:{free_port()}"
-    options = ("--rounds", str(ROUNDS), "--min-devices", str(DEVICES))
+    options = ("--rounds", str(ROUNDS), "--min-devices", str(DEVICES), *reference.options)
     served = fleet.serve(bundle, *options, listen=listen)
     clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(DEVICES)))
     moments = random.Random(7)
@@ -68,13 +97,16 @@ def test_kills_at_random_moments(fleet: Fleet) -> None:
         updates = [lives[index][0][number] for index in order]
         expected = [train(bundle, generalist, index, number) for index in order]
         assert updates == expected, f"round {number} started from something else"
-        generalist = wire.encode(bundle.manifest, {"generalist": mean_of(bundle, updates)})
+        closed = reference.close(bundle, generalist, updates)
+        generalist = wire.encode(bundle.manifest, {"generalist": closed})
     assert [final for _, final in lives] == [generalist] * DEVICES
     with sqlite3.connect(fleet.state / "coordinator.sqlite3") as connection:
         counts = connection.execute(
             "select count(*), (select count(*) from refusals) from updates"
         ).fetchone()
     assert counts == (ROUNDS * DEVICES, 0)
+    memories = list((fleet.state / "memories").glob("*"))
+    assert len(memories) == bool(reference.options), "only the next round's is kept"
 
 
 def test_kills_while_devices_enrol_do_not_cost_them_their_names(fleet: Fleet) -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from coordinator.aggregation import Contribution, mean
+from coordinator.aggregation import Contribution, Recipe, aggregate
 from edge_runtime import wire
 from edge_runtime.errors import AdapterError
 
@@ -32,7 +32,13 @@ def averaged(vectors: list[np.ndarray], weights: list[int], order: list[int]) ->
             path = Path(folder, str(index))
             path.write_bytes(wire.encode(MANIFEST, {"generalist": vector}))
             contributions.append(Contribution(f"{index:03}", path, weight))
-        return mean(MANIFEST, [contributions[index] for index in order])["generalist"]
+        outcome = aggregate(
+            MANIFEST,
+            Recipe("token-mean"),
+            incoming={"generalist": np.zeros(SIZE, np.float32)},
+            contributions=[contributions[index] for index in order],
+        )
+        return outcome.generalist["generalist"]
 
 
 @given(VECTORS)

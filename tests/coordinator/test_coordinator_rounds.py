@@ -82,7 +82,7 @@ def test_what_a_person_reads(fleet: Fleet) -> None:
     bundle = fleet.bundle()
     listen = f"127.0.0.1:{free_port()}"
     options = ("--listen", listen, "--rounds", "1", "--min-devices", "1", "--exit-when-done")
-    command = serve_command(bundle.path, fleet.state, *options)
+    command = serve_command(bundle.path, fleet.state, *options, "--clip-norm", "0.1")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         ca = fleet.state / "ca.pem"
         assert process.stdout.readline() == f"listening on {listen}, devices need --ca {ca}\n"
@@ -101,14 +101,14 @@ def test_what_a_person_reads(fleet: Fleet) -> None:
     assert lines == [
         "round 1: open",
         "round 1: ada reported (N)",
-        "round 1: averaged 1 updates after N",
+        "round 1: aggregated 1 updates, 1 of them clipped, after N",
         "all rounds are over; N received, N sent",
     ]
 
 
 def test_average_weighted_by_tokens(fleet: Fleet) -> None:
     bundle = fleet.bundle()
-    served = fleet.serve(bundle, "--rounds", "1", "--average", "tokens")
+    served = fleet.serve(bundle, "--rounds", "1", "--aggregation", "token-mean")
     clients = fleet.enrolled(served, bundle, "ada", "ben")
     join_round(*clients)
     start = clients[0].download(1)
@@ -119,6 +119,54 @@ def test_average_weighted_by_tokens(fleet: Fleet) -> None:
     final = check_in_until(clients[0], pb.CheckInReply.FINISH)
     got = wire.decode(bundle.manifest, clients[0].download(final.round))["generalist"]
     np.testing.assert_allclose(got, mean_of(bundle, updates, weights), rtol=1e-6, atol=1e-7)
+
+
+def test_krum_bears_an_attacker(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1", "--aggregation", "krum", "--min-devices", "5")
+    clients = fleet.enrolled(served, bundle, "ada", "ben", "cy", "dot", "eve")
+    join_round(*clients)
+    start = clients[0].download(1)
+    updates = [train(bundle, start, seed, 1) for seed in range(4)]
+    huge = np.full_like(wire.decode(bundle.manifest, start)["generalist"], 3e38)
+    attack = wire.encode(bundle.manifest, {"generalist": huge})
+    for client, update in zip(clients, [*updates, attack], strict=True):
+        assert client.upload(header(1), update).accepted
+    final = check_in_until(clients[0], pb.CheckInReply.FINISH)
+    assert clients[0].download(final.round) in updates
+
+
+def test_clipping_bounds_an_attacker(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1", "--clip-norm", "0.5")
+    ada, eve = fleet.enrolled(served, bundle, "ada", "eve")
+    join_round(ada, eve)
+    start = wire.decode(bundle.manifest, ada.download(1))["generalist"]
+    for client, value in ((ada, start), (eve, np.full_like(start, -3e38))):
+        update = wire.encode(bundle.manifest, {"generalist": value})
+        assert client.upload(header(1), update).accepted
+    final = check_in_until(ada, pb.CheckInReply.FINISH)
+    got = wire.decode(bundle.manifest, ada.download(final.round))["generalist"]
+    assert np.linalg.norm(got - start) == pytest.approx(0.25, rel=1e-5)
+    assert served.wait_for("round_closed")["clipped"] == 1
+
+
+def test_a_result_beyond_float32_abandons_the_round(fleet: Fleet) -> None:
+    """An optimizer that overflows costs a round, neither the generalist nor the coordinator."""
+    bundle = fleet.bundle()
+    options = ("--rounds", "1", "--server-optimizer", "momentum", "--server-rate", "2")
+    served = fleet.serve(bundle, *options)
+    ada, eve = fleet.enrolled(served, bundle, "ada", "eve")
+    join_round(ada, eve)
+    start = ada.download(1)
+    huge = np.full_like(wire.decode(bundle.manifest, start)["generalist"], 3e38)
+    for client in (ada, eve):
+        assert client.upload(header(1), wire.encode(bundle.manifest, {"generalist": huge})).accepted
+    abandoned = served.wait_for("round_abandoned")
+    assert abandoned["updates"] == 2
+    assert "beyond float32" in abandoned["reason"]
+    assert [reply.round for reply in join_round(ada, eve)] == [2, 2]
+    assert ada.download(2) == start
 
 
 def test_what_a_device_is_told(fleet: Fleet) -> None:
@@ -234,7 +282,8 @@ def test_deadline_with_too_few_reports_abandons_the_round(fleet: Fleet) -> None:
     join_round(ada, ben)
     start = ada.download(1)
     assert ada.upload(header(1), train(bundle, start, 0, 1)).accepted
-    assert served.wait_for("round_abandoned")["updates"] == 1
+    abandoned = served.wait_for("round_abandoned")
+    assert (abandoned["updates"], abandoned["reason"]) == (1, "too few updates at its deadline")
     # Alone, a device is not sent to train for nothing.
     assert ada.check_in(0.3).action == pb.CheckInReply.WAIT
     replies = join_round(ada, ben)

@@ -1,0 +1,103 @@
+"""Closes a round with a recipe: the updates on disk become the next generalist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from threadpoolctl import threadpool_limits
+
+from coordinator.aggregation.clipping import Clipped
+from coordinator.aggregation.optimizers import Memory, ServerOptimizer
+from coordinator.aggregation.recipe import Recipe
+from coordinator.aggregation.updates import Contribution, Layout, StoredUpdate
+from edge_runtime.adapters import Vectors
+from edge_runtime.errors import AdapterError
+from protos import manifest_pb2 as pb
+
+
+class AggregationError(Exception):
+    """The updates of a round amount to no usable generalist; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What closing a round gives."""
+
+    generalist: Vectors
+    memory: bytes | None
+    """Of the server optimizer, for the next round."""
+    clipped: int
+    """Updates that were longer than the recipe's norm."""
+
+
+def aggregate(
+    manifest: pb.Manifest,
+    recipe: Recipe,
+    *,
+    incoming: Vectors,
+    contributions: Iterable[Contribution],
+    memory: bytes | None = None,
+) -> Outcome:
+    """Closes a round.
+
+    The same arguments give the same bytes, in whatever order the contributions are listed.
+
+    Args:
+        incoming: shared role -> float32 vector that the devices started from.
+        memory: what the previous round's outcome had; that of another optimizer is ignored.
+
+    Raises:
+        AdapterError: a file is missing or damaged.
+        AggregationError: too few contributions, or numbers beyond float32.
+    """
+    strategy = recipe.strategy()
+    ordered = sorted(contributions, key=lambda contribution: contribution.device)
+    if len(ordered) < strategy.least_updates:
+        raise AggregationError(
+            f"{recipe} needs {strategy.least_updates} updates or more, and there are {len(ordered)}"
+        )
+    layout = Layout(manifest)
+    start = layout.flatten(incoming)
+    # One thread: how many there are would decide how sums are rounded.
+    with threadpool_limits(1):
+        strategy.configure_round(start)
+        for contribution in ordered:
+            strategy.accept(StoredUpdate(layout, contribution))
+        flat = strategy.aggregate()
+    kept = None
+    if recipe.optimizer is not None:
+        moments = _restore(recipe.optimizer, memory, start.size)
+        step, moments = recipe.optimizer.step(moments, flat - start)
+        flat = start + step
+        kept = _keep(recipe.optimizer, moments)
+    with np.errstate(over="ignore"):
+        result = flat.astype(np.float32)
+    if not np.isfinite(result).all():
+        raise AggregationError("the result has numbers beyond float32")
+    clipped = strategy.clipped if isinstance(strategy, Clipped) else 0
+    return Outcome(generalist=layout.split(result), memory=kept, clipped=clipped)
+
+
+def _keep(optimizer: ServerOptimizer, moments: Memory) -> bytes:
+    return save({f"{optimizer.name}.{name}": moment for name, moment in moments.items()})
+
+
+def _restore(optimizer: ServerOptimizer, memory: bytes | None, size: int) -> Memory:
+    """What `_keep` kept; a new beginning if that was another optimizer, or none."""
+    initial = optimizer.initial(size)
+    if memory is None:
+        return initial
+    try:
+        kept = load(memory)
+    except SafetensorError as error:
+        raise AdapterError(
+            f"the server optimizer's memory is damaged ({error}); restore the state directory "
+            "from a copy, or start without --server-optimizer"
+        ) from error
+    if kept.keys() != {f"{optimizer.name}.{name}" for name in initial}:
+        return initial
+    return {name: kept[f"{optimizer.name}.{name}"] for name in initial}

@@ -1,0 +1,155 @@
+"""Updates on disk, as flat vectors that are read in pieces, so that memory stays bounded.
+
+An update is one vector of D numbers: the shared roles one after the other, in manifest order. Its
+file is what the device sent (see `wire.encode`), in whatever order its tensors are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime import wire
+from edge_runtime.adapters import Vector, Vectors
+from edge_runtime.bundle import shared_tensors
+from edge_runtime.errors import AdapterError
+from protos import manifest_pb2 as pb
+
+Flat = NDArray[np.float64]
+"""D numbers, or a piece of them."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One device's accepted update."""
+
+    device: str
+    path: Path
+    """File with the payload, which `wire.decode` accepted."""
+    tokens: int
+    """That it was trained on, more than 0."""
+
+
+class Update(Protocol):
+    """What a strategy sees of a contribution."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Flat:
+        """Its coordinates `start` to `stop`, a new array."""
+
+
+class Strategy(Protocol):
+    """Makes one vector out of the updates of a round. Called as the package's docstring says."""
+
+    @property
+    def least_updates(self) -> int:
+        """Fewest updates for which it is defined."""
+
+    def configure_round(self, incoming: Flat) -> None:
+        """Begins a round whose devices started from `incoming`."""
+
+    def accept(self, update: Update) -> None:
+        """Takes the next update, at least until `aggregate` has returned."""
+
+    def aggregate(self) -> Flat:
+        """The vector that the accepted updates amount to."""
+
+
+class Layout:
+    """Which coordinates of a flat vector each shared tensor and role has."""
+
+    def __init__(self, manifest: pb.Manifest) -> None:
+        self.roles: dict[str, slice] = {}
+        self.size = 0
+        for role in manifest.roles:
+            if role.shared:
+                self.roles[role.name] = slice(self.size, self.size + role.size)
+                self.size += role.size
+        places = sorted(
+            (self.roles[tensor.role].start + tensor.offset, math.prod(tensor.shape), tensor.name)
+            for tensor in shared_tensors(manifest)
+        )
+        self.firsts = [first for first, _, _ in places]
+        """Of each tensor, in this order: its first coordinate; likewise `sizes` and `names`."""
+        self.sizes = [size for _, size, _ in places]
+        self.names = [name for _, _, name in places]
+        self.max_bytes = wire.max_bytes(manifest)
+
+    def flatten(self, vectors: Mapping[str, Vector]) -> Flat:
+        return np.concatenate([vectors[role] for role in self.roles], dtype=np.float64)
+
+    def split(self, flat: Vector) -> Vectors:
+        """Shared role -> its piece of `flat`."""
+        return {role: flat[part] for role, part in self.roles.items()}
+
+
+class StoredUpdate:
+    """A contribution whose numbers are read from its file when they are asked for."""
+
+    def __init__(self, layout: Layout, contribution: Contribution) -> None:
+        """
+        Raises:
+            AdapterError: the file is missing, or not what was accepted.
+        """
+        self.tokens = contribution.tokens
+        self._path = contribution.path
+        self._layout = layout
+        try:
+            self._offsets = self._find_tensors()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged() from error
+
+    def _find_tensors(self) -> NDArray[np.int64]:
+        """Where in the file each tensor of the layout begins, from the header of safetensors:
+        its size in 8 bytes, then JSON, in which places count from its end."""
+        with self._path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > self._layout.max_bytes:
+                raise ValueError("a header longer than the payload")
+            header = json.loads(file.read(size))
+        begins = [header[name]["data_offsets"][0] for name in self._layout.names]
+        return np.array(begins, np.int64) + 8 + size
+
+    def read(self, start: int, stop: int) -> Flat:
+        """
+        Raises:
+            AdapterError: the file is missing or truncated.
+        """
+        numbers = np.zeros(stop - start, "<f4")
+        firsts, sizes = self._layout.firsts, self._layout.sizes
+        reached = range(max(0, bisect_right(firsts, start) - 1), bisect_left(firsts, stop))
+        try:
+            with self._path.open("rb") as file:
+                for tensor in reached:
+                    first = firsts[tensor]
+                    begin, end = max(start, first), min(stop, first + sizes[tensor])
+                    file.seek(int(self._offsets[tensor]) + 4 * (begin - first))
+                    piece = numbers[begin - start : max(begin, end) - start]
+                    if file.readinto(piece.data) != piece.nbytes:
+                        raise self._damaged()
+        except OSError as error:
+            raise self._damaged() from error
+        return numbers.astype(np.float64)
+
+    def _damaged(self) -> AdapterError:
+        return AdapterError(
+            f"{self._path} is missing or damaged, though it was accepted; restore the state "
+            "directory from a copy"
+        )
+
+
+def blocks(size: int, rows: int, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Pieces [start, stop) of `size` coordinates; `rows` such in float64 fill `block_bytes`."""
+    width = max(1, block_bytes // (8 * rows))
+    for start in range(0, size, width):
+        yield start, min(start + width, size)

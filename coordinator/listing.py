@@ -1,0 +1,97 @@
+"""What a coordinator's state says about its rounds, read beside a running one."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import NullPool, Select, create_engine, func, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from coordinator.state import DATABASE, Participant, Refusal, Round, Update
+from edge_runtime.errors import StorageError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One round."""
+
+    round: int
+    status: str
+    participants: int
+    accepted: int
+    """Updates; `refused` likewise."""
+    refused: int
+    seconds: float | None
+    """From its opening to its end, or until now; None before it has begun."""
+    aggregation: str | None
+    """The recipe of its aggregation; None before it has begun."""
+
+
+def rounds(state: Path) -> list[Row]:
+    """All rounds in the state directory `state`, in order. Writes nothing and waits for nobody.
+
+    Raises:
+        ValueError: there is no coordinator's state.
+        StorageError: it cannot be read.
+    """
+    database = state / DATABASE
+    if not database.exists():
+        raise ValueError(f"{state} holds no state of a coordinator; give what `comigs serve` has")
+    # Its own connections: SQLAlchemy's URLs cannot say "read only" for every path.
+    uri = f"{database.resolve().as_uri()}?mode=ro"
+    engine = create_engine(
+        "sqlite://", creator=lambda: sqlite3.connect(uri, uri=True), poolclass=NullPool
+    )
+    try:
+        with Session(engine) as session:
+            return [
+                _row(found, participants, accepted, refused)
+                for found, participants, accepted, refused in session.execute(_counted())
+            ]
+    except DBAPIError as error:
+        raise StorageError(
+            f"cannot read {database}: {error.orig}; it is damaged or of another version of comigs"
+        ) from error
+
+
+def _counted() -> Select[Round, int, int, int]:
+    """Every round, with its participants, accepted and refused updates: one consistent look."""
+    counts = [
+        select(func.count()).where(table.round == Round.number).scalar_subquery()
+        for table in (Participant, Update, Refusal)
+    ]
+    return select(Round, *counts).order_by(Round.number)
+
+
+def _row(found: Round, participants: int, accepted: int, refused: int) -> Row:
+    seconds = None
+    if found.opened_at is not None:
+        seconds = round((found.closed_at or time.time()) - found.opened_at, 3)
+    return Row(
+        round=found.number,
+        status=found.status,
+        participants=participants,
+        accepted=accepted,
+        refused=refused,
+        seconds=seconds,
+        aggregation=found.recipe,
+    )
+
+
+def table(rows: list[Row]) -> list[str]:
+    """The rows as lines of text, with a heading."""
+    heading = ("round", "status", "devices", "accepted", "refused", "seconds", "aggregation")
+    cells: list[tuple[Any, ...]] = [heading]
+    for row in rows:
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        counts = (row.participants, row.accepted, row.refused)
+        cells.append((row.round, row.status, *counts, seconds, row.aggregation or ""))
+    return [
+        f"{n:>5}  {status:<10} {devices:>8} {accepted:>9} {refused:>8} {time:>9}  {how}".rstrip()
+        for n, status, devices, accepted, refused, time, how in cells
+    ]
