@@ -7,7 +7,7 @@
 * A round closes when nobody is missing and at least `min_devices` updates are there, or at the
   deadline. Missing are participants without an update and, so that a group stays together, devices
   that reported in the previous round and have not come back yet. A device that had an update
-  refused is not waited for, nor sent to train again in that round.
+  refused is not waited for, nor sent to train again in that round; a revoked one neither.
 * At the deadline with fewer updates the round is abandoned and its number is used up.
 * After a restart the open round goes on with the updates it has, and its clock starts again, since
   nobody could report while the coordinator was down.
@@ -257,6 +257,12 @@ class Rounds:
         self._report("update_refused", {"round": number, "device": device.name, "reason": reason})
         self._nudged.set()
 
+    def leave(self, device: str) -> None:
+        """`device` was revoked: nothing waits for it any more. What it reported still counts."""
+        self._heard.pop(device, None)
+        self._delivered.add(device)
+        self._nudged.set()
+
     def delivered(self, device: str, number: int) -> None:
         """`device` has stored the generalist of round `number`."""
         if self._finished and number == self._state.current().number:
@@ -289,14 +295,17 @@ class Rounds:
     def _expected(self, number: int) -> set[str]:
         """Devices whose updates the round should have before it closes early."""
         wanted = self._state.participants(number) | self._reporters(number - 1)
-        return wanted - self._state.refused(number)
+        return wanted - self._state.refused(number) - self._state.revoked()
 
     def _reporters(self, number: int) -> set[str]:
-        """Devices whose updates went into round `number`; none if it was not aggregated."""
+        """Devices whose updates went into round `number` and which may come back.
+
+        There are none if it was not aggregated.
+        """
         ended = self._state.round(number)
         if ended is None or ended.status != Status.AGGREGATED:
             return set()
-        return {update.device for update in self._state.updates(number)}
+        return {update.device for update in self._state.updates(number)} - self._state.revoked()
 
     def _present(self) -> set[str]:
         oldest = time.monotonic() - PRESENT_SECONDS

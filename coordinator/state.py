@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ForeignKey, create_engine, event, func, select
+from sqlalchemy import ForeignKey, create_engine, delete, event, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -44,12 +44,27 @@ class Device(Base):
     __tablename__ = "devices"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(unique=True)
-    key_sha256: Mapped[bytes]
-    """Hash of the enrolment key that the device chose."""
-    token_sha256: Mapped[bytes]
+    name: Mapped[str]
+    """Unique among the devices that are not revoked."""
     enrolled_at: Mapped[float]
     """Here and below: seconds since the epoch."""
+    valid_until: Mapped[float]
+    """When its latest certificate lapses."""
+    revoked_at: Mapped[float | None]
+
+
+class Invitation(Base):
+    """Lets one device enrol; of a name's invitations only the latest is kept."""
+
+    __tablename__ = "invitations"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    token_sha256: Mapped[bytes] = mapped_column(unique=True)
+    expires_at: Mapped[float]
+    key_sha256: Mapped[bytes | None]
+    """Hash of the public key that it was used with; None before."""
+    device: Mapped[str | None] = mapped_column(ForeignKey(Device.id))
+    """Which device that was."""
 
 
 class Round(Base):
@@ -168,28 +183,70 @@ class State:
 
     # Devices
 
-    def enroll(self, device: str, name: str, *, key: bytes, token: bytes) -> str | None:
-        """Adds a device, or gives the one that chose `key` under this name a new token.
+    def invite(self, name: str, token: bytes, expires_at: float) -> None:
+        """Lets one device enrol as `name`; an earlier invitation for it is forgotten.
 
-        Only hashes of `key` and `token` are kept.
+        Only a hash of `token` is kept.
+        """
+        with self._transaction() as session:
+            session.execute(delete(Invitation).where(Invitation.name == name))
+            digest = hashlib.sha256(token).digest()
+            session.add(Invitation(name=name, token_sha256=digest, expires_at=expires_at))
+
+    def invitation(self, token: bytes) -> Invitation | None:
+        digest = hashlib.sha256(token).digest()
+        with self._transaction() as session:
+            return session.scalar(select(Invitation).where(Invitation.token_sha256 == digest))
+
+    def enrol(self, device: Device, key_sha256: bytes | None = None) -> None:
+        """Adds a device, in the place of the one that has had its name so far.
+
+        Args:
+            key_sha256: with which it used the invitation for its name; None if it needed none.
+        """
+        with self._transaction() as session:
+            _revoke(session, device.name)
+            session.add(device)
+            session.flush()
+            if key_sha256 is not None:
+                invitation = session.get_one(Invitation, device.name)
+                invitation.key_sha256, invitation.device = key_sha256, device.id
+
+    def extend(self, device: str, valid_until: float) -> None:
+        """Notes that `device` has a certificate until then."""
+        with self._transaction() as session:
+            session.get_one(Device, device).valid_until = valid_until
+
+    def revoke(self, name: str) -> bool:
+        """Lets neither the device of that name nor its invitation in any more.
 
         Returns:
-            The device's id; None if another device has the name.
+            Whether there was one of them.
         """
-        key_sha256 = hashlib.sha256(key).digest()
         with self._transaction() as session:
-            known = session.scalar(select(Device).where(Device.name == name))
-            if known is None:
-                known = Device(id=device, name=name, key_sha256=key_sha256, enrolled_at=time.time())
-                session.add(known)
-            elif known.key_sha256 != key_sha256:
-                return None
-            known.token_sha256 = hashlib.sha256(token).digest()
-            return known.id
+            invitation = session.get(Invitation, name)
+            if invitation is not None:
+                session.delete(invitation)
+            return _revoke(session, name) or invitation is not None
 
     def device(self, device: str) -> Device | None:
         with self._transaction() as session:
             return session.get(Device, device)
+
+    def named(self, name: str) -> Device | None:
+        """The device that has this name and is not revoked."""
+        with self._transaction() as session:
+            return _named(session, name)
+
+    def devices(self) -> list[Device]:
+        """All devices, revoked ones too, by name and enrolment."""
+        with self._transaction() as session:
+            return list(session.scalars(select(Device).order_by(Device.name, Device.enrolled_at)))
+
+    def revoked(self) -> set[str]:
+        """Ids of the devices that are revoked."""
+        with self._transaction() as session:
+            return set(session.scalars(select(Device.id).where(Device.revoked_at.is_not(None))))
 
     # Rounds
 
@@ -339,6 +396,17 @@ class State:
                 f"cannot use {self.directory / DATABASE}: {error.orig}; free some space or check "
                 "the file, then start again: what was acknowledged before is intact"
             ) from error
+
+
+def _named(session: Session, name: str) -> Device | None:
+    return session.scalar(select(Device).where(Device.name == name, Device.revoked_at.is_(None)))
+
+
+def _revoke(session: Session, name: str) -> bool:
+    device = _named(session, name)
+    if device is not None:
+        device.revoked_at = time.time()
+    return device is not None
 
 
 def _updates_of(number: int) -> str:
