@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,16 @@ async def serve(options: Options, report: Report) -> None:
     with contextlib.closing(State(options.state)) as state:
         state.begin(_settings(options.policy, contract_sha256(bundle.manifest)), generalist)
         rounds = Rounds(state=state, manifest=bundle.manifest, policy=options.policy, report=report)
-        parts = _Parts(options, host, port, bundle.manifest, state, rounds, Traffic(), report)
+        parts = _Parts(
+            options=options,
+            host=host,
+            port=port,
+            manifest=bundle.manifest,
+            state=state,
+            rounds=rounds,
+            traffic=Traffic(),
+            report=report,
+        )
         stopped = _stop_signals()
         async with contextlib.AsyncExitStack() as stack:
             listening = _insecure(parts, stack) if options.insecure else _secure(parts, stack)
@@ -147,13 +157,11 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
     plain = grpc.ssl_server_credentials(pairs)
     bound_enrolment = _bind(enrolment, host, wanted, "--enrolment-port", plain)
 
-    reached = options.names[0] if options.names else host
-    reachable = reached.strip("[]") not in WILDCARDS
-    known = f"{reached if reachable else 'localhost'}:{bound}"
-    holder = administrator(authority, options.state, known)
+    reached = _reached(host, options.names)
+    holder = administrator(authority, options.state, f"{reached or 'localhost'}:{bound}")
     callers = parts.callers(subject_of(holder.certificate.encode()).id)
     address = Address(
-        host=reached if reachable else "",
+        host=reached,
         port=bound,
         enrolment_port=bound_enrolment,
         authority=authority.der,
@@ -258,6 +266,14 @@ async def _run(parts: _Parts, stopped: asyncio.Event) -> None:
         for task in (course, waiting):
             task.cancel()
         await asyncio.gather(course, waiting, return_exceptions=True)
+
+
+def _reached(host: str, names: Sequence[str]) -> str:
+    """The host name or address by which devices come; empty if it is not known here."""
+    name = names[0] if names else host.strip("[]")
+    if name in WILDCARDS:
+        return ""
+    return f"[{name}]" if ":" in name else name
 
 
 def _split(listen: str) -> tuple[str, int]:

@@ -1,5 +1,6 @@
 """Who gets in, who trusts whom, and what a wrong start or a wrong address is told."""
 
+import socket
 import stat
 import time
 from dataclasses import replace
@@ -84,6 +85,18 @@ def test_server_certificates(fleet: Fleet) -> None:
         assert stat.S_IMODE((fleet.state / name).stat().st_mode) == 0o600
     ca = x509.load_pem_x509_certificate((fleet.state / "ca.pem").read_bytes())
     assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+def test_ipv6(fleet: Fleet) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--name", "::1", listen="[::]:0")
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    assert ada.who.coordinator.startswith("[::1]:")
+    ada.check_in(0)
 
 
 def test_a_coordinator_that_devices_cannot_address_invites_nobody(fleet: Fleet) -> None:

@@ -345,6 +345,18 @@ def test_no_call_is_served_without_a_certificate_of_this_authority(
                 assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
+def test_a_device_cannot_pose_as_the_coordinator(fleet: Fleet, served: Served) -> None:
+    """Not even one that an administrator called like a host: its certificate is for clients."""
+    ada, eve = fleet.enrolled(served, fleet.bundle(), "ada", "localhost")
+    chain = [(eve.who.key.encode(), eve.who.certificate.encode())]
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials(chain))
+    server.start()
+    with pytest.raises(TrustError, match="certificate of another authority"):
+        fleet.client(replace(ada.who, coordinator=f"localhost:{port}")).check_in(0)
+    server.stop(None)
+
+
 def test_the_enrolment_port_serves_nothing_else(fleet: Fleet, served: Served) -> None:
     (ada,) = fleet.enrolled(served, fleet.bundle(), "ada")
     client = fleet.client(replace(ada.who, coordinator=served.listening["enrolment"]))
@@ -429,7 +441,7 @@ def test_revocation_ends_what_is_open(fleet: Fleet) -> None:
 def test_revocation_ends_a_held_check_in_and_outlives_restarts(fleet: Fleet) -> None:
     bundle = fleet.bundle()
     served = fleet.serve(bundle)
-    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    ada, ben, cy = fleet.enrolled(served, bundle, "ada", "ben", "cy")
     with (
         ThreadPoolExecutor() as pool,
         Administrator(served.administrator()) as administrator,
@@ -443,7 +455,9 @@ def test_revocation_ends_a_held_check_in_and_outlives_restarts(fleet: Fleet) -> 
         assert time.monotonic() - begin < 5
         with pytest.raises(RefusedError, match="no device is called ada"):
             administrator.revoke("ada")
-        # It is not present any more: ben alone does not open a round of two.
+        assert cy.check_in(0).action == pb.CheckInReply.WAIT
+        administrator.revoke("cy")
+        # They are not present any more: ben alone does not open a round of two.
         assert ben.check_in(0.3).action == pb.CheckInReply.WAIT
     address = served.ready()
     served.kill()
