@@ -78,11 +78,11 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
     async def Revoke(self, request: pb.RevokeRequest, context: Context) -> pb.RevokeReply:  # noqa: N802
         await self._callers.require_administrator(context)
         async with storage_errors(context, self._report):
-            device = self._state.named(request.name)
-            known = self._state.revoke(request.name)
+            invited = self._state.disinvite(request.name)
+            device = self._state.revoke(request.name)
         if device is not None:
             self._callers.shut_out(device.id)
-        if not known:
+        elif not invited:
             await context.abort(
                 grpc.StatusCode.NOT_FOUND,
                 f"no device is called {request.name}, or it is revoked already",

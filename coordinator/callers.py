@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -24,9 +23,9 @@ from edge_runtime.invitation import NAMING, is_name
 if TYPE_CHECKING:  # this name is in the stub only
     from protos.coordinator_pb2_grpc import _ServicerContext as Context
 
-REVOKED = (
-    "this device was revoked, or another one enrolled under its name; if that is a mistake, ask "
-    "for a new invitation"
+UNKNOWN = (
+    "this device was revoked, or another one enrolled under its name, or it never enrolled here; "
+    "if that is a mistake, ask for a new invitation"
 )
 
 
@@ -58,7 +57,7 @@ class Callers:
 
     @contextlib.asynccontextmanager
     async def device(self, context: Context) -> AsyncIterator[Device]:
-        """The device that calls. The body is cancelled and the call ends when it is revoked."""
+        """The device that calls. `shut_out` cancels the body and ends the call."""
         device = await self._device(context)
         self.last_seen[device.id] = time.time()
         scope = asyncio.timeout(None)
@@ -69,12 +68,12 @@ class Callers:
         except TimeoutError:
             if not scope.expired():
                 raise
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, REVOKED)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, UNKNOWN)
         finally:
             self._open[device.id].discard(scope)
 
     def shut_out(self, device: str) -> None:
-        """Ends the calls of a device that the state calls revoked."""
+        """Ends the open calls of a device whose certificate the state does not accept any more."""
         for scope in self._open.pop(device, ()):
             scope.reschedule(0)
         self._rounds.leave(device)
@@ -93,14 +92,9 @@ class Callers:
         if self._administrator is None:
             return await self._believed(context)
         subject = await self._subject(context, Role.DEVICE)
-        device = self._state.device(subject.id)
+        device = self._state.enrolled(subject.id)
         if device is None:
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "this coordinator does not know the device; ask for a new invitation",
-            )
-        if device.revoked_at is not None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, REVOKED)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, UNKNOWN)
         return device
 
     async def _subject(self, context: Context, role: Role) -> Subject:
@@ -120,14 +114,9 @@ class Callers:
         return subject
 
     async def _believed(self, context: Context) -> Device:
-        """Without TLS: the device of the name that the caller claims; made if there is none."""
+        """Without TLS: the device of the name that the caller claims."""
         name = dict(context.invocation_metadata() or ()).get("comigs-device-bin", b"")
         name = name.decode(errors="replace") if isinstance(name, bytes) else name
         if not is_name(name):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NAMING)
-        device = self._state.named(name)
-        if device is None:
-            now = time.time()
-            device = Device(id=secrets.token_hex(16), name=name, enrolled_at=now, valid_until=now)
-            self._state.enrol(device)
-        return device
+        return self._state.named(name)

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from coordinator.callers import Callers, storage_errors
 from coordinator.rounds import Report
-from coordinator.state import Device, Invitation, State
+from coordinator.state import Invitation, State
 from coordinator.tls import Authority, RefusedRequestError, requested_key
 from edge_runtime.connection import Traffic
 from protos import coordinator_pb2 as pb
@@ -64,12 +64,19 @@ class Enrolment(coordinator_pb2_grpc.EnrolmentServicer):
                     grpc.StatusCode.UNAUTHENTICATED,
                     "this invitation was already used by another device; ask for a new one",
                 )
-            device = invitation.device or secrets.token_hex(16)
-            issued = self._authority.issue_to_device(key, invitation.name, device)
-            if invitation.device is None:
-                self._admit(device, invitation.name, issued.valid_until, key_sha256)
+            enrolment = invitation.enrolment or secrets.token_hex(16)
+            issued = self._authority.issue_to_device(key, invitation.name, enrolment)
+            if invitation.enrolment is None:
+                device = self._state.enrol(
+                    invitation.name,
+                    enrolment=enrolment,
+                    key_sha256=key_sha256,
+                    valid_until=issued.valid_until,
+                )
+                self._callers.shut_out(device.id)  # who had the name before
+                self._report("device_enrolled", {"device": device.name})
             else:
-                self._state.extend(device, issued.valid_until)
+                self._state.extend(enrolment, issued.valid_until)
             return self._traffic.send(pb.Certificate(pem=issued.pem))
 
     async def _invitation(self, token: bytes, context: Context) -> Invitation:
@@ -84,13 +91,3 @@ class Enrolment(coordinator_pb2_grpc.EnrolmentServicer):
                 grpc.StatusCode.UNAUTHENTICATED, "this invitation has expired; ask for a new one"
             )
         return invitation
-
-    def _admit(self, device: str, name: str, valid_until: float, key_sha256: bytes) -> None:
-        replaced = self._state.named(name)
-        self._state.enrol(
-            Device(id=device, name=name, enrolled_at=time.time(), valid_until=valid_until),
-            key_sha256,
-        )
-        if replaced is not None:
-            self._callers.shut_out(replaced.id)
-        self._report("device_enrolled", {"device": name})

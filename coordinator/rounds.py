@@ -171,9 +171,8 @@ class Rounds:
     async def _deliver(self) -> None:
         """Waits until the last round's participants have the final generalist."""
         last = self._state.aggregated_rounds()[-1]
-        participants = self._state.participants(last)
         end = time.monotonic() + DELIVERY_SECONDS
-        while not participants <= self._delivered and time.monotonic() < end:
+        while self._undelivered(last) and time.monotonic() < end:
             self._nudged.clear()
             await self._wait_for_nudge(end - time.monotonic())
 
@@ -258,9 +257,8 @@ class Rounds:
         self._nudged.set()
 
     def leave(self, device: str) -> None:
-        """`device` was revoked: nothing waits for it any more. What it reported still counts."""
+        """`device` was revoked or replaced: it is not present. What it reported still counts."""
         self._heard.pop(device, None)
-        self._delivered.add(device)
         self._nudged.set()
 
     def delivered(self, device: str, number: int) -> None:
@@ -296,6 +294,9 @@ class Rounds:
         """Devices whose updates the round should have before it closes early."""
         wanted = self._state.participants(number) | self._reporters(number - 1)
         return wanted - self._state.refused(number) - self._state.revoked()
+
+    def _undelivered(self, number: int) -> set[str]:
+        return self._state.participants(number) - self._delivered - self._state.revoked()
 
     def _reporters(self, number: int) -> set[str]:
         """Devices whose updates went into round `number` and which may come back.

@@ -112,8 +112,9 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                 key = requested_key(request.pkcs10, device.name)
             except RefusedRequestError as error:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            issued = self._authority.issue_to_device(key, device.name, device.id)
-            self._state.extend(device.id, issued.valid_until)
+            assert device.enrolment is not None, "that is how the caller is known"
+            issued = self._authority.issue_to_device(key, device.name, device.enrolment)
+            self._state.extend(device.enrolment, issued.valid_until)
             return self._traffic.send(pb.Certificate(pem=issued.pem))
 
     async def _receive_header(self, parts: AsyncIterator[pb.UploadPart]) -> pb.UploadHeader:

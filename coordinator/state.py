@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -44,8 +45,10 @@ class Device(Base):
     __tablename__ = "devices"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    """Unique among the devices that are not revoked."""
+    """The same for every enrolment under the name, so that no round counts it twice."""
+    name: Mapped[str] = mapped_column(unique=True)
+    enrolment: Mapped[str | None] = mapped_column(unique=True)
+    """Its certificates carry this; None if none of them is accepted any more."""
     enrolled_at: Mapped[float]
     """Here and below: seconds since the epoch."""
     valid_until: Mapped[float]
@@ -63,8 +66,8 @@ class Invitation(Base):
     expires_at: Mapped[float]
     key_sha256: Mapped[bytes | None]
     """Hash of the public key that it was used with; None before."""
-    device: Mapped[str | None] = mapped_column(ForeignKey(Device.id))
-    """Which device that was."""
+    enrolment: Mapped[str | None]
+    """Which enrolment that was."""
 
 
 class Round(Base):
@@ -198,50 +201,63 @@ class State:
         with self._transaction() as session:
             return session.scalar(select(Invitation).where(Invitation.token_sha256 == digest))
 
-    def enrol(self, device: Device, key_sha256: bytes | None = None) -> None:
-        """Adds a device, in the place of the one that has had its name so far.
+    def enrol(self, name: str, *, enrolment: str, key_sha256: bytes, valid_until: float) -> Device:
+        """Notes that the holder of a key used the invitation for `name`.
 
-        Args:
-            key_sha256: with which it used the invitation for its name; None if it needed none.
+        It becomes the device of that name, in the place of an earlier one, revoked or not.
         """
         with self._transaction() as session:
-            _revoke(session, device.name)
-            session.add(device)
-            session.flush()
-            if key_sha256 is not None:
-                invitation = session.get_one(Invitation, device.name)
-                invitation.key_sha256, invitation.device = key_sha256, device.id
+            invitation = session.get_one(Invitation, name)
+            invitation.key_sha256, invitation.enrolment = key_sha256, enrolment
+            device = _named(session, name)
+            device.enrolment = enrolment
+            device.enrolled_at = time.time()
+            device.valid_until = valid_until
+            device.revoked_at = None
+            return device
 
-    def extend(self, device: str, valid_until: float) -> None:
-        """Notes that `device` has a certificate until then."""
+    def extend(self, enrolment: str, valid_until: float) -> None:
+        """Notes that the device of that enrolment has a certificate until then."""
         with self._transaction() as session:
-            session.get_one(Device, device).valid_until = valid_until
+            enrolled = select(Device).where(Device.enrolment == enrolment)
+            session.scalars(enrolled).one().valid_until = valid_until
 
-    def revoke(self, name: str) -> bool:
-        """Lets neither the device of that name nor its invitation in any more.
-
-        Returns:
-            Whether there was one of them.
-        """
+    def disinvite(self, name: str) -> bool:
+        """Forgets the invitation for `name`. Returns whether there was one."""
         with self._transaction() as session:
             invitation = session.get(Invitation, name)
             if invitation is not None:
                 session.delete(invitation)
-            return _revoke(session, name) or invitation is not None
+            return invitation is not None
 
-    def device(self, device: str) -> Device | None:
+    def revoke(self, name: str) -> Device | None:
+        """Accepts no certificate of the device of that name any more.
+
+        Returns:
+            The device; None if there is none that is not revoked already.
+        """
         with self._transaction() as session:
-            return session.get(Device, device)
+            chosen = select(Device).where(Device.name == name, Device.revoked_at.is_(None))
+            device = session.scalar(chosen)
+            if device is not None:
+                device.enrolment = None
+                device.revoked_at = time.time()
+            return device
 
-    def named(self, name: str) -> Device | None:
-        """The device that has this name and is not revoked."""
+    def enrolled(self, enrolment: str) -> Device | None:
+        """The device whose certificates carry `enrolment` now."""
+        with self._transaction() as session:
+            return session.scalar(select(Device).where(Device.enrolment == enrolment))
+
+    def named(self, name: str) -> Device:
+        """The device of that name, made if there is none: for those who need not enrol."""
         with self._transaction() as session:
             return _named(session, name)
 
     def devices(self) -> list[Device]:
-        """All devices, revoked ones too, by name and enrolment."""
+        """All devices, revoked ones too, by name."""
         with self._transaction() as session:
-            return list(session.scalars(select(Device).order_by(Device.name, Device.enrolled_at)))
+            return list(session.scalars(select(Device).order_by(Device.name)))
 
     def revoked(self) -> set[str]:
         """Ids of the devices that are revoked."""
@@ -398,15 +414,13 @@ class State:
             ) from error
 
 
-def _named(session: Session, name: str) -> Device | None:
-    return session.scalar(select(Device).where(Device.name == name, Device.revoked_at.is_(None)))
-
-
-def _revoke(session: Session, name: str) -> bool:
-    device = _named(session, name)
-    if device is not None:
-        device.revoked_at = time.time()
-    return device is not None
+def _named(session: Session, name: str) -> Device:
+    device = session.scalar(select(Device).where(Device.name == name))
+    if device is None:
+        now = time.time()
+        device = Device(id=secrets.token_hex(16), name=name, enrolled_at=now, valid_until=now)
+        session.add(device)
+    return device
 
 
 def _updates_of(number: int) -> str:

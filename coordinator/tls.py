@@ -52,6 +52,7 @@ class Subject:
     role: str
     """A Role."""
     id: str
+    """Of the enrolment that it comes from, or of the administrator."""
     valid_until: float
     """Seconds since the epoch."""
 
@@ -123,9 +124,9 @@ class Authority:
             certificate_chain=certificate.public_bytes(serialization.Encoding.PEM) + self.pem,
         )
 
-    def issue_to_device(self, key: ec.EllipticCurvePublicKey, name: str, device: str) -> Issued:
-        """A certificate for the device of this name and id."""
-        return self._issue(key, name, Role.DEVICE, device, self._device_lifetime)
+    def issue_to_device(self, key: ec.EllipticCurvePublicKey, name: str, enrolment: str) -> Issued:
+        """A certificate for the device of this name, as long as this is its enrolment."""
+        return self._issue(key, name, Role.DEVICE, enrolment, self._device_lifetime)
 
     def issue_to_administrator(self, key: ec.EllipticCurvePublicKey) -> Issued:
         """A certificate for a new administrator."""

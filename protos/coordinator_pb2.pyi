@@ -133,8 +133,8 @@ class Certificate(_message.Message):
 
     PEM_FIELD_NUMBER: _builtins.int
     pem: _builtins.str
-    """X.509 certificate (PEM). Subject: the device's name (CN), its role (OU), and its id at the
-    coordinator (serialNumber).
+    """X.509 certificate (PEM). Subject: the device's name (CN), its role (OU), and its enrolment
+    (serialNumber).
     """
     def __init__(
         self,
@@ -156,8 +156,8 @@ class InviteRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VALID_SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the device: 1 to 64 bytes of printable text. If a device has it already, that one is
-    revoked as soon as the invitation is used.
+    """Name of the device: 1 to 64 bytes of printable text. Whoever uses the invitation takes the
+    place of the device that has the name already, which is refused from then on.
     """
     valid_seconds: _builtins.float
     """How long the invitation works, in seconds, more than 0 and at most 30 days."""
@@ -256,7 +256,7 @@ class ListDevicesReply(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceEntry]:
-        """One per enrolment: a name that was enrolled again is here again."""
+        """One per name."""
 
     def __init__(
         self,
@@ -284,17 +284,17 @@ class DeviceEntry(_message.Message):
     LAST_SEEN_FIELD_NUMBER: _builtins.int
     REVOKED_AT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Unique among the devices that are not revoked."""
+    """Unique."""
     id: _builtins.str
-    """Given by the coordinator (hex), another one for every enrolment."""
+    """Given by the coordinator (hex); the same for all enrolments under the name."""
     enrolled_at: _builtins.float
-    """When it used its invitation."""
+    """When it used its latest invitation."""
     valid_until: _builtins.float
     """When its latest certificate lapses."""
     last_seen: _builtins.float
     """Its last call since the coordinator started; 0 if there was none."""
     revoked_at: _builtins.float
-    """When it was revoked, or replaced by another device of its name; 0 if it was not."""
+    """When it was revoked; 0 if it is not."""
     def __init__(
         self,
         *,

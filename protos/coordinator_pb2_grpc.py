@@ -352,14 +352,14 @@ class AdminServicer:
 
     def Revoke(self, request, context):
         """Refuses a device, and an invitation for its name, from now on, also on connections and calls
-        that are open. NOT_FOUND if there is neither.
+        that are open. NOT_FOUND if there is neither, or the device is revoked already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListDevices(self, request, context):
-        """All devices that ever enrolled, in the order of their names and enrolments.
+        """All devices that ever enrolled, in the order of their names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -159,10 +159,10 @@ class AdminStub:
     """Makes an invitation for one device. One that was made before for the same name works no more."""
     Revoke: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RevokeRequest, _coordinator_pb2.RevokeReply]
     """Refuses a device, and an invitation for its name, from now on, also on connections and calls
-    that are open. NOT_FOUND if there is neither.
+    that are open. NOT_FOUND if there is neither, or the device is revoked already.
     """
     ListDevices: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ListDevicesRequest, _coordinator_pb2.ListDevicesReply]
-    """All devices that ever enrolled, in the order of their names and enrolments."""
+    """All devices that ever enrolled, in the order of their names."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -173,10 +173,10 @@ class AdminAsyncStub(AdminStub):
     """Makes an invitation for one device. One that was made before for the same name works no more."""
     Revoke: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RevokeRequest, _coordinator_pb2.RevokeReply]  # type: ignore[assignment]
     """Refuses a device, and an invitation for its name, from now on, also on connections and calls
-    that are open. NOT_FOUND if there is neither.
+    that are open. NOT_FOUND if there is neither, or the device is revoked already.
     """
     ListDevices: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ListDevicesRequest, _coordinator_pb2.ListDevicesReply]  # type: ignore[assignment]
-    """All devices that ever enrolled, in the order of their names and enrolments."""
+    """All devices that ever enrolled, in the order of their names."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     """For administrators: their certificate is required."""
@@ -196,7 +196,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.RevokeReply, _abc.Awaitable[_coordinator_pb2.RevokeReply]]:
         """Refuses a device, and an invitation for its name, from now on, also on connections and calls
-        that are open. NOT_FOUND if there is neither.
+        that are open. NOT_FOUND if there is neither, or the device is revoked already.
         """
 
     @_abc_1.abstractmethod
@@ -205,6 +205,6 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.ListDevicesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.ListDevicesReply, _abc.Awaitable[_coordinator_pb2.ListDevicesReply]]:
-        """All devices that ever enrolled, in the order of their names and enrolments."""
+        """All devices that ever enrolled, in the order of their names."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

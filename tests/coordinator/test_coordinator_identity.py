@@ -25,6 +25,7 @@ from coordinator_help import (
     aged,
     check_in_until,
     enrol_with,
+    finish,
     free_port,
     header,
     ids,
@@ -222,13 +223,33 @@ def test_a_home_enrols_again_with_a_new_invitation(fleet: Fleet, served: Served)
     assert home.identity() == old
     client = fleet.client(old)
     client.check_in(0)
+    known = ids(fleet.state)
 
     (invitation,) = invited(served, "ada")
     new = home_identity(home, invitation, contract)
     assert home.identity() == new
+    assert ids(fleet.state) == known
     fleet.client(new).check_in(0)
     with pytest.raises(TrustError, match="another one enrolled under its name"):
         client.check_in(0)
+
+
+def test_a_device_that_enrols_again_is_counted_once(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1", "--exit-when-done")
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(ada, ben)
+    start = ada.download(1)
+    assert ada.upload(header(1), train(bundle, start, 0, 1)).accepted
+    (again,) = fleet.enrolled(served, bundle, "ada")
+    assert again.check_in(0).action == pb.CheckInReply.WAIT
+    refused = again.upload(header(1), train(bundle, start, 2, 1))
+    assert "already accepted" in refused.reason
+    assert ben.upload(header(1), train(bundle, start, 1, 1)).accepted
+    assert served.wait_for("round_closed")["updates"] == 2
+    for client in (again, ben):
+        finish(client, check_in_until(client, pb.CheckInReply.FINISH).round)
+    served.end()
 
 
 # What a certificate is good for
