@@ -7,8 +7,9 @@ as many trainable numbers in each; the baselines have twice the method's in atte
 * `fedavg`: the same LoRA, averaged over the devices after every round;
 * `method`: CoMiGS, a generalist that is averaged, a specialist and a router that are not.
 
-Every device is a process of its own and talks to the coordinator over TLS. The test perplexities
-are taken from the device homes at the end, over each user's whole test split.
+Every device is a process of its own that enrols with an invitation and talks to the coordinator
+over mutual TLS. The test perplexities are taken from the device homes at the end, over each user's
+whole test split.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ from rich.progress import (
 
 from benchmarks.report import DemoResult, UserResult
 from benchmarks.users import UserText, write_users
+from coordinator.administrator import Administrator
 from edge_runtime.adapters import Vectors, load_fresh
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.cli import messages
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import ComigsError
+from edge_runtime.identity import read_identity
 from edge_runtime.predict import Predictor
 from edge_runtime.store import Home
 from edge_runtime.training import Evaluator
@@ -58,6 +61,7 @@ from protos import coordinator_pb2 as pb
 
 ARMS = ("local", "fedavg", "method")
 RANK, ALPHA = 8, 16.0
+HOUR = 3600.0  # how long the invitations work, in seconds
 SUGGESTIONS = 3  # places per user at which suggestions before and after are shown
 
 
@@ -212,7 +216,7 @@ class Demo:
         training = self.out / "homes" / arm / "training.json"
         training.parent.mkdir(parents=True)
         training.write_text(json_format.MessageToJson(self.training))
-        where = ["--alone", "--training", str(training)]
+        where = {user.name: ["--alone", "--training", str(training)] for user in self.users}
         coordinator = None
         if arm != "local":
             coordinator = Child(
@@ -228,35 +232,45 @@ class Demo:
                 ],
                 lambda _: None,
             )
-            listening = coordinator.wait_for("listening", 60)
-            where = ["--coordinator", listening["address"], "--ca", listening["ca"]]
-        children = {}
-        for index, user in enumerate(self.users):
-            task = progress.add_task(f"{arm}: {user.name}", total=steps, note="")
-            children[user.name] = Child(
-                [
-                    "device",
-                    "run",
-                    *where,
-                    *("--home", str(self._home(arm, user))),
-                    *("--data", str(self.out / "users" / user.name)),
-                    *("--bundle", str(bundle.path)),
-                    *("--engine", self.engine),
-                    *("--seed", str(self.seed + index)),
-                    *("--threads", "1"),
-                ],
-                _shower(progress, task),
-            )
+        children: dict[str, Child] = {}
         try:
+            if coordinator is not None:
+                where = self._invite(coordinator)
+            for index, user in enumerate(self.users):
+                task = progress.add_task(f"{arm}: {user.name}", total=steps, note="")
+                children[user.name] = Child(
+                    [
+                        "device",
+                        "run",
+                        *where[user.name],
+                        *("--home", str(self._home(arm, user))),
+                        *("--data", str(self.out / "users" / user.name)),
+                        *("--bundle", str(bundle.path)),
+                        *("--engine", self.engine),
+                        *("--seed", str(self.seed + index)),
+                        *("--threads", "1"),
+                    ],
+                    _shower(progress, task),
+                )
             for child in children.values():
                 child.finish()
-        except ChildError:
+        except ComigsError:
             for child in [*children.values(), *([coordinator] if coordinator else [])]:
                 child.process.kill()
             raise
         if coordinator:
             coordinator.finish()
         return children
+
+    def _invite(self, coordinator: Child) -> dict[str, list[str]]:
+        """What lets each user's device in, as options of `comigs device run`."""
+        admin = read_identity(Path(coordinator.wait_for("listening", 60)["admin"]))
+        assert admin is not None, "the coordinator says so once it is written"
+        with Administrator(admin) as administrator:
+            return {
+                user.name: ["--invitation", administrator.invite(user.name, HOUR).invitation]
+                for user in self.users
+            }
 
     # --- figures ---------------------------------------------------------------------------
 

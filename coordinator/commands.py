@@ -1,27 +1,53 @@
-"""`comigs serve` and `comigs rounds`."""
+"""`comigs serve`, `comigs rounds`, and for administrators `comigs invite`, `revoke`, `devices`."""
 
 from __future__ import annotations
 
 import asyncio
+import datetime
+import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edge_runtime import training_config
-from edge_runtime.cli import Format, FormatOption, emit
+from edge_runtime.cli import Format, FormatOption, emit, messages
+
+if TYPE_CHECKING:
+    from edge_runtime.identity import Identity
 
 # Headings of `comigs serve --help`.
 AGGREGATION = "Aggregation"
 SELECTION = "Selection"
 
 
+def _device_names(names: list[str]) -> list[str]:
+    from edge_runtime.invitation import NAMING, is_name
+
+    if not all(is_name(name) for name in names):
+        raise typer.BadParameter(NAMING)
+    return names
+
+
+AdminOption = Annotated[
+    Path, typer.Option(help="The administrator's file, or a copy; `comigs serve` says where it is.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option(help="HOST:PORT of the coordinator, if not the one in that file.")
+]
+DEFAULT_ADMIN = Path("state/admin.json")
+
+
 def register(app: typer.Typer) -> None:
     """Adds this package's subcommands to `app`."""
     app.command("serve")(serve)
     app.command("rounds")(rounds)
+    app.command("invite")(invite)
+    app.command("revoke")(revoke)
+    app.command("devices")(devices)
 
 
 def serve(
@@ -122,7 +148,20 @@ def serve(
         list[str] | None,
         typer.Option(help="Further host name or address that devices reach it by."),
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS.")] = False,
+    enrolment_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Where invitations are used (default: the next port)."),
+    ] = None,
+    certificate_days: Annotated[
+        float,
+        typer.Option(min=1e-5, max=3650, help="How long a device may stay away: its certificate."),
+    ] = 30,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure", help="Development: no TLS, and devices are who they say they are."
+        ),
+    ] = False,
     exit_when_done: Annotated[
         bool, typer.Option("--exit-when-done", help="End once the last devices have the result.")
     ] = False,
@@ -170,7 +209,9 @@ def serve(
             selection=selection,
             training=config,
         ),
+        enrolment_port=enrolment_port,
         names=tuple(name or ()),
+        certificate_lifetime=datetime.timedelta(days=certificate_days),
         insecure=insecure,
         exit_when_done=exit_when_done,
     )
@@ -196,6 +237,123 @@ def rounds(
         _print(line)
 
 
+def invite(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME", help="One invitation is made for each.", callback=_device_names
+        ),
+    ],
+    hours: Annotated[float, typer.Option(help="How long they work.")] = 24,
+    qr: Annotated[bool, typer.Option("--qr", help="Draw them, for a phone's camera.")] = False,
+    admin: AdminOption = DEFAULT_ADMIN,
+    coordinator: AddressOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Let devices enrol: prints a secret for each, which works once."""
+    from coordinator.administrator import Administrator
+
+    with Administrator(_administrator(admin, coordinator)) as administrator:
+        replies = [administrator.invite(name, 3600 * hours) for name in names]
+    if output is Format.JSON:
+        emit(
+            {
+                "invitations": [
+                    {"name": name, "invitation": r.invitation, "expires_at": r.expires_at}
+                    for name, r in zip(names, replies, strict=True)
+                ]
+            }
+        )
+        return
+    for name, reply in zip(names, replies, strict=True):
+        messages.print(
+            f"for one device, {name}, until {_moment(reply.expires_at)}:",
+            markup=False,
+            highlight=False,
+        )
+        if qr:
+            _draw(reply.invitation)
+        _print(reply.invitation)
+
+
+def revoke(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", help="Which devices.", callback=_device_names)
+    ],
+    admin: AdminOption = DEFAULT_ADMIN,
+    coordinator: AddressOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Refuse devices from now on, also on connections that are open."""
+    from coordinator.administrator import Administrator
+
+    with Administrator(_administrator(admin, coordinator)) as administrator:
+        for name in names:
+            administrator.revoke(name)
+            if output is Format.TEXT:
+                _print(f"{name} is revoked")
+    if output is Format.JSON:
+        emit({"revoked": names})
+
+
+def devices(
+    admin: AdminOption = DEFAULT_ADMIN,
+    coordinator: AddressOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """List the devices that have enrolled."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from coordinator.administrator import Administrator
+
+    with Administrator(_administrator(admin, coordinator)) as administrator:
+        entries = administrator.devices()
+    if output is Format.JSON:
+        fields = ("name", "id", "enrolled_at", "valid_until", "last_seen", "revoked_at")
+        emit({"devices": [{name: getattr(e, name) or None for name in fields} for e in entries]})
+        return
+    table = Table("name", "enrolled", "certificate until", "last seen", "revoked", box=None)
+    for entry in entries:
+        times = (entry.enrolled_at, entry.valid_until, entry.last_seen, entry.revoked_at)
+        table.add_row(Text(entry.name), *(_moment(time) if time else "-" for time in times))
+    Console().print(table)
+
+
+def _administrator(path: Path, coordinator: str | None) -> Identity:
+    """What is in the administrator's file.
+
+    Raises:
+        TrustError: it is damaged or not there.
+    """
+    from edge_runtime.errors import TrustError
+    from edge_runtime.identity import read_identity
+
+    identity = read_identity(path)
+    if identity is None:
+        raise TrustError(
+            f"there is no administrator's file {path}; give --admin and the one that the "
+            "coordinator printed when it started, or a copy of it"
+        )
+    return replace(identity, coordinator=coordinator or identity.coordinator)
+
+
+def _draw(text: str) -> None:
+    """A QR code in the terminal, as small as it gets."""
+    import segno
+    from rich.console import Console
+
+    drawn = io.StringIO()
+    segno.make(text, error="L", boost_error=False).terminal(drawn, border=1, compact=True)
+    # segno draws the light parts, so on a light background that would be the negative.
+    Console().print(drawn.getvalue(), style="#ffffff on #000000", end="", soft_wrap=True)
+
+
+def _moment(time: float) -> str:
+    return datetime.datetime.fromtimestamp(time).strftime("%Y-%m-%d %H:%M")
+
+
 def _print_json(event: str, fields: dict[str, Any]) -> None:
     line = json.dumps({"event": event, **fields}, separators=(",", ":"), ensure_ascii=False)
     _print(line)
@@ -207,6 +365,8 @@ def _print_text(event: str, fields: dict[str, Any]) -> None:
 
 TEXTS = {
     "listening": "listening on {address}, {trust}",
+    "device_enrolled": "{device} has enrolled",
+    "device_revoked": "{device} is revoked",
     "round_opened": "round {round}: open",
     "round_resumed": "round {round}: resumed with {updates} updates",
     "update_accepted": "round {round}: {device} reported ({bytes} bytes)",
@@ -221,9 +381,12 @@ TEXTS = {
 def _readable(fields: dict[str, Any]) -> dict[str, str]:
     """Words for what may be missing in `fields`."""
     words = {}
-    if "ca" in fields:
-        ca = fields["ca"]
-        words["trust"] = f"devices need --ca {ca}" if ca else "without TLS: devices need --insecure"
+    if "admin" in fields:
+        words["trust"] = (
+            "enrolment on {enrolment}; invite devices with: comigs invite NAME --admin {admin}"
+            if fields["admin"]
+            else "without TLS: devices need --insecure"
+        ).format(**fields)
     if "clipped" in fields:
         clipped = fields["clipped"]
         words["clipping"] = f", {clipped} of them clipped," if clipped else ""

@@ -7,7 +7,7 @@
 * A round closes when nobody is missing and at least `min_devices` updates are there, or at the
   deadline. Missing are participants without an update and, so that a group stays together, devices
   that reported in the previous round and have not come back yet. A device that had an update
-  refused is not waited for, nor sent to train again in that round.
+  refused is not waited for, nor sent to train again in that round; a revoked one neither.
 * At the deadline with fewer updates the round is abandoned and its number is used up; so is a round
   whose updates amount to no usable generalist.
 * With a Selection, a round takes only some devices. It opens when as many are there as it selects,
@@ -222,9 +222,8 @@ class Rounds:
     async def _deliver(self) -> None:
         """Waits until the last round's participants have the final generalist."""
         last = self._state.aggregated_rounds()[-1]
-        participants = self._state.participants(last)
         end = time.monotonic() + DELIVERY_SECONDS
-        while not participants <= self._delivered and time.monotonic() < end:
+        while self._undelivered(last) and time.monotonic() < end:
             self._nudged.clear()
             await self._wait_for_nudge(end - time.monotonic())
 
@@ -310,6 +309,11 @@ class Rounds:
         self._report("update_refused", {"round": number, "device": device.name, "reason": reason})
         self._nudged.set()
 
+    def leave(self, device: str) -> None:
+        """`device` was revoked or replaced: it is not present. What it reported still counts."""
+        self._heard.pop(device, None)
+        self._nudged.set()
+
     def delivered(self, device: str, number: int) -> None:
         """`device` has stored the generalist of round `number`."""
         if self._finished and number == self._state.current().number:
@@ -353,14 +357,20 @@ class Rounds:
         expected = self._state.participants(number)
         if self._policy.selection is None:
             expected |= self._reporters(number - 1)
-        return expected - self._state.refused(number)
+        return expected - self._state.refused(number) - self._state.revoked()
+
+    def _undelivered(self, number: int) -> set[str]:
+        return self._state.participants(number) - self._delivered - self._state.revoked()
 
     def _reporters(self, number: int) -> set[str]:
-        """Devices whose updates went into round `number`; none if it was not aggregated."""
+        """Devices whose updates went into round `number` and which may come back.
+
+        There are none if it was not aggregated.
+        """
         ended = self._state.round(number)
         if ended is None or ended.status != Status.AGGREGATED:
             return set()
-        return {update.device for update in self._state.updates(number)}
+        return {update.device for update in self._state.updates(number)} - self._state.revoked()
 
     def _present(self) -> set[str]:
         oldest = time.monotonic() - PRESENT_SECONDS

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,20 @@ from google.protobuf import json_format
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from coordinator.admin import Address, Admin
+from coordinator.callers import Callers
+from coordinator.enrolment import Enrolment
 from coordinator.rounds import Policy, Report, Rounds
 from coordinator.service import Service
 from coordinator.state import Settings, State
-from coordinator.tls import CA_FILE, server_credentials
+from coordinator.tls import ADMIN_FILE, Authority, administrator, subject_of
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import contract_sha256, open_bundle
+from edge_runtime.connection import Traffic
 from edge_runtime.errors import AddressError
-from protos import coordinator_pb2, coordinator_pb2_grpc
+from protos import coordinator_pb2, coordinator_pb2_grpc, manifest_pb2
 
-SERVICE_NAME = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
+WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - recognised, not listened on
 # How long calls that are being answered may take to end when the coordinator stops.
 GRACE_SECONDS = 5.0
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
@@ -48,10 +53,14 @@ class Options:
     bundle: Path
     listen: str
     """HOST:PORT; port 0 takes a free one."""
+    enrolment_port: int | None
+    """Where invitations are used; None: the port after `listen`'s, or a free one if that is 0."""
     state: Path
     policy: Policy
     names: tuple[str, ...]
-    """Further host names and IP addresses for the certificate."""
+    """Further host names and IP addresses for the certificate; devices are told the first."""
+    certificate_lifetime: datetime.timedelta
+    """Of the certificates that devices get."""
     insecure: bool
     exit_when_done: bool
 
@@ -63,7 +72,7 @@ async def serve(options: Options, report: Report) -> None:
         BundleError: no usable bundle, or the state belongs to another one.
         AddressError: the address is malformed or cannot be listened on.
         StorageError: the state directory is in use or cannot be written.
-        TrustError: the certificate authority in the state directory is damaged.
+        TrustError: the authority or the administrator's file in the state directory is damaged.
     """
     bundle = open_bundle(options.bundle)
     host, port = _split(options.listen)
@@ -71,11 +80,21 @@ async def serve(options: Options, report: Report) -> None:
     with contextlib.closing(State(options.state)) as state:
         state.begin(_settings(options.policy, contract_sha256(bundle.manifest)), generalist)
         rounds = Rounds(state=state, manifest=bundle.manifest, policy=options.policy, report=report)
-        service = Service(state=state, rounds=rounds, manifest=bundle.manifest, report=report)
-        async with _listening(options, host, port, service) as bound:
-            ca = None if options.insecure else str(options.state / CA_FILE)
-            report("listening", {"address": f"{host}:{bound}", "ca": ca})
-            await _run(rounds, service, report, exit_when_done=options.exit_when_done)
+        parts = _Parts(
+            options=options,
+            host=host,
+            port=port,
+            manifest=bundle.manifest,
+            state=state,
+            rounds=rounds,
+            traffic=Traffic(),
+            report=report,
+        )
+        stopped = _stop_signals()
+        async with contextlib.AsyncExitStack() as stack:
+            listening = _insecure(parts, stack) if options.insecure else _secure(parts, stack)
+            report("listening", await listening)
+            await _run(parts, stopped)
 
 
 def _settings(policy: Policy, contract: str) -> Settings:
@@ -90,63 +109,172 @@ def _settings(policy: Policy, contract: str) -> Settings:
     )
 
 
-@contextlib.asynccontextmanager
-async def _listening(
-    options: Options, host: str, port: int, service: Service
-) -> AsyncIterator[int]:
-    """A started server as a context: yields its port, lets calls end on leaving."""
-    server = grpc.aio.server(options=CHANNEL_OPTIONS)
-    coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, server)
-    await _add_standard_services(server)
+@dataclass(frozen=True)
+class _Parts:
+    """What the services are made of."""
+
+    options: Options
+    host: str
+    port: int
+    manifest: manifest_pb2.Manifest
+    state: State
+    rounds: Rounds
+    traffic: Traffic
+    report: Report
+
+    def callers(self, administrator: str | None) -> Callers:
+        return Callers(state=self.state, rounds=self.rounds, administrator=administrator)
+
+    def service(self, callers: Callers, authority: Authority | None) -> Service:
+        return Service(
+            state=self.state,
+            rounds=self.rounds,
+            callers=callers,
+            authority=authority,
+            manifest=self.manifest,
+            traffic=self.traffic,
+            report=self.report,
+        )
+
+
+async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
+    """Starts what listens with TLS: for those who have a certificate, and for those who want one.
+
+    They need a port each: gRPC for Python either requires a client's certificate or takes none.
+
+    Returns:
+        The fields of the event "listening".
+    """
+    options, host, port = parts.options, parts.host, parts.port
+    authority = Authority.open(options.state, options.certificate_lifetime)
+    made = authority.server_credentials([host.strip("[]"), *options.names])
+    pairs = [(made.private_key, made.certificate_chain)]
+    main, enrolment = _server(), _server()
+    mutual = grpc.ssl_server_credentials(pairs, authority.pem, require_client_auth=True)
+    bound = _bind(main, host, port, "--listen", mutual)
+    wanted = options.enrolment_port
+    if wanted is None:
+        wanted = port and port + 1
+    plain = grpc.ssl_server_credentials(pairs)
+    bound_enrolment = _bind(enrolment, host, wanted, "--enrolment-port", plain)
+
+    reached = _reached(host, options.names)
+    holder = administrator(authority, options.state, f"{reached or 'localhost'}:{bound}")
+    callers = parts.callers(subject_of(holder.certificate.encode()).id)
+    address = Address(
+        host=reached,
+        port=bound,
+        enrolment_port=bound_enrolment,
+        authority=authority.der,
+    )
+    admin = Admin(state=parts.state, callers=callers, address=address, report=parts.report)
+    coordinator_pb2_grpc.add_CoordinatorServicer_to_server(parts.service(callers, authority), main)
+    coordinator_pb2_grpc.add_AdminServicer_to_server(admin, main)
+    coordinator_pb2_grpc.add_EnrolmentServicer_to_server(
+        Enrolment(
+            state=parts.state,
+            callers=callers,
+            authority=authority,
+            contract=contract_sha256(parts.manifest),
+            traffic=parts.traffic,
+            report=parts.report,
+        ),
+        enrolment,
+    )
+    await _start(main, ["Coordinator", "Admin"], stack)
+    await _start(enrolment, ["Enrolment"], stack)
+    return {
+        "address": f"{host}:{bound}",
+        "enrolment": f"{host}:{bound_enrolment}",
+        "admin": str(options.state / ADMIN_FILE),
+    }
+
+
+async def _insecure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
+    """Like `_secure` without TLS, so without enrolment and administrator."""
+    main = _server()
+    bound = _bind(main, parts.host, parts.port, "--listen", None)
+    service = parts.service(parts.callers(administrator=None), authority=None)
+    coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, main)
+    await _start(main, ["Coordinator"], stack)
+    return {"address": f"{parts.host}:{bound}", "enrolment": None, "admin": None}
+
+
+def _server() -> grpc.aio.Server:
+    return grpc.aio.server(options=CHANNEL_OPTIONS)
+
+
+def _bind(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    option: str,
+    credentials: grpc.ServerCredentials | None,
+) -> int:
+    """The port that `server` will listen on; `option` is where it comes from."""
+    address = f"{host}:{port}"
     try:
-        if options.insecure:
-            bound = server.add_insecure_port(f"{host}:{port}")
-        else:
-            made = server_credentials(options.state, [host.strip("[]"), *options.names])
-            credentials = grpc.ssl_server_credentials([(made.private_key, made.certificate_chain)])
-            bound = server.add_secure_port(f"{host}:{port}", credentials)
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise AddressError(
-            f"cannot listen on {options.listen}: the port is in use or the address is not this "
-            "machine's; stop what uses it, or choose another --listen (port 0 takes a free one)"
+            f"cannot listen on {address}: the port is in use or the address is not this "
+            f"machine's; stop what uses it, or choose another {option} (port 0 takes a free one)"
         ) from error
-    await server.start()
-    try:
-        yield bound
-    finally:
-        await server.stop(GRACE_SECONDS)
 
 
-async def _add_standard_services(server: grpc.aio.Server) -> None:
+async def _start(
+    server: grpc.aio.Server, services: list[str], stack: contextlib.AsyncExitStack
+) -> None:
+    """Starts `server` with the standard services; it lets calls end when `stack` unwinds."""
+    described = coordinator_pb2.DESCRIPTOR.services_by_name
+    names = [described[service].full_name for service in services]
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
-    for name in ("", SERVICE_NAME):
+    for name in ("", *names):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    names = [SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
-    reflection.enable_server_reflection(names, server)
+    reflection.enable_server_reflection(
+        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+    )
+    await server.start()
+    stack.push_async_callback(server.stop, GRACE_SECONDS)
 
 
-async def _run(rounds: Rounds, service: Service, report: Report, *, exit_when_done: bool) -> None:
-    """Runs the rounds; returns when it is time to stop."""
-    loop = asyncio.get_running_loop()
+def _stop_signals() -> asyncio.Event:
+    """Set by SIGTERM and SIGINT."""
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    course = asyncio.create_task(rounds.run())
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    return stopped
+
+
+async def _run(parts: _Parts, stopped: asyncio.Event) -> None:
+    """Runs the rounds; returns when it is time to stop."""
+    course = asyncio.create_task(parts.rounds.run())
     waiting = asyncio.create_task(stopped.wait())
     try:
         await asyncio.wait({course, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if course.done():
             course.result()
-            sizes = {"bytes_received": service.bytes_received, "bytes_sent": service.bytes_sent}
-            report("finished", sizes)
-            if not exit_when_done:
+            traffic = parts.traffic
+            sizes = {"bytes_received": traffic.received, "bytes_sent": traffic.sent}
+            parts.report("finished", sizes)
+            if not parts.options.exit_when_done:
                 await waiting
     finally:
-        rounds.stop()
+        parts.rounds.stop()
         for task in (course, waiting):
             task.cancel()
         await asyncio.gather(course, waiting, return_exceptions=True)
+
+
+def _reached(host: str, names: Sequence[str]) -> str:
+    """The host name or address by which devices come; empty if it is not known here."""
+    name = names[0] if names else host.strip("[]")
+    if name in WILDCARDS:
+        return ""
+    return f"[{name}]" if ":" in name else name
 
 
 def _split(listen: str) -> tuple[str, int]:

@@ -1,23 +1,21 @@
-"""The gRPC service of protos/coordinator.proto: who may call, and what is let in."""
+"""The gRPC service of protos/coordinator.proto for devices: what is let in."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-import hmac
-import secrets
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import grpc
-from google.protobuf.message import Message
 
+from coordinator.callers import Callers, storage_errors
 from coordinator.rounds import RefusedUpdateError, Report, Rounds
-from coordinator.state import Device, State
+from coordinator.state import State
+from coordinator.tls import Authority, RefusedRequestError, requested_key
 from edge_runtime import wire
-from edge_runtime.bundle import contract_sha256
-from edge_runtime.errors import AdapterError, StorageError
+from edge_runtime.connection import Traffic
+from edge_runtime.errors import AdapterError
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc, manifest_pb2
 
@@ -30,84 +28,60 @@ MAX_TOKENS = 2**53
 # An upload that takes longer is given up, so that a stalled device does not hold memory.
 UPLOAD_SECONDS = 600.0
 
-M = TypeVar("M", bound=Message)
-
 
 class Service(coordinator_pb2_grpc.CoordinatorServicer):
     """Answers devices. Round logic is in `Rounds`, memory in `State`."""
 
     def __init__(
-        self, *, state: State, rounds: Rounds, manifest: manifest_pb2.Manifest, report: Report
+        self,
+        *,
+        state: State,
+        rounds: Rounds,
+        callers: Callers,
+        authority: Authority | None,
+        manifest: manifest_pb2.Manifest,
+        traffic: Traffic,
+        report: Report,
     ) -> None:
         self._state = state
         self._rounds = rounds
+        self._callers = callers
+        self._authority = authority
         self._manifest = manifest
+        self._traffic = traffic
         self._report = report
-        self._contract = contract_sha256(manifest)
-        self.bytes_received = 0
-        """Serialized messages of this service since the start; `bytes_sent` likewise."""
-        self.bytes_sent = 0
-
-    async def Enroll(self, request: pb.EnrollRequest, context: Context) -> pb.EnrollReply:  # noqa: N802
-        self._received(request)
-        if not (1 <= len(request.name) <= 64 and request.name.isprintable()):
-            await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, "a device's name has 1 to 64 printable characters"
-            )
-        if not 16 <= len(request.key) <= 64:
-            await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, "an enrolment key has 16 to 64 bytes"
-            )
-        if request.contract_sha256 != self._contract:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "this device's bundle has another base or other shared tensors than the "
-                "coordinator's; export both from the same base with the same rank and targets",
-            )
-        token = secrets.token_urlsafe(32)
-        async with self._storage_errors(context):
-            device = self._state.enroll(
-                secrets.token_hex(16), request.name, key=request.key, token=token.encode()
-            )
-        if device is None:
-            await context.abort(
-                grpc.StatusCode.ALREADY_EXISTS,
-                f"another device is called {request.name}; choose another name",
-            )
-        return self._sent(pb.EnrollReply(device_id=device, token=token))
 
     async def CheckIn(self, request: pb.CheckInRequest, context: Context) -> pb.CheckInReply:  # noqa: N802
-        self._received(request)
-        async with self._storage_errors(context):
-            device = await self._authenticated(context)
-            reply = self._sent(await self._rounds.check_in(device.id, request.wait_seconds))
+        self._traffic.receive(request)
+        async with storage_errors(context, self._report), self._callers.device(context) as device:
+            reply = await self._rounds.check_in(device.id, request.wait_seconds)
             self._rounds.delivered(device.id, request.stored_round)
-            return reply
+            return self._traffic.send(reply)
 
-    async def Download(  # noqa: N802
-        self, request: pb.DownloadRequest, context: Context
-    ) -> AsyncIterator[pb.Chunk]:
-        self._received(request)
-        await self._authenticated(context)
-        wanted = self._state.round(request.round)
-        if wanted is None:
-            await context.abort(
-                grpc.StatusCode.NOT_FOUND, f"there is no generalist of round {request.round} yet"
-            )
-        file = self._state.directory / wanted.generalist_file
-        payload = await asyncio.to_thread(file.read_bytes)
-        chunk = pb.Chunk(total_bytes=len(payload), sha256=bytes.fromhex(wanted.generalist_sha256))
-        for data in wire.chunks(payload):
-            chunk.data = data
-            yield self._sent(chunk)
-            chunk = pb.Chunk()
+    async def Download(self, request: pb.DownloadRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
+        """Writes the chunks itself: a generator could not be cancelled between two of them."""
+        self._traffic.receive(request)
+        async with storage_errors(context, self._report), self._callers.device(context):
+            wanted = self._state.round(request.round)
+            if wanted is None:
+                await context.abort(
+                    grpc.StatusCode.NOT_FOUND,
+                    f"there is no generalist of round {request.round} yet",
+                )
+            file = self._state.directory / wanted.generalist_file
+            payload = await asyncio.to_thread(file.read_bytes)
+            digest = bytes.fromhex(wanted.generalist_sha256)
+            chunk = pb.Chunk(total_bytes=len(payload), sha256=digest)
+            for data in wire.chunks(payload):
+                chunk.data = data
+                await context.write(self._traffic.send(chunk))
+                chunk = pb.Chunk()
 
     async def Upload(  # noqa: N802
         self, request_iterator: _MaybeAsyncIterator[pb.UploadPart], context: Context
     ) -> pb.UploadReply:
-        device = await self._authenticated(context)
         header = pb.UploadHeader()
-        async with self._storage_errors(context):
+        async with storage_errors(context, self._report), self._callers.device(context) as device:
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
                     parts = aiter(request_iterator)
@@ -122,13 +96,30 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             except RefusedUpdateError as error:
                 reason = str(error)
             else:
-                return self._sent(pb.UploadReply(accepted=True))
+                return self._traffic.send(pb.UploadReply(accepted=True))
             self._rounds.refuse(device, header.round, reason)
-        return self._sent(pb.UploadReply(accepted=False, reason=reason))
+            return self._traffic.send(pb.UploadReply(accepted=False, reason=reason))
+
+    async def Renew(self, request: pb.SigningRequest, context: Context) -> pb.Certificate:  # noqa: N802
+        self._traffic.receive(request)
+        async with storage_errors(context, self._report), self._callers.device(context) as device:
+            if self._authority is None:
+                await context.abort(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "without TLS nobody is known well enough to get a certificate",
+                )
+            try:
+                key = requested_key(request.pkcs10, device.name)
+            except RefusedRequestError as error:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            assert device.enrolment is not None, "that is how the caller is known"
+            issued = self._authority.issue_to_device(key, device.name, device.enrolment)
+            self._state.extend(device.enrolment, issued.valid_until)
+            return self._traffic.send(pb.Certificate(pem=issued.pem))
 
     async def _receive_header(self, parts: AsyncIterator[pb.UploadPart]) -> pb.UploadHeader:
         part = await anext(parts, pb.UploadPart())
-        self._received(part)
+        self._traffic.receive(part)
         if part.WhichOneof("part") != "header":
             raise RefusedUpdateError("the upload does not start with a header")
         return part.header
@@ -154,7 +145,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         """The announced bytes. Never holds more than that."""
         payload = bytearray()
         async for part in parts:
-            self._received(part)
+            self._traffic.receive(part)
             if part.WhichOneof("part") != "data":
                 raise RefusedUpdateError("something other than data follows the header")
             if len(payload) + len(part.data) > header.total_bytes:
@@ -177,33 +168,3 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         except AdapterError as error:
             raise RefusedUpdateError(str(error)) from error
         return self._state.write_payload(header.round, device, payload)
-
-    async def _authenticated(self, context: Context) -> Device:
-        metadata = dict(context.invocation_metadata() or ())
-        device = self._state.device(str(metadata.get("comigs-device", "")))
-        token = str(metadata.get("authorization", "")).removeprefix("Bearer ")
-        given = hashlib.sha256(token.encode()).digest()
-        if device is None or not hmac.compare_digest(given, device.token_sha256):
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "this coordinator does not know the device or its token; enrol it again",
-            )
-        return device
-
-    @contextlib.asynccontextmanager
-    async def _storage_errors(self, context: Context) -> AsyncIterator[None]:
-        """A full disk is the operator's to mend; devices may try again meanwhile."""
-        try:
-            yield
-        except StorageError as error:
-            self._report("storage_failed", {"reason": str(error)})
-            await context.abort(
-                grpc.StatusCode.UNAVAILABLE, "the coordinator cannot write to its disk"
-            )
-
-    def _received(self, message: Message) -> None:
-        self.bytes_received += message.ByteSize()
-
-    def _sent(self, message: M) -> M:
-        self.bytes_sent += message.ByteSize()
-        return message

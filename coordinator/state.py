@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, ForeignKey, create_engine, event, func, inspect, select
+from sqlalchemy import URL, ForeignKey, create_engine, delete, event, func, inspect, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -47,12 +48,29 @@ class Device(Base):
     __tablename__ = "devices"
 
     id: Mapped[str] = mapped_column(primary_key=True)
+    """The same for every enrolment under the name, so that no round counts it twice."""
     name: Mapped[str] = mapped_column(unique=True)
-    key_sha256: Mapped[bytes]
-    """Hash of the enrolment key that the device chose."""
-    token_sha256: Mapped[bytes]
+    enrolment: Mapped[str | None] = mapped_column(unique=True)
+    """Its certificates carry this; None if none of them is accepted any more."""
     enrolled_at: Mapped[float]
     """Here and below: seconds since the epoch."""
+    valid_until: Mapped[float]
+    """When its latest certificate lapses."""
+    revoked_at: Mapped[float | None]
+
+
+class Invitation(Base):
+    """Lets one device enrol; of a name's invitations only the latest is kept."""
+
+    __tablename__ = "invitations"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    token_sha256: Mapped[bytes] = mapped_column(unique=True)
+    expires_at: Mapped[float]
+    key_sha256: Mapped[bytes | None]
+    """Hash of the public key that it was used with; None before."""
+    enrolment: Mapped[str | None]
+    """Which enrolment that was."""
 
 
 class Round(Base):
@@ -179,28 +197,83 @@ class State:
 
     # Devices
 
-    def enroll(self, device: str, name: str, *, key: bytes, token: bytes) -> str | None:
-        """Adds a device, or gives the one that chose `key` under this name a new token.
+    def invite(self, name: str, token: bytes, expires_at: float) -> None:
+        """Lets one device enrol as `name`; an earlier invitation for it is forgotten.
 
-        Only hashes of `key` and `token` are kept.
+        Only a hash of `token` is kept.
+        """
+        with self._transaction() as session:
+            session.execute(delete(Invitation).where(Invitation.name == name))
+            digest = hashlib.sha256(token).digest()
+            session.add(Invitation(name=name, token_sha256=digest, expires_at=expires_at))
+
+    def invitation(self, token: bytes) -> Invitation | None:
+        digest = hashlib.sha256(token).digest()
+        with self._transaction() as session:
+            return session.scalar(select(Invitation).where(Invitation.token_sha256 == digest))
+
+    def enrol(self, name: str, *, enrolment: str, key_sha256: bytes, valid_until: float) -> Device:
+        """Notes that the holder of a key used the invitation for `name`.
+
+        It becomes the device of that name, in the place of an earlier one, revoked or not.
+        """
+        with self._transaction() as session:
+            invitation = session.get_one(Invitation, name)
+            invitation.key_sha256, invitation.enrolment = key_sha256, enrolment
+            device = _named(session, name)
+            device.enrolment = enrolment
+            device.enrolled_at = time.time()
+            device.valid_until = valid_until
+            device.revoked_at = None
+            return device
+
+    def extend(self, enrolment: str, valid_until: float) -> None:
+        """Notes that the device of that enrolment has a certificate until then."""
+        with self._transaction() as session:
+            enrolled = select(Device).where(Device.enrolment == enrolment)
+            session.scalars(enrolled).one().valid_until = valid_until
+
+    def disinvite(self, name: str) -> bool:
+        """Forgets the invitation for `name`. Returns whether there was one."""
+        with self._transaction() as session:
+            invitation = session.get(Invitation, name)
+            if invitation is not None:
+                session.delete(invitation)
+            return invitation is not None
+
+    def revoke(self, name: str) -> Device | None:
+        """Accepts no certificate of the device of that name any more.
 
         Returns:
-            The device's id; None if another device has the name.
+            The device; None if there is none that is not revoked already.
         """
-        key_sha256 = hashlib.sha256(key).digest()
         with self._transaction() as session:
-            known = session.scalar(select(Device).where(Device.name == name))
-            if known is None:
-                known = Device(id=device, name=name, key_sha256=key_sha256, enrolled_at=time.time())
-                session.add(known)
-            elif known.key_sha256 != key_sha256:
-                return None
-            known.token_sha256 = hashlib.sha256(token).digest()
-            return known.id
+            chosen = select(Device).where(Device.name == name, Device.revoked_at.is_(None))
+            device = session.scalar(chosen)
+            if device is not None:
+                device.enrolment = None
+                device.revoked_at = time.time()
+            return device
 
-    def device(self, device: str) -> Device | None:
+    def enrolled(self, enrolment: str) -> Device | None:
+        """The device whose certificates carry `enrolment` now."""
         with self._transaction() as session:
-            return session.get(Device, device)
+            return session.scalar(select(Device).where(Device.enrolment == enrolment))
+
+    def named(self, name: str) -> Device:
+        """The device of that name, made if there is none: for those who need not enrol."""
+        with self._transaction() as session:
+            return _named(session, name)
+
+    def devices(self) -> list[Device]:
+        """All devices, revoked ones too, by name."""
+        with self._transaction() as session:
+            return list(session.scalars(select(Device).order_by(Device.name)))
+
+    def revoked(self) -> set[str]:
+        """Ids of the devices that are revoked."""
+        with self._transaction() as session:
+            return set(session.scalars(select(Device.id).where(Device.revoked_at.is_not(None))))
 
     def names(self, devices: Iterable[str]) -> dict[str, str]:
         """Name -> id of those of `devices` that are known."""
@@ -393,6 +466,15 @@ class State:
                 f"cannot use {self.directory / DATABASE}: {error.orig}; free some space or check "
                 "the file, then start again: what was acknowledged before is intact"
             ) from error
+
+
+def _named(session: Session, name: str) -> Device:
+    device = session.scalar(select(Device).where(Device.name == name))
+    if device is None:
+        now = time.time()
+        device = Device(id=secrets.token_hex(16), name=name, enrolled_at=now, valid_until=now)
+        session.add(device)
+    return device
 
 
 def _updates_of(number: int) -> str:

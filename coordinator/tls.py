@@ -1,33 +1,60 @@
 """A certificate authority of the coordinator's own, so that TLS needs no preparation.
 
-The authority is made on first start and kept: devices trust its `ca.pem`. The server's certificate
-is issued anew at every start and its key never touches the disk, so another host name or a lapsed
-certificate needs no repair.
+The authority is made on first start and kept: devices get its certificate with their invitation.
+The server's certificate is issued anew at every start and its key never touches the disk, so
+another host name or a lapsed certificate needs no repair. Devices make their keys themselves.
+
+A certificate says for what it is good: a server's is none for a client, and a client's names a role
+that only this module writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import ipaddress
+import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from edge_runtime.errors import TrustError
 from edge_runtime.files import storage_errors, write_atomic
+from edge_runtime.identity import Identity, new_key, public_key_of, read_identity, write_identity
 
 CA_FILE = "ca.pem"
 CA_KEY_FILE = "ca-key.pem"
+ADMIN_FILE = "admin.json"
 ALWAYS_NAMED = ("localhost", "127.0.0.1", "::1")
 VALID_FOR = datetime.timedelta(days=3650)
 # Devices' clocks may be behind the coordinator's.
 CLOCK_SKEW = datetime.timedelta(days=1)
+
+
+class Role(StrEnum):
+    DEVICE = "device"
+    ADMINISTRATOR = "administrator"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whom a client's certificate stands for."""
+
+    name: str
+    role: str
+    """A Role."""
+    id: str
+    """Of the enrolment that it comes from, or of the administrator."""
+    valid_until: float
+    """Seconds since the epoch."""
 
 
 @dataclass(frozen=True)
@@ -39,46 +66,176 @@ class Credentials:
 
 
 @dataclass(frozen=True)
-class _Authority:
-    key: ec.EllipticCurvePrivateKey
-    certificate: x509.Certificate
+class Issued:
+    """A client's new certificate."""
+
+    pem: str
+    valid_until: float
+    """Seconds since the epoch."""
 
 
-def server_credentials(directory: Path, names: Iterable[str]) -> Credentials:
-    """A fresh server certificate for `names` (host names or IP addresses) and ALWAYS_NAMED.
+class RefusedRequestError(Exception):
+    """A signing request is not signed; the message is one line that says why."""
 
-    It is signed by the authority in `directory`, which is made if there is none.
+
+class Authority:
+    """The key that signs, and its certificate."""
+
+    def __init__(
+        self,
+        key: ec.EllipticCurvePrivateKey,
+        certificate: x509.Certificate,
+        device_lifetime: datetime.timedelta,
+    ) -> None:
+        self._key = key
+        self._certificate = certificate
+        self._device_lifetime = device_lifetime
+        self.pem = certificate.public_bytes(serialization.Encoding.PEM)
+        """The certificate; `der` likewise."""
+        self.der = certificate.public_bytes(serialization.Encoding.DER)
+
+    @classmethod
+    def open(cls, directory: Path, device_lifetime: datetime.timedelta) -> Authority:
+        """The authority in `directory`, which is made if there is none.
+
+        Args:
+            device_lifetime: of the certificates that it issues to devices.
+
+        Raises:
+            StorageError: it cannot be written.
+            TrustError: its files are damaged.
+        """
+        exists = (directory / CA_FILE).exists()
+        key, certificate = _load(directory) if exists else _create(directory)
+        return cls(key, certificate, device_lifetime)
+
+    def server_credentials(self, names: Iterable[str]) -> Credentials:
+        """A fresh server certificate for `names` (host names or IP addresses) and ALWAYS_NAMED."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        alternatives = [_general_name(name) for name in dict.fromkeys([*ALWAYS_NAMED, *names])]
+        certificate = self._sign(
+            _builder(_name("comigs coordinator"), key.public_key(), VALID_FOR).add_extension(
+                x509.SubjectAlternativeName(alternatives), critical=False
+            ),
+            ExtendedKeyUsageOID.SERVER_AUTH,
+        )
+        return Credentials(
+            private_key=_key_pem(key),
+            certificate_chain=certificate.public_bytes(serialization.Encoding.PEM) + self.pem,
+        )
+
+    def issue_to_device(self, key: ec.EllipticCurvePublicKey, name: str, enrolment: str) -> Issued:
+        """A certificate for the device of this name, as long as this is its enrolment."""
+        return self._issue(key, name, Role.DEVICE, enrolment, self._device_lifetime)
+
+    def issue_to_administrator(self, key: ec.EllipticCurvePublicKey) -> Issued:
+        """A certificate for a new administrator."""
+        name = "administrator"
+        return self._issue(key, name, Role.ADMINISTRATOR, secrets.token_hex(16), VALID_FOR)
+
+    def _issue(
+        self,
+        key: ec.EllipticCurvePublicKey,
+        name: str,
+        role: Role,
+        identifier: str,
+        lifetime: datetime.timedelta,
+    ) -> Issued:
+        attributes = {
+            NameOID.ORGANIZATIONAL_UNIT_NAME: role.value,
+            NameOID.SERIAL_NUMBER: identifier,
+        }
+        certificate = self._sign(
+            _builder(_name(name, attributes), key, lifetime), ExtendedKeyUsageOID.CLIENT_AUTH
+        )
+        return Issued(
+            pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
+            valid_until=certificate.not_valid_after_utc.timestamp(),
+        )
+
+    def _sign(self, builder: x509.CertificateBuilder, usage: ObjectIdentifier) -> x509.Certificate:
+        return (
+            builder.issuer_name(self._certificate.subject)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
+                critical=False,
+            )
+            .sign(self._key, hashes.SHA256())
+        )
+
+
+def administrator(authority: Authority, directory: Path, address: str) -> Identity:
+    """The one administrator: ADMIN_FILE in `directory`, made if there is none of this authority.
+
+    Whoever holds a copy of the file is the administrator, until it is deleted here.
+
+    Args:
+        address: HOST:PORT by which the coordinator is reached; kept in the file.
 
     Raises:
-        StorageError: the authority cannot be written.
-        TrustError: the authority's files are damaged.
+        StorageError: the file cannot be written.
+        TrustError: it is damaged.
     """
-    authority = _load(directory) if (directory / CA_FILE).exists() else _create(directory)
-    key = ec.generate_private_key(ec.SECP256R1())
-    alternatives = [_general_name(name) for name in dict.fromkeys([*ALWAYS_NAMED, *names])]
-    certificate = (
-        _builder("comigs coordinator", key.public_key(), authority.certificate.subject)
-        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()),
-            critical=False,
-        )
-        .sign(authority.key, hashes.SHA256())
-    )
-    chain = [certificate, authority.certificate]
-    return Credentials(
-        private_key=_key_pem(key),
-        certificate_chain=b"".join(c.public_bytes(serialization.Encoding.PEM) for c in chain),
+    path = directory / ADMIN_FILE
+    ca = authority.pem.decode()
+    identity = read_identity(path)
+    if identity is None or identity.ca != ca:
+        key = new_key()
+        issued = authority.issue_to_administrator(public_key_of(key))
+        identity = Identity(coordinator="", ca=ca, certificate=issued.pem, key=key)
+    if identity.coordinator != address:
+        identity = replace(identity, coordinator=address)
+        write_identity(path, identity)
+    return identity
+
+
+@functools.lru_cache(maxsize=4096)
+def subject_of(pem: bytes) -> Subject:
+    """What this authority wrote into a client's certificate."""
+    certificate = x509.load_pem_x509_certificate(pem)
+
+    def attribute(oid: ObjectIdentifier) -> str:
+        return "".join(str(a.value) for a in certificate.subject.get_attributes_for_oid(oid))
+
+    return Subject(
+        name=attribute(NameOID.COMMON_NAME),
+        role=attribute(NameOID.ORGANIZATIONAL_UNIT_NAME),
+        id=attribute(NameOID.SERIAL_NUMBER),
+        valid_until=certificate.not_valid_after_utc.timestamp(),
     )
 
 
-def _create(directory: Path) -> _Authority:
+def requested_key(pkcs10: bytes, name: str) -> ec.EllipticCurvePublicKey:
+    """The key of a signing request that is for `name` and proves that its sender has the key.
+
+    Raises:
+        RefusedRequestError: it is not, or does not.
+    """
+    try:
+        request = x509.load_der_x509_csr(pkcs10)
+        key = request.public_key()
+        signed = request.is_signature_valid
+        names = [a.value for a in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise RefusedRequestError("this is no certificate signing request") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise RefusedRequestError("the key is not an EC key on P-256")
+    if not signed:
+        raise RefusedRequestError("the request is not signed with its own key")
+    if names != [name]:
+        raise RefusedRequestError(f"the request is for {names}, but only {name} can be certified")
+    return key
+
+
+def _create(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     key = ec.generate_private_key(ec.SECP256R1())
-    name = _common_name("comigs coordinator CA")
+    # Short, since it travels in every invitation.
+    name = _name("comigs CA")
     certificate = (
-        _builder("comigs coordinator CA", key.public_key(), name)
+        _builder(name, key.public_key(), VALID_FOR)
+        .issuer_name(name)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(
             x509.KeyUsage(
@@ -102,10 +259,14 @@ def _create(directory: Path) -> _Authority:
     write_atomic(directory / CA_FILE, certificate.public_bytes(serialization.Encoding.PEM))
     with storage_errors(directory / CA_FILE):
         (directory / CA_FILE).chmod(0o644)
-    return _Authority(key, certificate)
+    return key, certificate
 
 
-def _load(directory: Path) -> _Authority:
+def _load(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    mend = (
+        "restore both from a copy, or delete both: devices then need new invitations, and "
+        f"{ADMIN_FILE} is made anew"
+    )
     try:
         certificate = x509.load_pem_x509_certificate((directory / CA_FILE).read_bytes())
         key = serialization.load_pem_private_key(
@@ -113,36 +274,33 @@ def _load(directory: Path) -> _Authority:
         )
     except (OSError, ValueError) as error:
         raise TrustError(
-            f"the certificate authority in {directory} is damaged ({error}); restore {CA_FILE} "
-            f"and {CA_KEY_FILE} from a copy, or delete both and give devices the new {CA_FILE}"
+            f"the certificate authority in {directory}, {CA_FILE} and {CA_KEY_FILE}, is damaged "
+            f"({error}); {mend}"
         ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or (
         key.public_key() != certificate.public_key()
     ):
-        raise TrustError(
-            f"{CA_KEY_FILE} in {directory} is not the key of {CA_FILE}; restore both from a copy, "
-            f"or delete both and give devices the new {CA_FILE}"
-        )
-    return _Authority(key, certificate)
+        raise TrustError(f"{CA_KEY_FILE} in {directory} is not the key of {CA_FILE}; {mend}")
+    return key, certificate
 
 
 def _builder(
-    name: str, key: ec.EllipticCurvePublicKey, issuer: x509.Name
+    subject: x509.Name, key: ec.EllipticCurvePublicKey, lifetime: datetime.timedelta
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
-        .subject_name(_common_name(name))
-        .issuer_name(issuer)
+        .subject_name(subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCK_SKEW)
-        .not_valid_after(now + VALID_FOR)
+        .not_valid_before(now - min(CLOCK_SKEW, lifetime / 10))
+        .not_valid_after(now + lifetime)
     )
 
 
-def _common_name(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+def _name(common: str, attributes: dict[ObjectIdentifier, str] | None = None) -> x509.Name:
+    named = {NameOID.COMMON_NAME: common, **(attributes or {})}
+    return x509.Name([x509.NameAttribute(oid, value) for oid, value in named.items()])
 
 
 def _general_name(name: str) -> x509.GeneralName:

@@ -19,7 +19,7 @@ from edge_runtime.errors import ComigsError, MissingPartError
 # The commands of each entry point, and the extra that brings the packages that they need.
 COMMANDS = {
     "device": ("device", "predict", "plan", "doctor"),
-    "coordinator": ("serve", "rounds"),
+    "coordinator": ("serve", "rounds", "invite", "revoke", "devices"),
     "export": ("export",),
     "benchmarks": ("demo",),
 }
@@ -99,9 +99,13 @@ def _run() -> None:
 
 
 def main() -> None:
-    # gRPC logs handshakes and the like from C; what matters of it is in our own messages. It reads
-    # this when it is imported.
+    # gRPC reads both when it is imported. It logs handshakes and the like from C; what matters of
+    # it is in our own messages.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # TLS 1.3 only. gRPC for Python has no setting for that, but this names the cipher suites of
+    # TLS 1.2, and those of 1.3 are not subject to it: one that needs an RSA certificate never fits
+    # ours, which are ECDSA, so that no handshake of TLS 1.2 succeeds.
+    os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")
     try:
         _run()
     except ComigsError as error:

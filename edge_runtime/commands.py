@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,15 +15,21 @@ from rich.markup import escape
 from rich.text import Text
 
 from edge_runtime import adapters, planner, training_config
-from edge_runtime.bundle import open_bundle
+from edge_runtime.bundle import contract_sha256, open_bundle
 from edge_runtime.cli import Format, FormatOption, emit, messages
+from edge_runtime.client import Client
+from edge_runtime.connection import Patience, Traffic, Unproven
 from edge_runtime.data import load_tokenizer, read_splits, tokenize
 from edge_runtime.device import Device
 from edge_runtime.engines import ENGINES, load_engine
+from edge_runtime.enrolment import identity_from
 from edge_runtime.errors import AdapterError, DataError
+from edge_runtime.identity import Identity
+from edge_runtime.invitation import decode
 from edge_runtime.predict import Predictor, Suggestion
 from edge_runtime.store import DeviceConfig, Home
 from edge_runtime.training import Evaluator
+from protos import coordinator_pb2 as pb
 
 HomeOption = Annotated[Path, typer.Option(help="The device's home directory.")]
 
@@ -54,17 +62,28 @@ def run(
     data: Annotated[
         Path, typer.Option(help="train.txt, valid.txt and test.txt, or any text files.")
     ],
-    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of the coordinator.")] = None,
+    invitation: Annotated[
+        str | None,
+        typer.Option(help="What `comigs invite` printed; needed the first time, remembered after."),
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the coordinator if it moved; remembered.")
+    ] = None,
     alone: Annotated[bool, typer.Option(help="Train without a coordinator.")] = False,
     bundle: Annotated[
         Path | None, typer.Option(help="Bundle; needed the first time, remembered after.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name at the coordinator.")] = None,
-    seed: Annotated[int, typer.Option(help="Order of the text; set the first time.")] = 0,
-    ca: Annotated[
-        Path | None, typer.Option(help="ca.pem of the coordinator's certificate authority.")
+    name: Annotated[
+        str | None, typer.Option(help="The device's name; an invitation brings its own.")
     ] = None,
-    insecure: Annotated[bool, typer.Option(help="Connect without TLS.")] = False,
+    seed: Annotated[int, typer.Option(help="Order of the text; set the first time.")] = 0,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            help="Development: with --coordinator, no TLS and no proof of who is who.",
+        ),
+    ] = False,
     engine: EngineOption = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 512MiB.")] = None,
     compute: Annotated[
@@ -81,16 +100,25 @@ def run(
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Train on this device's text, with a coordinator or alone. Safe to kill and run again."""
-    if alone == (coordinator is not None):
-        raise typer.BadParameter("give either --coordinator HOST:PORT or --alone")
-    if coordinator and not insecure and ca is None:
-        raise typer.BadParameter("give --ca (the coordinator prints its path) or --insecure")
+    at = Home(home)
+    invited = decode(invitation) if invitation else None
+    if alone and (invited or coordinator or insecure):
+        raise typer.BadParameter("--alone has no coordinator, so no option of one")
+    if insecure and (invited or not coordinator):
+        raise typer.BadParameter("--insecure needs --coordinator HOST:PORT and no --invitation")
+    if invited and name not in (None, invited.name):
+        raise typer.BadParameter(f"the invitation is for {invited.name}, not for {name}")
+    if not (alone or insecure or invited or at.identity()):
+        raise typer.BadParameter(
+            "this device has not enrolled: give --invitation (from `comigs invite`) or --alone"
+        )
     config = _training_config(training, rounds)
     batch = config.batch_sequences
     report = _reporter(output)
-    at = Home(home)
     with at.locked():
         device_config = _device_config(at, name=name, seed=seed, bundle=bundle, engine=engine)
+        if invited:
+            device_config.name = invited.name
         opened = open_bundle(Path(device_config.bundle))
         limit = planner.parse_size(memory) if memory else None
         chosen = planner.choose(opened, engine or device_config.engine, batch, limit)
@@ -118,30 +146,63 @@ def run(
         if alone:
             device.train_alone(config)
         else:
-            _with_coordinator(device, str(coordinator), ca, insecure, retry)
+            _with_coordinator(
+                device, invited=invited, coordinator=coordinator, insecure=insecure, retry=retry
+            )
     report({"event": "summary", **device.summary()})
 
 
 def _with_coordinator(
-    device: Device, address: str, ca: Path | None, insecure: bool, retry: float
+    device: Device,
+    *,
+    invited: pb.Invitation | None,
+    coordinator: str | None,
+    insecure: bool,
+    retry: float,
 ) -> None:
-    from edge_runtime.client import Client
+    traffic = Traffic()
 
     def wait(message: str) -> None:
         device.report({"event": "waiting", "message": message})
 
-    client = Client(address, ca=ca, insecure=insecure, retry_seconds=retry, on_wait=wait)
+    patience = Patience(retry, wait)
     try:
-        device.take_part(client)
+        who: Identity | Unproven
+        if insecure:
+            who = Unproven(str(coordinator), device.config.name)
+        else:
+            who = _identity(device, invited, coordinator, patience, traffic)
+        client = Client(who, patience=patience, traffic=traffic)
+        with contextlib.closing(client):
+            device.take_part(client)
     finally:
         device.report(
-            {
-                "event": "network",
-                "bytes_sent": client.bytes_sent,
-                "bytes_received": client.bytes_received,
-            }
+            {"event": "network", "bytes_sent": traffic.sent, "bytes_received": traffic.received}
         )
-        client.close()
+
+
+def _identity(
+    device: Device,
+    invited: pb.Invitation | None,
+    coordinator: str | None,
+    patience: Patience,
+    traffic: Traffic,
+) -> Identity:
+    """What proves this device, from its invitation or its home; remembers a new address."""
+    identity = device.home.identity()
+    if invited is not None:
+        identity = identity_from(
+            invited,
+            home=device.home,
+            contract=contract_sha256(device.bundle.manifest),
+            patience=patience,
+            traffic=traffic,
+        )
+    assert identity is not None, "`run` asks for an invitation otherwise"
+    if coordinator is not None and coordinator != identity.coordinator:
+        identity = replace(identity, coordinator=coordinator)
+        device.home.save_identity(identity)
+    return identity
 
 
 def _training_config(path: Path | None, rounds: int) -> Any:
@@ -352,16 +413,21 @@ def plan(
 
 
 def doctor(
-    home: Annotated[Path, typer.Option(help="Directory whose disk is looked at.")] = Path(),
-    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT for a round trip.")] = None,
-    ca: Annotated[Path | None, typer.Option(help="ca.pem of the coordinator.")] = None,
-    insecure: Annotated[bool, typer.Option(help="Round trip without TLS.")] = False,
+    home: Annotated[
+        Path, typer.Option(help="Whose disk is looked at, and whose coordinator is called.")
+    ] = Path(),
+    invitation: Annotated[
+        str | None, typer.Option(help="Call the coordinator of this invitation; does not use it.")
+    ] = None,
+    insecure: Annotated[
+        str | None, typer.Option(help="Call the coordinator at HOST:PORT without TLS.")
+    ] = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Check this installation and name the command that mends what is wrong."""
     from edge_runtime.doctor import examine
 
-    findings = examine(home, coordinator, ca, insecure)
+    findings = examine(home, decode(invitation) if invitation else None, insecure)
     if output is Format.JSON:
         emit({"checks": [vars(f) for f in findings], "ok": all(f.ok for f in findings)})
     else:

@@ -7,7 +7,6 @@ fix the next batch. A device that starts again repeats the few steps since then 
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime import planner, wire
-from edge_runtime.bundle import Bundle, contract_sha256
-from edge_runtime.client import Client, Identity
+from edge_runtime.bundle import Bundle
+from edge_runtime.client import Client
 from edge_runtime.data import Batches, Tokens, load_tokenizer, read_splits, tokenize
 from edge_runtime.engines import Engine
 from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
+from edge_runtime.identity import Identity
 from edge_runtime.measure import peak_bytes
 from edge_runtime.planner import Plan
 from edge_runtime.store import DeviceConfig, Home, Progress
@@ -70,14 +70,14 @@ class Device:
         self.state, self.progress = self.home.load_state(self.bundle)
 
     def take_part(self, client: Client) -> None:
-        """Enrols if needed and takes part until the coordinator says that all rounds are over.
+        """Takes part until the coordinator says that all rounds are over.
 
         Raises:
             UnreachableError, TrustError, RefusedError: see `Client`.
             StorageError: the home cannot be written; what was saved is intact.
         """
-        self._enrol(client)
         while True:
+            self._renew(client)
             reply = client.check_in(CHECK_IN_SECONDS)
             answered = self.progress.uploaded and reply.round == self.progress.round
             if reply.action == pb.CheckInReply.TRAIN and not answered:
@@ -99,18 +99,13 @@ class Device:
 
     # --- a round ---------------------------------------------------------------------------
 
-    def _enrol(self, client: Client) -> None:
-        stored = self.home.identity()
-        if stored is None:
-            # Saved first: after a crash the same key brings the same identity, not "name taken".
-            stored = {"key": secrets.token_hex(32)}
-            self.home.save_identity(stored)
-        if "token" in stored:
-            client.identity = Identity(stored["device_id"], stored["token"])
-            return
-        contract = contract_sha256(self.bundle.manifest)
-        identity = client.enroll(self.config.name, contract, bytes.fromhex(stored["key"]))
-        self.home.save_identity(stored | vars(identity))
+    def _renew(self, client: Client) -> None:
+        """Replaces a certificate of which little time is left."""
+        if isinstance(client.who, Identity) and client.who.needs_renewal():
+            renewed = client.renew(client.who)
+            self.home.save_identity(renewed)
+            client.use(renewed)
+            self.report({"event": "renewed", "valid_until": renewed.valid_until.isoformat()})
 
     def _round(self, client: Client, reply: pb.CheckInReply) -> None:
         if reply.round != self.progress.round:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from edge_runtime.errors import ComigsError
+from protos import coordinator_pb2 as pb
 
 # What works together: executorch's wheel is built for one torch.
 PAIRS = {"executorch": ("1.4.1", "torch", "2.13.0")}
@@ -29,12 +30,16 @@ class Finding:
     mend: str = ""
 
 
-def examine(home: Path, coordinator: str | None, ca: Path | None, insecure: bool) -> list[Finding]:
-    """All checks; the network only if a coordinator is named."""
+def examine(
+    home: Path, invitation: pb.Invitation | None = None, insecure: str | None = None
+) -> list[Finding]:
+    """All checks; the network only where there is a coordinator to call.
+
+    That is the one of `invitation`, the one at `insecure` (HOST:PORT), or the one of `home`.
+    """
     findings = [_python(), _onnxruntime(), _executorch(), _threads(), _memory(), _disk(home)]
-    if coordinator is not None:
-        findings.append(_round_trip(coordinator, ca, insecure))
-    return findings
+    trip = _round_trip(home, invitation, insecure)
+    return [*findings, trip] if trip else findings
 
 
 def _installed(package: str) -> str | None:
@@ -98,13 +103,24 @@ def _disk(home: Path) -> Finding:
     )
 
 
-def _round_trip(address: str, ca: Path | None, insecure: bool) -> Finding:
-    from edge_runtime.client import Client
+def _round_trip(
+    home: Path, invitation: pb.Invitation | None, insecure: str | None
+) -> Finding | None:
+    from edge_runtime.client import connect_to_enrol
+    from edge_runtime.connection import Patience, Unproven, connect
+    from edge_runtime.store import Home
 
+    patience = Patience(3, on_wait=lambda _: None)
     try:
-        client = Client(address, ca=ca, insecure=insecure, retry_seconds=3, on_wait=lambda _: None)
-        milliseconds = 1000 * client.ping()
-        client.close()
+        if invitation:
+            connection = connect_to_enrol(invitation, patience)
+        else:
+            who = Unproven(insecure, "") if insecure else Home(home).identity()
+            if who is None:
+                return None
+            connection = connect(who, patience)
+        with connection:
+            milliseconds = 1000 * connection.ping()
     except ComigsError as error:
-        return Finding("coordinator", False, str(error), f"comigs serve --listen {address} ...")
-    return Finding("coordinator", True, f"{address} answers in {milliseconds:.0f} ms")
+        return Finding("coordinator", False, str(error))
+    return Finding("coordinator", True, f"{connection.address} answers in {milliseconds:.0f} ms")

@@ -12,7 +12,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | 12 | DataError | training text missing, unreadable or too short |
 | 13 | BudgetError | no plan fits the memory or compute budget |
 | 14 | UnreachableError | the coordinator could not be reached |
-| 15 | TrustError | the other side's certificate is not trusted, or the identity was refused |
+| 15 | TrustError | a certificate, or an invitation, is not accepted by the other side |
 | 16 | AddressError | the port cannot be listened on |
 | 17 | StorageError | the disk is full or cannot be written |
 | 18 | BaseModelError | the base model is not available or not supported |

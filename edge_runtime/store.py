@@ -2,7 +2,8 @@
 
     HOME/device.json          who this device is: name, seed, bundle, engine
     HOME/state.safetensors    adapters, optimizer moments and counters, in one file
-    HOME/identity.json        its identity at the coordinator (readable by the owner only)
+    HOME/identity.json        key and certificate for its coordinator (readable by the owner only)
+    HOME/enrolment.json       the key of an enrolment that has not ended yet (likewise)
     HOME/lock                 held by the process that trains
 
 Every file is replaced as a whole, so a reader sees the old one or the new one.
@@ -13,10 +14,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +28,12 @@ from edge_runtime.adapters import load_fresh
 from edge_runtime.bundle import Bundle, contract_sha256
 from edge_runtime.errors import AdapterError, StorageError
 from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
+from edge_runtime.identity import Identity, read_identity, write_identity
 from edge_runtime.training import TrainingState, new_state
 
 STATE_VERSION = 1
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,6 +44,16 @@ class DeviceConfig:
     seed: int
     bundle: str
     engine: str
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """An enrolment that has begun: what must be the same when it is tried again."""
+
+    invitation: str
+    """SHA-256 (hex) of the invitation's token."""
+    key: str = field(repr=False)
+    """Private key, PEM: a secret."""
 
 
 @dataclass
@@ -81,26 +95,29 @@ class Home:
             yield
 
     def config(self) -> DeviceConfig | None:
-        value = self._json("device.json")
-        if value is None:
-            return None
-        try:
-            return DeviceConfig(**value)
-        except TypeError as error:
-            raise AdapterError(
-                f"{self.path / 'device.json'} is damaged: {error}; restore it from a copy"
-            ) from error
+        return self._json("device.json", DeviceConfig)
 
     def save_config(self, config: DeviceConfig) -> None:
         self._save_json("device.json", asdict(config))
 
-    def identity(self) -> dict[str, str] | None:
-        """The enrolment's `key`, and once enrolled `device_id` and `token`. Secrets."""
-        stored: dict[str, str] | None = self._json("identity.json")
-        return stored
+    def identity(self) -> Identity | None:
+        """What proves this device to its coordinator; None before it enrolled.
 
-    def save_identity(self, identity: dict[str, str]) -> None:
-        self._save_json("identity.json", identity)
+        Raises:
+            TrustError: the file is damaged.
+        """
+        return read_identity(self.path / "identity.json")
+
+    def save_identity(self, identity: Identity) -> None:
+        write_identity(self.path / "identity.json", identity)
+        (self.path / "enrolment.json").unlink(missing_ok=True)
+
+    def enrolment(self) -> Enrolment | None:
+        """The enrolment that was begun and has not ended."""
+        return self._json("enrolment.json", Enrolment)
+
+    def save_enrolment(self, enrolment: Enrolment) -> None:
+        self._save_json("enrolment.json", asdict(enrolment))
 
     def state_modified(self) -> int:
         """Changes whenever a state is saved: modification time in ns, 0 before the first."""
@@ -148,13 +165,13 @@ class Home:
                 "from fresh adapters"
             ) from error
 
-    def _json(self, name: str) -> Any:
+    def _json(self, name: str, kind: Callable[..., T]) -> T | None:
         path = self.path / name
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return kind(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
             raise AdapterError(f"{path} is damaged: {error}; restore it from a copy") from error
 
     def _save_json(self, name: str, value: dict[str, Any]) -> None:

@@ -24,35 +24,57 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/coordinator.proto\x12\tcomigs.v1\"C\n\rEnrollRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0f\x63ontract_sha256\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\x0c\"/\n\x0b\x45nrollReply\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\"<\n\x0e\x43heckInRequest\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x02\x12\x14\n\x0cstored_round\x18\x02 \x01(\r\"\xea\x01\n\x0c\x43heckInReply\x12.\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1e.comigs.v1.CheckInReply.Action\x12\r\n\x05round\x18\x02 \x01(\r\x12\x15\n\rretry_seconds\x18\x03 \x01(\x02\x12+\n\x08training\x18\x04 \x01(\x0b\x32\x19.comigs.v1.TrainingConfig\x12\x14\n\x0cseconds_left\x18\x05 \x01(\x02\"A\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x08\n\x04WAIT\x10\x01\x12\t\n\x05TRAIN\x10\x02\x12\n\n\x06\x46INISH\x10\x03\"\xf4\x01\n\x0eTrainingConfig\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\x13\n\x0blocal_steps\x18\x02 \x01(\r\x12\x17\n\x0f\x62\x61tch_sequences\x18\x03 \x01(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x02\x12\x18\n\x10\x66inal_rate_share\x18\x05 \x01(\x02\x12\x1c\n\x14router_learning_rate\x18\x06 \x01(\x02\x12\x14\n\x0cweight_decay\x18\x07 \x01(\x02\x12\r\n\x05\x62\x65ta1\x18\x08 \x01(\x02\x12\r\n\x05\x62\x65ta2\x18\t \x01(\x02\x12\x0b\n\x03tau\x18\n \x01(\r\x12\x14\n\x0crouter_steps\x18\x0b \x01(\r\" \n\x0f\x44ownloadRequest\x12\r\n\x05round\x18\x01 \x01(\r\":\n\x05\x43hunk\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"R\n\x0cUploadHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\"O\n\nUploadPart\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.comigs.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"/\n\x0bUploadReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t2\xff\x01\n\x0b\x43oordinator\x12:\n\x06\x45nroll\x12\x18.comigs.v1.EnrollRequest\x1a\x16.comigs.v1.EnrollReply\x12=\n\x07\x43heckIn\x12\x19.comigs.v1.CheckInRequest\x1a\x17.comigs.v1.CheckInReply\x12:\n\x08\x44ownload\x12\x1a.comigs.v1.DownloadRequest\x1a\x10.comigs.v1.Chunk0\x01\x12\x39\n\x06Upload\x12\x15.comigs.v1.UploadPart\x1a\x16.comigs.v1.UploadReply(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/coordinator.proto\x12\tcomigs.v1\"p\n\nInvitation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\r\x12\x16\n\x0e\x65nrolment_port\x18\x05 \x01(\r\x12\x11\n\tauthority\x18\x06 \x01(\x0c\"c\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.comigs.v1.SigningRequest\x12\x17\n\x0f\x63ontract_sha256\x18\x03 \x01(\t\" \n\x0eSigningRequest\x12\x0e\n\x06pkcs10\x18\x01 \x01(\x0c\"\x1a\n\x0b\x43\x65rtificate\x12\x0b\n\x03pem\x18\x01 \x01(\t\"4\n\rInviteRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rvalid_seconds\x18\x02 \x01(\x01\"5\n\x0bInviteReply\x12\x12\n\ninvitation\x18\x01 \x01(\t\x12\x12\n\nexpires_at\x18\x02 \x01(\x01\"\x1d\n\rRevokeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\r\n\x0bRevokeReply\"\x14\n\x12ListDevicesRequest\";\n\x10ListDevicesReply\x12\'\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x16.comigs.v1.DeviceEntry\"x\n\x0b\x44\x65viceEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x13\n\x0b\x65nrolled_at\x18\x03 \x01(\x01\x12\x13\n\x0bvalid_until\x18\x04 \x01(\x01\x12\x11\n\tlast_seen\x18\x05 \x01(\x01\x12\x12\n\nrevoked_at\x18\x06 \x01(\x01\"<\n\x0e\x43heckInRequest\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x02\x12\x14\n\x0cstored_round\x18\x02 \x01(\r\"\xea\x01\n\x0c\x43heckInReply\x12.\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1e.comigs.v1.CheckInReply.Action\x12\r\n\x05round\x18\x02 \x01(\r\x12\x15\n\rretry_seconds\x18\x03 \x01(\x02\x12+\n\x08training\x18\x04 \x01(\x0b\x32\x19.comigs.v1.TrainingConfig\x12\x14\n\x0cseconds_left\x18\x05 \x01(\x02\"A\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x08\n\x04WAIT\x10\x01\x12\t\n\x05TRAIN\x10\x02\x12\n\n\x06\x46INISH\x10\x03\"\xf4\x01\n\x0eTrainingConfig\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\x13\n\x0blocal_steps\x18\x02 \x01(\r\x12\x17\n\x0f\x62\x61tch_sequences\x18\x03 \x01(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x02\x12\x18\n\x10\x66inal_rate_share\x18\x05 \x01(\x02\x12\x1c\n\x14router_learning_rate\x18\x06 \x01(\x02\x12\x14\n\x0cweight_decay\x18\x07 \x01(\x02\x12\r\n\x05\x62\x65ta1\x18\x08 \x01(\x02\x12\r\n\x05\x62\x65ta2\x18\t \x01(\x02\x12\x0b\n\x03tau\x18\n \x01(\r\x12\x14\n\x0crouter_steps\x18\x0b \x01(\r\" \n\x0f\x44ownloadRequest\x12\r\n\x05round\x18\x01 \x01(\r\":\n\x05\x43hunk\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"R\n\x0cUploadHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\"O\n\nUploadPart\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.comigs.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"/\n\x0bUploadReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t2G\n\tEnrolment\x12:\n\x06\x45nroll\x12\x18.comigs.v1.EnrollRequest\x1a\x16.comigs.v1.Certificate2\xff\x01\n\x0b\x43oordinator\x12=\n\x07\x43heckIn\x12\x19.comigs.v1.CheckInRequest\x1a\x17.comigs.v1.CheckInReply\x12:\n\x08\x44ownload\x12\x1a.comigs.v1.DownloadRequest\x1a\x10.comigs.v1.Chunk0\x01\x12\x39\n\x06Upload\x12\x15.comigs.v1.UploadPart\x1a\x16.comigs.v1.UploadReply(\x01\x12:\n\x05Renew\x12\x19.comigs.v1.SigningRequest\x1a\x16.comigs.v1.Certificate2\xca\x01\n\x05\x41\x64min\x12:\n\x06Invite\x12\x18.comigs.v1.InviteRequest\x1a\x16.comigs.v1.InviteReply\x12:\n\x06Revoke\x12\x18.comigs.v1.RevokeRequest\x1a\x16.comigs.v1.RevokeReply\x12I\n\x0bListDevices\x12\x1d.comigs.v1.ListDevicesRequest\x1a\x1b.comigs.v1.ListDevicesReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENROLLREQUEST']._serialized_start=39
-  _globals['_ENROLLREQUEST']._serialized_end=106
-  _globals['_ENROLLREPLY']._serialized_start=108
-  _globals['_ENROLLREPLY']._serialized_end=155
-  _globals['_CHECKINREQUEST']._serialized_start=157
-  _globals['_CHECKINREQUEST']._serialized_end=217
-  _globals['_CHECKINREPLY']._serialized_start=220
-  _globals['_CHECKINREPLY']._serialized_end=454
-  _globals['_CHECKINREPLY_ACTION']._serialized_start=389
-  _globals['_CHECKINREPLY_ACTION']._serialized_end=454
-  _globals['_TRAININGCONFIG']._serialized_start=457
-  _globals['_TRAININGCONFIG']._serialized_end=701
-  _globals['_DOWNLOADREQUEST']._serialized_start=703
-  _globals['_DOWNLOADREQUEST']._serialized_end=735
-  _globals['_CHUNK']._serialized_start=737
-  _globals['_CHUNK']._serialized_end=795
-  _globals['_UPLOADHEADER']._serialized_start=797
-  _globals['_UPLOADHEADER']._serialized_end=879
-  _globals['_UPLOADPART']._serialized_start=881
-  _globals['_UPLOADPART']._serialized_end=960
-  _globals['_UPLOADREPLY']._serialized_start=962
-  _globals['_UPLOADREPLY']._serialized_end=1009
-  _globals['_COORDINATOR']._serialized_start=1012
-  _globals['_COORDINATOR']._serialized_end=1267
+  _globals['_INVITATION']._serialized_start=39
+  _globals['_INVITATION']._serialized_end=151
+  _globals['_ENROLLREQUEST']._serialized_start=153
+  _globals['_ENROLLREQUEST']._serialized_end=252
+  _globals['_SIGNINGREQUEST']._serialized_start=254
+  _globals['_SIGNINGREQUEST']._serialized_end=286
+  _globals['_CERTIFICATE']._serialized_start=288
+  _globals['_CERTIFICATE']._serialized_end=314
+  _globals['_INVITEREQUEST']._serialized_start=316
+  _globals['_INVITEREQUEST']._serialized_end=368
+  _globals['_INVITEREPLY']._serialized_start=370
+  _globals['_INVITEREPLY']._serialized_end=423
+  _globals['_REVOKEREQUEST']._serialized_start=425
+  _globals['_REVOKEREQUEST']._serialized_end=454
+  _globals['_REVOKEREPLY']._serialized_start=456
+  _globals['_REVOKEREPLY']._serialized_end=469
+  _globals['_LISTDEVICESREQUEST']._serialized_start=471
+  _globals['_LISTDEVICESREQUEST']._serialized_end=491
+  _globals['_LISTDEVICESREPLY']._serialized_start=493
+  _globals['_LISTDEVICESREPLY']._serialized_end=552
+  _globals['_DEVICEENTRY']._serialized_start=554
+  _globals['_DEVICEENTRY']._serialized_end=674
+  _globals['_CHECKINREQUEST']._serialized_start=676
+  _globals['_CHECKINREQUEST']._serialized_end=736
+  _globals['_CHECKINREPLY']._serialized_start=739
+  _globals['_CHECKINREPLY']._serialized_end=973
+  _globals['_CHECKINREPLY_ACTION']._serialized_start=908
+  _globals['_CHECKINREPLY_ACTION']._serialized_end=973
+  _globals['_TRAININGCONFIG']._serialized_start=976
+  _globals['_TRAININGCONFIG']._serialized_end=1220
+  _globals['_DOWNLOADREQUEST']._serialized_start=1222
+  _globals['_DOWNLOADREQUEST']._serialized_end=1254
+  _globals['_CHUNK']._serialized_start=1256
+  _globals['_CHUNK']._serialized_end=1314
+  _globals['_UPLOADHEADER']._serialized_start=1316
+  _globals['_UPLOADHEADER']._serialized_end=1398
+  _globals['_UPLOADPART']._serialized_start=1400
+  _globals['_UPLOADPART']._serialized_end=1479
+  _globals['_UPLOADREPLY']._serialized_start=1481
+  _globals['_UPLOADREPLY']._serialized_end=1528
+  _globals['_ENROLMENT']._serialized_start=1530
+  _globals['_ENROLMENT']._serialized_end=1601
+  _globals['_COORDINATOR']._serialized_start=1604
+  _globals['_COORDINATOR']._serialized_end=1859
+  _globals['_ADMIN']._serialized_start=1862
+  _globals['_ADMIN']._serialized_end=2064
 # @@protoc_insertion_point(module_scope)

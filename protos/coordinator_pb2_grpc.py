@@ -25,8 +25,9 @@ if _version_not_supported:
     )
 
 
-class CoordinatorStub:
-    """Missing associated documentation comment in .proto file."""
+class EnrolmentStub:
+    """At the enrolment port: TLS without a client certificate.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -35,10 +36,83 @@ class CoordinatorStub:
             channel: A grpc.Channel.
         """
         self.Enroll = channel.unary_unary(
-                '/comigs.v1.Coordinator/Enroll',
+                '/comigs.v1.Enrolment/Enroll',
                 request_serializer=protos_dot_coordinator__pb2.EnrollRequest.SerializeToString,
-                response_deserializer=protos_dot_coordinator__pb2.EnrollReply.FromString,
+                response_deserializer=protos_dot_coordinator__pb2.Certificate.FromString,
                 _registered_method=True)
+
+
+class EnrolmentServicer:
+    """At the enrolment port: TLS without a client certificate.
+    """
+
+    def Enroll(self, request, context):
+        """Gives the holder of an invitation a certificate. FAILED_PRECONDITION if the device's bundle has
+        other shared tensors than the coordinator's, INVALID_ARGUMENT if the request is malformed or
+        asks for another name than the invitation's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_EnrolmentServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Enroll': grpc.unary_unary_rpc_method_handler(
+                    servicer.Enroll,
+                    request_deserializer=protos_dot_coordinator__pb2.EnrollRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.Certificate.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'comigs.v1.Enrolment', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('comigs.v1.Enrolment', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Enrolment:
+    """At the enrolment port: TLS without a client certificate.
+    """
+
+    @staticmethod
+    def Enroll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/comigs.v1.Enrolment/Enroll',
+            protos_dot_coordinator__pb2.EnrollRequest.SerializeToString,
+            protos_dot_coordinator__pb2.Certificate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class CoordinatorStub:
+    """For devices: their certificate is required.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
         self.CheckIn = channel.unary_unary(
                 '/comigs.v1.Coordinator/CheckIn',
                 request_serializer=protos_dot_coordinator__pb2.CheckInRequest.SerializeToString,
@@ -54,18 +128,16 @@ class CoordinatorStub:
                 request_serializer=protos_dot_coordinator__pb2.UploadPart.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.UploadReply.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/comigs.v1.Coordinator/Renew',
+                request_serializer=protos_dot_coordinator__pb2.SigningRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.Certificate.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer:
-    """Missing associated documentation comment in .proto file."""
-
-    def Enroll(self, request, context):
-        """Makes a device known and gives it an identity. ALREADY_EXISTS if another has the name,
-        FAILED_PRECONDITION if its bundle has other shared tensors than the coordinator's.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
+    """For devices: their certificate is required.
+    """
 
     def CheckIn(self, request, context):
         """Asks what to do now. May be held open for up to `wait_seconds` until that changes.
@@ -89,14 +161,16 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """A new certificate for the same device. The present one stays valid until it lapses.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Enroll': grpc.unary_unary_rpc_method_handler(
-                    servicer.Enroll,
-                    request_deserializer=protos_dot_coordinator__pb2.EnrollRequest.FromString,
-                    response_serializer=protos_dot_coordinator__pb2.EnrollReply.SerializeToString,
-            ),
             'CheckIn': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckIn,
                     request_deserializer=protos_dot_coordinator__pb2.CheckInRequest.FromString,
@@ -112,6 +186,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_coordinator__pb2.UploadPart.FromString,
                     response_serializer=protos_dot_coordinator__pb2.UploadReply.SerializeToString,
             ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=protos_dot_coordinator__pb2.SigningRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.Certificate.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'comigs.v1.Coordinator', rpc_method_handlers)
@@ -121,34 +200,8 @@ def add_CoordinatorServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Coordinator:
-    """Missing associated documentation comment in .proto file."""
-
-    @staticmethod
-    def Enroll(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/comigs.v1.Coordinator/Enroll',
-            protos_dot_coordinator__pb2.EnrollRequest.SerializeToString,
-            protos_dot_coordinator__pb2.EnrollReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
+    """For devices: their certificate is required.
+    """
 
     @staticmethod
     def CheckIn(request,
@@ -221,6 +274,198 @@ class Coordinator:
             '/comigs.v1.Coordinator/Upload',
             protos_dot_coordinator__pb2.UploadPart.SerializeToString,
             protos_dot_coordinator__pb2.UploadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/comigs.v1.Coordinator/Renew',
+            protos_dot_coordinator__pb2.SigningRequest.SerializeToString,
+            protos_dot_coordinator__pb2.Certificate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class AdminStub:
+    """For administrators: their certificate is required.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Invite = channel.unary_unary(
+                '/comigs.v1.Admin/Invite',
+                request_serializer=protos_dot_coordinator__pb2.InviteRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.InviteReply.FromString,
+                _registered_method=True)
+        self.Revoke = channel.unary_unary(
+                '/comigs.v1.Admin/Revoke',
+                request_serializer=protos_dot_coordinator__pb2.RevokeRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.RevokeReply.FromString,
+                _registered_method=True)
+        self.ListDevices = channel.unary_unary(
+                '/comigs.v1.Admin/ListDevices',
+                request_serializer=protos_dot_coordinator__pb2.ListDevicesRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.ListDevicesReply.FromString,
+                _registered_method=True)
+
+
+class AdminServicer:
+    """For administrators: their certificate is required.
+    """
+
+    def Invite(self, request, context):
+        """Makes an invitation for one device. One that was made before for the same name works no more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Revoke(self, request, context):
+        """Refuses a device, and an invitation for its name, from now on, also on connections and calls
+        that are open. NOT_FOUND if there is neither, or the device is revoked already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDevices(self, request, context):
+        """All devices that ever enrolled, in the order of their names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Invite': grpc.unary_unary_rpc_method_handler(
+                    servicer.Invite,
+                    request_deserializer=protos_dot_coordinator__pb2.InviteRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.InviteReply.SerializeToString,
+            ),
+            'Revoke': grpc.unary_unary_rpc_method_handler(
+                    servicer.Revoke,
+                    request_deserializer=protos_dot_coordinator__pb2.RevokeRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.RevokeReply.SerializeToString,
+            ),
+            'ListDevices': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDevices,
+                    request_deserializer=protos_dot_coordinator__pb2.ListDevicesRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.ListDevicesReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'comigs.v1.Admin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('comigs.v1.Admin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Admin:
+    """For administrators: their certificate is required.
+    """
+
+    @staticmethod
+    def Invite(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/comigs.v1.Admin/Invite',
+            protos_dot_coordinator__pb2.InviteRequest.SerializeToString,
+            protos_dot_coordinator__pb2.InviteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Revoke(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/comigs.v1.Admin/Revoke',
+            protos_dot_coordinator__pb2.RevokeRequest.SerializeToString,
+            protos_dot_coordinator__pb2.RevokeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDevices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/comigs.v1.Admin/ListDevices',
+            protos_dot_coordinator__pb2.ListDevicesRequest.SerializeToString,
+            protos_dot_coordinator__pb2.ListDevicesReply.FromString,
             options,
             channel_credentials,
             insecure,

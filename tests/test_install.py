@@ -30,7 +30,10 @@ MAY_IMPORT = {
         "protos",
         *(
             f"edge_runtime.{name}"
-            for name in ("adapters", "bundle", "cli", "errors", "files", "training_config", "wire")
+            for name in (
+                *("adapters", "bundle", "cli", "connection", "errors", "files", "identity"),
+                *("invitation", "training_config", "wire"),
+            )
         ),
     },
     "export": {"export", "edge_runtime", "protos"},
@@ -174,6 +177,7 @@ def test_doctor_speaks_json(tmp_path: Path) -> None:
         ("torch", ("export", "--out", "x"), "export"),
         ("jinja2", ("demo",), "dev"),
         ("sqlalchemy", ("serve", "--bundle=b", "--state=s", "--listen=127.0.0.1:0"), "coordinator"),
+        ("grpc", ("devices", "--admin", "none"), "coordinator"),
         ("tokenizers", ("device", "run", "--home", "h"), "device"),
         ("tokenizers", ("predict",), "device"),
     ],

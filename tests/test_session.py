@@ -49,30 +49,35 @@ class Session:
 
     def __init__(self, root: Path, bundle: Bundle, text: Path) -> None:
         self.root, self.bundle, self.text = root, bundle, text
-        self.port = free_port()
+        self.port, self.enrolment_port = free_port(), free_port()
         root.mkdir()
         self.training = root / "training.json"
         self.training.write_text(json_format.MessageToJson(TRAINING))
         self.coordinator = self.start_coordinator()
+        admin = self.root / "coordinator" / "admin.json"
+        invited = comigs("invite", *NAMES, "--admin", admin)
+        lines, error = invited.communicate(timeout=60)
+        assert invited.returncode == 0, error
+        self.invitations = dict(zip(NAMES, lines.split(), strict=True))
         self.devices = {name: self.start_device(name) for name in NAMES}
 
     def start_coordinator(self) -> subprocess.Popen[str]:
         process = comigs(
             "serve",
             *("--bundle", self.bundle.path, "--state", self.root / "coordinator"),
-            *("--listen", f"127.0.0.1:{self.port}", "--rounds", ROUNDS, "--min-devices", 2),
+            *("--listen", f"127.0.0.1:{self.port}", "--enrolment-port", self.enrolment_port),
+            *("--rounds", ROUNDS, "--min-devices", 2),
             *("--training", self.training, "--exit-when-done", "--format", "json"),
         )
         assert process.stdout is not None
-        listening = json.loads(process.stdout.readline())
-        self.ca = Path(listening["ca"])
+        assert json.loads(process.stdout.readline())["event"] == "listening"
         return process
 
     def start_device(self, name: str) -> subprocess.Popen[str]:
         # To a file: a pipe that nobody reads holds up who writes into it.
         with self.log(name).open("w") as log:
             return comigs(
-                *("device", "run", "--coordinator", f"127.0.0.1:{self.port}", "--ca", self.ca),
+                *("device", "run", "--invitation", self.invitations[name]),
                 *("--home", self.root / name, "--data", self.text, "--bundle", self.bundle.path),
                 *("--seed", NAMES.index(name), "--threads", 1, "--format", "json"),
                 stdout=log,

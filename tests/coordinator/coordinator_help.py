@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
 import hashlib
 import json
 import math
 import queue
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from google.protobuf import json_format
 
+from coordinator.administrator import Administrator
+from coordinator.tls import CA_KEY_FILE
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle, contract_sha256, open_bundle, sha256_of
-from edge_runtime.client import Client
+from edge_runtime.client import Client, connect_to_enrol, enrol
+from edge_runtime.connection import Patience, Traffic, Unproven
+from edge_runtime.identity import Identity, new_key, read_identity
+from edge_runtime.invitation import decode
 from protos import coordinator_pb2 as pb
 from protos import manifest_pb2
 
 TIMEOUT = 30.0
+PATIENCE = Patience(TIMEOUT, on_wait=lambda _: None)
 
 
 def make_manifest(width: int = 16, rank: int = 2) -> manifest_pb2.Manifest:
@@ -105,10 +118,18 @@ class Served:
             if got["event"] == event and fields.items() <= got.items():
                 return got
 
-    def ready(self) -> tuple[str, Path | None]:
-        """Address and certificate authority, once it listens."""
-        listening = self.wait_for("listening")
-        return listening["address"], Path(listening["ca"]) if listening["ca"] else None
+    def ready(self) -> str:
+        """Its address, once it listens."""
+        return str(self.listening["address"])
+
+    @functools.cached_property
+    def listening(self) -> dict[str, Any]:
+        return self.wait_for("listening")
+
+    def administrator(self) -> Identity:
+        identity = read_identity(Path(self.listening["admin"]))
+        assert identity is not None
+        return identity
 
     def kill(self) -> None:
         self.process.kill()
@@ -148,20 +169,23 @@ class Fleet:
         self._served.append(served)
         return served
 
-    def client(self, address: str, ca: Path | None, **options: Any) -> Client:
-        options = {"on_wait": lambda _: None, "retry_seconds": TIMEOUT, "insecure": ca is None} | (
-            options
-        )
-        client = Client(address, ca=ca, **options)
+    def client(
+        self,
+        who: Identity | Unproven,
+        patience: Patience | None = None,
+        traffic: Traffic | None = None,
+    ) -> Client:
+        client = Client(who, patience=patience or PATIENCE, traffic=traffic)
         self._clients.append(client)
         return client
 
     def enrolled(self, served: Served, bundle: Bundle, *names: str) -> list[Client]:
         """One enrolled client per name."""
-        address, ca = served.ready()
-        clients = [self.client(address, ca) for _ in names]
-        for client, name in zip(clients, names, strict=True):
-            client.enroll(name, contract_sha256(bundle.manifest))
+        clients = []
+        for invitation in invited(served, *names):
+            traffic = Traffic()
+            identity = enrol_with(invitation, bundle, traffic=traffic)
+            clients.append(self.client(identity, traffic=traffic))
         return clients
 
     def close(self) -> None:
@@ -170,6 +194,57 @@ class Fleet:
         for served in self._served:
             if served.process.poll() is None:
                 served.kill()
+
+
+def invited(served: Served, *names: str, seconds: float = 600) -> list[pb.Invitation]:
+    """One invitation per name."""
+    with Administrator(served.administrator()) as administrator:
+        return [decode(administrator.invite(name, seconds).invitation) for name in names]
+
+
+def enrol_with(
+    invitation: pb.Invitation,
+    bundle: Bundle,
+    *,
+    key: str | None = None,
+    patience: Patience | None = None,
+    traffic: Traffic | None = None,
+) -> Identity:
+    """What a device gets for `invitation`; with a new key unless one is given."""
+    with connect_to_enrol(invitation, patience or PATIENCE) as connection:
+        return enrol(
+            connection,
+            invitation,
+            key=key or new_key(),
+            contract=contract_sha256(bundle.manifest),
+            traffic=traffic or Traffic(),
+        )
+
+
+def aged(identity: Identity, state: Path, left: datetime.timedelta) -> Identity:
+    """`identity` as it is when `left` remains of its certificate's thirty days."""
+    certificate = x509.load_pem_x509_certificate(identity.certificate.encode())
+    key = load_pem_private_key((state / CA_KEY_FILE).read_bytes(), password=None)
+    end = datetime.datetime.now(datetime.UTC) + left
+    builder = (
+        x509.CertificateBuilder(extensions=list(certificate.extensions))
+        .subject_name(certificate.subject)
+        .issuer_name(certificate.issuer)
+        .public_key(certificate.public_key())
+        .serial_number(certificate.serial_number)
+        .not_valid_before(end - datetime.timedelta(days=30))
+        .not_valid_after(end)
+    )
+    pem = builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+    return replace(identity, certificate=pem.decode())
+
+
+def ids(state: Path) -> dict[str, str]:
+    """Name -> id of the devices that are not revoked."""
+    with sqlite3.connect(state / "coordinator.sqlite3") as connection:
+        return dict(
+            connection.execute("select name, id from devices where revoked_at is null").fetchall()
+        )
 
 
 def train(bundle: Bundle, generalist: bytes, device: int, number: int) -> bytes:

@@ -1,20 +1,31 @@
 """Who gets in, who trusts whom, and what a wrong start or a wrong address is told."""
 
+import socket
 import sqlite3
 import stat
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import grpc
 import pytest
-from coordinator_help import Fleet, Served, free_port, make_bundle
+from coordinator_help import (
+    PATIENCE,
+    Fleet,
+    Served,
+    enrol_with,
+    free_port,
+    ids,
+    invited,
+    join_round,
+    make_bundle,
+)
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from edge_runtime import training_config
-from edge_runtime.bundle import contract_sha256
-from edge_runtime.client import Identity
+from edge_runtime.client import connect_to_enrol
+from edge_runtime.connection import Patience, Unproven, connect
 from edge_runtime.errors import (
     AddressError,
     BundleError,
@@ -24,6 +35,7 @@ from edge_runtime.errors import (
     UnreachableError,
 )
 from protos import coordinator_pb2 as pb
+from protos import coordinator_pb2_grpc
 
 
 @pytest.fixture
@@ -31,136 +43,124 @@ def served(fleet: Fleet) -> Served:
     return fleet.serve(fleet.bundle())
 
 
-def test_identity_is_proved_on_every_call(fleet: Fleet, served: Served) -> None:
-    ada, ben = fleet.enrolled(served, fleet.bundle(), "ada", "ben")
-    own = ada.identity
-    for identity in (
-        Identity(own.device_id, "guess"),
-        Identity(own.device_id, ben.identity.token),
-        Identity("nobody", own.token),
-        Identity("", ""),
+def test_health_and_reflection_answer(fleet: Fleet, served: Served) -> None:
+    (invitation,) = invited(served, "ada")
+    ada = enrol_with(invitation, fleet.bundle())
+    for connection, services in (
+        (connect(ada, PATIENCE), {"comigs.v1.Coordinator", "comigs.v1.Admin"}),
+        (connect_to_enrol(invitation, PATIENCE), {"comigs.v1.Enrolment"}),
     ):
-        ada.identity = identity
-        for call in (
-            lambda: ada.check_in(0),
-            lambda: ada.download(1),
-            lambda: ada.upload(pb.UploadHeader(round=1), b"x"),
-        ):
-            with pytest.raises(TrustError, match="does not know the device or its token"):
-                call()
-    ada.identity = own
-    assert ada.check_in(0).action == pb.CheckInReply.WAIT
+        with connection:
+            assert 0 < connection.ping() < 5
+            health = health_pb2_grpc.HealthStub(connection.channel)
+            for service in ("", *services):
+                reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            reflection = reflection_pb2_grpc.ServerReflectionStub(connection.channel)
+            request = reflection_pb2.ServerReflectionRequest(list_services="")
+            (answer,) = reflection.ServerReflectionInfo(iter([request]), timeout=10)
+            names = {service.name for service in answer.list_services_response.service}
+            assert {name for name in names if name.startswith("comigs")} == services
 
 
-def test_enrolment_is_refused_for_another_contract_or_a_taken_name(
-    fleet: Fleet, served: Served
-) -> None:
-    contract = contract_sha256(fleet.bundle().manifest)
-    address, ca = served.ready()
-    ada, eve = fleet.client(address, ca), fleet.client(address, ca)
-    with pytest.raises(RefusedError, match="other shared tensors"):
-        ada.enroll("ada", contract_sha256(fleet.bundle(rank=4).manifest))
-    for name in ("", "x" * 65, "a\nb"):
-        with pytest.raises(RefusedError, match="1 to 64 printable"):
-            ada.enroll(name, contract)
-    with pytest.raises(RefusedError, match="16 to 64 bytes"):
-        ada.enroll("ada", contract, key=b"short")
-    first = ada.enroll("ada", contract, key=b"k" * 16)
-    with pytest.raises(RefusedError, match="another device is called ada"):
-        eve.enroll("ada", contract)
-    # A device that crashed before it saw the reply asks again with the key that it saved.
-    second = ada.enroll("ada", contract, key=b"k" * 16)
-    assert second.device_id == first.device_id
-    assert second.token != first.token
+def test_server_certificates(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--name", "127.0.0.3", "--name", "x.test", listen="0.0.0.0:0")
+    port = served.ready().rpartition(":")[2]
+    (invitation,) = invited(served, "ada")
+    assert invitation.host == "127.0.0.3"
+    ada = enrol_with(invitation, bundle)
+    assert ada.coordinator == f"127.0.0.3:{port}"
+    for host in ("127.0.0.1", "localhost", "127.0.0.3"):
+        fleet.client(replace(ada, coordinator=f"{host}:{port}")).check_in(0)
+    with pytest.raises(TrustError, match="certificate for other names"):
+        fleet.client(replace(ada, coordinator=f"127.0.0.2:{port}")).check_in(0)
+
+    other = fleet.serve(bundle, state=fleet.directory / "other")
+    begin = time.monotonic()
+    with pytest.raises(TrustError, match="certificate of another authority"):
+        fleet.client(replace(ada, coordinator=other.ready())).check_in(0)
+    assert time.monotonic() - begin < 5, "it must not retry"
+
+    for name in ("ca-key.pem", "admin.json"):
+        assert stat.S_IMODE((fleet.state / name).stat().st_mode) == 0o600
+    ca = x509.load_pem_x509_certificate((fleet.state / "ca.pem").read_bytes())
+    assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+def test_ipv6(fleet: Fleet) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--name", "::1", listen="[::]:0")
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    assert ada.who.coordinator.startswith("[::1]:")
     ada.check_in(0)
 
 
-def test_health_and_reflection_answer(served: Served) -> None:
-    address, ca = served.ready()
-    credentials = grpc.ssl_channel_credentials(ca.read_bytes())
-    with grpc.secure_channel(address, credentials) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        for service in ("", "comigs.v1.Coordinator"):
-            reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
-            assert reply.status == health_pb2.HealthCheckResponse.SERVING
-        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
-        request = reflection_pb2.ServerReflectionRequest(list_services="")
-        (answer,) = reflection.ServerReflectionInfo(iter([request]), timeout=10)
-        names = {service.name for service in answer.list_services_response.service}
-        assert {"comigs.v1.Coordinator", "grpc.health.v1.Health"} <= names
-
-
-def test_certificates(fleet: Fleet) -> None:
-    bundle = fleet.bundle()
-    contract = contract_sha256(bundle.manifest)
-    served = fleet.serve(bundle, "--name", "127.0.0.3", listen="0.0.0.0:0")
-    port = served.ready()[0].rpartition(":")[2]
-    ca = fleet.state / "ca.pem"
-    for number, host in enumerate(("127.0.0.1", "localhost", "127.0.0.3")):
-        fleet.client(f"{host}:{port}", ca).enroll(f"device {number}", contract)
-    with pytest.raises(TrustError, match="certificate for other names"):
-        fleet.client(f"127.0.0.2:{port}", ca).enroll("x", contract)
-
-    other = fleet.serve(bundle, state=fleet.directory / "other")
-    wrong = other.ready()[1]
-    junk = fleet.directory / "junk.pem"
-    junk.write_text("junk")
-    address = f"127.0.0.1:{port}"
-    for begin, untrusted, message in (
-        (time.monotonic(), wrong, "authority that this device does not trust"),
-        (time.monotonic(), junk, "holds no certificate"),
-    ):
-        with pytest.raises(TrustError, match=message):
-            fleet.client(address, untrusted).enroll("x", contract)
-        assert time.monotonic() - begin < 5, "it must not retry"
-    with pytest.raises(TrustError, match="authority that this device does not trust"):
-        fleet.client(address, None, insecure=False).enroll("x", contract)
-    with pytest.raises(TrustError, match="--ca"):
-        fleet.client(address, fleet.directory / "missing.pem")
-
-    key = fleet.state / "ca-key.pem"
-    assert stat.S_IMODE(key.stat().st_mode) == 0o600
-    constraints = x509.load_pem_x509_certificate(ca.read_bytes()).extensions
-    assert constraints.get_extension_for_class(x509.BasicConstraints).value.ca
+def test_a_coordinator_that_devices_cannot_address_invites_nobody(fleet: Fleet) -> None:
+    served = fleet.serve(fleet.bundle(), listen="0.0.0.0:0")
+    with pytest.raises(RefusedError, match="start it with --name"):
+        invited(served, "ada")
 
 
 def test_one_side_without_tls(fleet: Fleet) -> None:
     bundle = fleet.bundle()
-    contract = contract_sha256(bundle.manifest)
-    secure = fleet.serve(bundle, state=fleet.directory / "secure").ready()
+    secure = fleet.serve(bundle, state=fleet.directory / "secure")
     plain = fleet.serve(bundle, "--insecure", state=fleet.directory / "plain").ready()
-    assert plain[1] is None
-    fleet.client(plain[0], None).enroll("ada", contract)
+    (ada,) = fleet.enrolled(secure, bundle, "ada")
     with pytest.raises(TrustError, match="does not speak TLS"):
-        fleet.client(plain[0], secure[1]).enroll("x", contract)
+        fleet.client(replace(ada.who, coordinator=plain)).check_in(0)
     with pytest.raises(UnreachableError, match="speaks without TLS"):
-        fleet.client(secure[0], None, retry_seconds=1).enroll("x", contract)
+        fleet.client(Unproven(secure.ready(), "ada"), Patience(1, print)).check_in(0)
+
+
+def test_without_tls_devices_are_who_they_say(fleet: Fleet) -> None:
+    served = fleet.serve(fleet.bundle(), "--insecure", "--min-devices", "2")
+    ada, ben = (fleet.client(Unproven(served.ready(), name)) for name in ("ada", "bén"))
+    join_round(ada, ben)
+    assert set(ids(fleet.state)) == {"ada", "bén"}
+    with pytest.raises(RefusedError, match="1 to 64 bytes"):
+        fleet.client(Unproven(served.ready(), "")).check_in(0)
+    # Nobody is administrator, and nobody gets a certificate that would outlast this mode.
+    assert served.listening["admin"] is None
+    assert not (fleet.state / "admin.json").exists()
+    with connect(ada.who, PATIENCE) as connection:
+        admin = coordinator_pb2_grpc.AdminStub(connection.channel)
+        with pytest.raises(RefusedError, match="no coordinator of this version"):
+            connection.retry(lambda: admin.ListDevices(pb.ListDevicesRequest()))
+        stub = coordinator_pb2_grpc.CoordinatorStub(connection.channel)
+        metadata = (("comigs-device-bin", b"ada"),)
+        with pytest.raises(RefusedError, match="without TLS"):
+            connection.retry(lambda: stub.Renew(pb.SigningRequest(), metadata=metadata))
 
 
 def test_unreachable_after_retries_with_messages(fleet: Fleet) -> None:
     address = f"127.0.0.1:{free_port()}"
     messages: list[str] = []
-    client = fleet.client(address, None, retry_seconds=2, on_wait=messages.append)
+    client = fleet.client(Unproven(address, "ada"), Patience(2, messages.append))
     begin = time.monotonic()
     with pytest.raises(UnreachableError, match=f"{address}.*refused.*check that it runs"):
-        client.enroll("x", "contract")
+        client.check_in(0)
     assert 2 <= time.monotonic() - begin < 6
     assert 3 <= len(messages) <= 8
     assert all(address in message and "trying again in" in message for message in messages)
 
 
 def test_a_coordinator_that_comes_back_is_found(fleet: Fleet) -> None:
-    bundle = fleet.bundle()
     listen = f"127.0.0.1:{free_port()}"
-    client = fleet.client(listen, None, on_wait=lambda _: waited.append(True))
-    waited: list[bool] = []
-    fleet.serve(bundle, "--insecure", listen=listen)
-    client.enroll("ada", contract_sha256(bundle.manifest))
+    waited: list[str] = []
+    client = fleet.client(Unproven(listen, "ada"), Patience(30, waited.append))
+    fleet.serve(fleet.bundle(), "--insecure", listen=listen)
+    client.check_in(0)
     assert waited
 
 
 def test_starts_that_are_refused(fleet: Fleet, served: Served) -> None:
-    address, _ = served.ready()
+    address = served.ready()
+    port = address.rpartition(":")[2]
     bundle = fleet.bundle()
     bad_training = fleet.directory / "training.json"
     bad_training.write_text('{"beta1": 1.5}')
@@ -174,6 +174,11 @@ def test_starts_that_are_refused(fleet: Fleet, served: Served) -> None:
     for starting, code, message in (
         (fleet.serve(bundle, listen=address, **elsewhere), AddressError.code, "in use"),
         (fleet.serve(bundle, listen="nonsense", **elsewhere), AddressError.code, "HOST:PORT"),
+        (
+            fleet.serve(bundle, "--enrolment-port", port, state=fleet.directory / "third"),
+            AddressError.code,
+            "choose another --enrolment-port",
+        ),
         (fleet.serve(bundle), StorageError.code, "in use by another coordinator"),
         (fleet.serve(bundle, state=old), StorageError.code, "made by another version"),
         (fleet.serve(damaged, **elsewhere), BundleError.code, "0 bytes instead of"),

@@ -7,10 +7,21 @@ import time
 
 import numpy as np
 import pytest
-from coordinator_help import Fleet, finish, free_port, header, in_parallel, mean_of, train
+from coordinator_help import (
+    Fleet,
+    enrol_with,
+    finish,
+    free_port,
+    header,
+    ids,
+    in_parallel,
+    invited,
+    mean_of,
+    train,
+)
 
 from edge_runtime import adapters, wire
-from edge_runtime.bundle import Bundle, contract_sha256
+from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 from protos import coordinator_pb2 as pb
 
@@ -65,7 +76,8 @@ class Adam:
 def test_kills_at_random_moments(fleet: Fleet, reference: Mean | Adam) -> None:
     bundle = fleet.bundle(width=100_000)  # four chunks
     listen = f"127.0.0.1:{free_port()}"
-    options = ("--rounds", str(ROUNDS), "--min-devices", str(DEVICES), *reference.options)
+    options = ("--rounds", str(ROUNDS), "--min-devices", str(DEVICES), "--enrolment-port", "0")
+    options = (*options, *reference.options)
     served = fleet.serve(bundle, *options, listen=listen)
     clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(DEVICES)))
     moments = random.Random(7)
@@ -91,7 +103,8 @@ def test_kills_at_random_moments(fleet: Fleet, reference: Mean | Adam) -> None:
     lives, kills = in_parallel(devices, kill_again_and_again)
     assert kills == KILLS
 
-    order = sorted(range(DEVICES), key=lambda i: clients[i].identity.device_id)
+    known = ids(fleet.state)
+    order = sorted(range(DEVICES), key=lambda i: known[f"device {i}"])
     generalist = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
     for number in range(1, ROUNDS + 1):
         updates = [lives[index][0][number] for index in order]
@@ -109,33 +122,29 @@ def test_kills_at_random_moments(fleet: Fleet, reference: Mean | Adam) -> None:
     assert len(memories) == bool(reference.options), "only the next round's is kept"
 
 
-def test_kills_while_devices_enrol_do_not_cost_them_their_names(fleet: Fleet) -> None:
+def test_kills_while_devices_enrol_do_not_cost_them_their_invitations(fleet: Fleet) -> None:
     bundle = fleet.bundle()
-    listen = f"127.0.0.1:{free_port()}"
-    served = fleet.serve(bundle, listen=listen)
-    address, ca = served.ready()
+    listen, port = f"127.0.0.1:{free_port()}", ("--enrolment-port", str(free_port()))
+    served = fleet.serve(bundle, *port, listen=listen)
     names = [f"device {index}" for index in range(60)]
+    invitations = invited(served, *names)
 
-    def enrol() -> set[str]:
-        ids = set()
-        for name in names:
-            client = fleet.client(address, ca)
-            ids.add(client.enroll(name, contract_sha256(bundle.manifest)).device_id)
+    def enrol() -> None:
+        for invitation in invitations:
+            client = fleet.client(enrol_with(invitation, bundle))
             client.check_in(0)
             client.close()
-        return ids
 
     def kill_twice() -> None:
         time.sleep(0.1)
         served.kill()
-        again = fleet.serve(bundle, listen=listen)
+        again = fleet.serve(bundle, *port, listen=listen)
         again.ready()
         time.sleep(0.3)
         again.kill()
-        fleet.serve(bundle, listen=listen)
+        fleet.serve(bundle, *port, listen=listen)
 
-    ids, _ = in_parallel(enrol, kill_twice)
+    in_parallel(enrol, kill_twice)
     with sqlite3.connect(fleet.state / "coordinator.sqlite3") as connection:
-        known = dict(connection.execute("select name, id from devices").fetchall())
-    assert set(known) == set(names)
-    assert set(known.values()) == ids
+        known = connection.execute("select name from devices order by name").fetchall()
+    assert known == [(name,) for name in sorted(names)]

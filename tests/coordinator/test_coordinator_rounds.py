@@ -12,9 +12,11 @@ from coordinator_help import (
     Fleet,
     Served,
     check_in_until,
+    enrol_with,
     finish,
     free_port,
     header,
+    ids,
     in_parallel,
     join_round,
     mean_of,
@@ -22,10 +24,13 @@ from coordinator_help import (
     train,
 )
 
+from coordinator.administrator import Administrator
 from edge_runtime import adapters, wire
-from edge_runtime.bundle import Bundle, contract_sha256
+from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 from edge_runtime.errors import RefusedError
+from edge_runtime.identity import read_identity
+from edge_runtime.invitation import decode
 from protos import coordinator_pb2 as pb
 
 
@@ -41,8 +46,9 @@ def device(bundle: Bundle, client: Client, seed: int) -> tuple[list[bytes], byte
             assert client.upload(header(reply.round), sent[-1]).accepted
 
 
-def by_device_id(clients: list[Client], values: list[bytes]) -> list[bytes]:
-    order = sorted(range(len(clients)), key=lambda i: clients[i].identity.device_id)
+def by_device_id(state: Path, clients: list[Client], values: list[bytes]) -> list[bytes]:
+    known = ids(state)
+    order = sorted(range(len(clients)), key=lambda i: known[clients[i].who.name])
     return [values[index] for index in order]
 
 
@@ -63,31 +69,37 @@ def test_three_devices_two_rounds_over_tls(fleet: Fleet) -> None:
         sent = [life[0][number] for life in lives]
         for seed, update in enumerate(sent):
             assert update == train(bundle, start, seed, number + 1)
-        mean = mean_of(bundle, by_device_id(clients, sent))
+        mean = mean_of(bundle, by_device_id(fleet.state, clients, sent))
         start = wire.encode(bundle.manifest, {"generalist": mean})
     assert [life[1] for life in lives] == [start] * 3
 
     kinds = [event["event"] for event in events]
     one_round = ["round_opened", *["update_accepted"] * 3, "round_closed"]
-    assert kinds == ["listening", *one_round, *one_round, "finished"]
+    enrolments = ["device_enrolled"] * 3
+    assert kinds == ["listening", *enrolments, *one_round, *one_round, "finished"]
     closed = [event for event in events if event["event"] == "round_closed"]
     assert [event["round"] for event in closed] == [1, 2]
     assert [event["updates"] for event in closed] == [3, 3]
-    # Both sides count the same messages: all but what the coordinator refuses to authenticate.
-    assert events[-1]["bytes_received"] == sum(client.bytes_sent for client in clients)
-    assert events[-1]["bytes_sent"] == sum(client.bytes_received for client in clients)
+    # Both sides count the same messages.
+    assert events[-1]["bytes_received"] == sum(client.traffic.sent for client in clients)
+    assert events[-1]["bytes_sent"] == sum(client.traffic.received for client in clients)
 
 
 def test_what_a_person_reads(fleet: Fleet) -> None:
     bundle = fleet.bundle()
-    listen = f"127.0.0.1:{free_port()}"
-    options = ("--listen", listen, "--rounds", "1", "--min-devices", "1", "--exit-when-done")
-    command = serve_command(bundle.path, fleet.state, *options, "--clip-norm", "0.1")
+    listen, other = f"127.0.0.1:{free_port()}", free_port()
+    options = ("--listen", listen, "--enrolment-port", str(other), "--rounds", "1")
+    options = (*options, "--min-devices", "1", "--exit-when-done", "--clip-norm", "0.1")
+    command = serve_command(bundle.path, fleet.state, *options)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        ca = fleet.state / "ca.pem"
-        assert process.stdout.readline() == f"listening on {listen}, devices need --ca {ca}\n"
-        client = fleet.client(listen, ca)
-        client.enroll("ada", contract_sha256(bundle.manifest))
+        admin = fleet.state / "admin.json"
+        assert process.stdout.readline() == (
+            f"listening on {listen}, enrolment on 127.0.0.1:{other}; "
+            f"invite devices with: comigs invite NAME --admin {admin}\n"
+        )
+        with Administrator(read_identity(admin)) as administrator:
+            invitation = administrator.invite("ada", 600).invitation
+        client = fleet.client(enrol_with(decode(invitation), bundle))
         join_round(client)
         assert not client.upload(header(1), b"nonsense").accepted
         update = train(bundle, client.download(1), 0, 1)
@@ -96,9 +108,10 @@ def test_what_a_person_reads(fleet: Fleet) -> None:
         text = process.stdout.read()
     assert process.returncode == 0
     lines = [re.sub(r"\d+\.\d s|\d+ bytes", "N", line) for line in text.splitlines()]
-    assert lines[1].startswith("round 1: refused an update of ada: not a safetensors payload")
-    del lines[1]
+    assert lines[2].startswith("round 1: refused an update of ada: not a safetensors payload")
+    del lines[2]
     assert lines == [
+        "ada has enrolled",
         "round 1: open",
         "round 1: ada reported (N)",
         "round 1: aggregated 1 updates, 1 of them clipped, after N",
@@ -234,7 +247,7 @@ def test_replay_is_acknowledged_and_counted_once(fleet: Fleet) -> None:
     # The acknowledgement may also have been lost just before the round closed.
     assert ada.upload(header(1), updates[0]).accepted
     assert served.wait_for("round_closed")["updates"] == 2
-    expected = mean_of(bundle, by_device_id([ada, ben], updates[:2]))
+    expected = mean_of(bundle, by_device_id(fleet.state, [ada, ben], updates[:2]))
     final = check_in_until(ada, pb.CheckInReply.FINISH)
     assert wire.decode(bundle.manifest, ada.download(final.round))["generalist"].tobytes() == (
         expected.tobytes()
@@ -271,7 +284,7 @@ def test_deadline_with_enough_reports_closes_the_round(fleet: Fleet) -> None:
     late = cy.upload(header(1), updates[2])
     assert (late.accepted, late.reason) == (False, "round 1 is over")
     final = check_in_until(cy, pb.CheckInReply.FINISH)
-    expected = mean_of(bundle, by_device_id([ada, ben], updates[:2]))
+    expected = mean_of(bundle, by_device_id(fleet.state, [ada, ben], updates[:2]))
     assert cy.download(final.round) == wire.encode(bundle.manifest, {"generalist": expected})
 
 
@@ -294,7 +307,7 @@ def test_deadline_with_too_few_reports_abandons_the_round(fleet: Fleet) -> None:
     assert ben.upload(header(2), updates[1]).accepted
     final = check_in_until(ada, pb.CheckInReply.FINISH)
     assert final.round == 3
-    expected = mean_of(bundle, by_device_id([ada, ben], updates))
+    expected = mean_of(bundle, by_device_id(fleet.state, [ada, ben], updates))
     assert ada.download(3) == wire.encode(bundle.manifest, {"generalist": expected})
     assert row(fleet.state, "select group_concat(status) from rounds") == (
         "abandoned,aggregated,waiting",
@@ -329,17 +342,15 @@ def test_a_restart_keeps_the_round_and_restarts_its_clock(fleet: Fleet) -> None:
     start = ada.download(1)
     updates = [train(bundle, start, seed, 1) for seed in range(2)]
     assert ada.upload(header(1), updates[0]).accepted
-    address, ca = served.events[0]["address"], fleet.state / "ca.pem"
-    trusted = ca.read_bytes()
+    address = served.ready()
     served.stop()
     with sqlite3.connect(fleet.state / "coordinator.sqlite3") as connection:
         connection.execute("update rounds set deadline = 1")
-    again: Served = fleet.serve(bundle, *options, listen=address)
+    again: Served = fleet.serve(bundle, *options, "--enrolment-port", "0", listen=address)
     assert again.wait_for("round_resumed") == {"event": "round_resumed", "round": 1, "updates": 1}
-    assert ca.read_bytes() == trusted
     assert 590 < check_in_until(ben, pb.CheckInReply.TRAIN).seconds_left <= 600
     assert ben.upload(header(1), updates[1]).accepted
-    expected = mean_of(bundle, by_device_id([ada, ben], updates))
+    expected = mean_of(bundle, by_device_id(fleet.state, [ada, ben], updates))
     final = check_in_until(ada, pb.CheckInReply.FINISH)
     assert ada.download(final.round) == wire.encode(bundle.manifest, {"generalist": expected})
     # Updates are personal; they are gone once they are in the average.

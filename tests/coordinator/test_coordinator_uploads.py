@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from coordinator_help import (
+    PATIENCE,
     Fleet,
     check_in_until,
     header,
@@ -22,6 +23,7 @@ from safetensors.numpy import load, save
 
 from edge_runtime import wire
 from edge_runtime.client import Client
+from edge_runtime.connection import connect
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc
 
@@ -87,26 +89,21 @@ def hostile(good: bytes) -> dict[str, tuple[list[pb.UploadPart], str]]:
 class Raw:
     """Sends what no `Client` would."""
 
-    def __init__(self, address: str, ca: Path, client: Client):
-        credentials = grpc.ssl_channel_credentials(ca.read_bytes())
-        self.channel = grpc.secure_channel(address, credentials)
-        self.metadata = (
-            ("comigs-device", client.identity.device_id),
-            ("authorization", f"Bearer {client.identity.token}"),
-        )
+    def __init__(self, client: Client):
+        self.channel = connect(client.who, PATIENCE).channel
 
     def upload(self, sent: Iterator[pb.UploadPart]) -> pb.UploadReply:
         stub = coordinator_pb2_grpc.CoordinatorStub(self.channel)
-        return stub.Upload(sent, metadata=self.metadata, timeout=30)
+        return stub.Upload(sent, timeout=30)
 
     def check_in(self, wait_seconds: float) -> pb.CheckInReply:
         stub = coordinator_pb2_grpc.CoordinatorStub(self.channel)
         request = pb.CheckInRequest(wait_seconds=wait_seconds)
-        return stub.CheckIn(request, metadata=self.metadata, timeout=10)
+        return stub.CheckIn(request, timeout=10)
 
     def upload_bytes(self, sent: Iterator[bytes]) -> bytes:
         call = self.channel.stream_unary("/comigs.v1.Coordinator/Upload")
-        return call(sent, metadata=self.metadata, timeout=30)
+        return call(sent, timeout=30)
 
 
 def peak_memory(pid: int) -> int:
@@ -121,7 +118,7 @@ def test_hostile_uploads_are_refused_and_the_round_goes_on(fleet: Fleet) -> None
     served = fleet.serve(bundle, "--rounds", "1", "--min-devices", "2")
     ada, ben, eve = fleet.enrolled(served, bundle, "ada", "ben", "eve")
     join_round(ada, ben, eve)
-    raw = Raw(served.events[0]["address"], fleet.state / "ca.pem", eve)
+    raw = Raw(eve)
     start = ada.download(1)
     attacks = hostile(train(bundle, start, 2, 1))
     for name, (sent, reason) in attacks.items():
@@ -155,7 +152,7 @@ def test_an_endless_upload_is_cut_off_without_being_buffered(fleet: Fleet) -> No
     served = fleet.serve(bundle)
     ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
     join_round(ada, ben)
-    raw = Raw(served.events[0]["address"], fleet.state / "ca.pem", ada)
+    raw = Raw(ada)
     before = peak_memory(served.process.pid)
     sent = 0
 

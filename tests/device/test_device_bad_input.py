@@ -31,11 +31,14 @@ from tiny import TIER, ExportTiny
 from edge_runtime import adapters
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.errors import AdapterError
+from edge_runtime.invitation import encode
 from edge_runtime.store import Home
 from export import mixture
 from export.mixture import Mixture
+from protos import coordinator_pb2 as pb
 
-BUNDLE, ADAPTER, DATA, BUDGET, UNREACHABLE, STORAGE = 10, 11, 12, 13, 14, 17
+INVITATION = encode(pb.Invitation(name="ada", host="127.0.0.1", port=1, enrolment_port=2))
+BUNDLE, ADAPTER, DATA, BUDGET, UNREACHABLE, TRUST, STORAGE = 10, 11, 12, 13, 14, 15, 17
 
 
 def start(
@@ -504,6 +507,13 @@ def test_a_coordinator_that_cannot_be_reached(
     run_alone(home, text_dir, "--rounds", 1)
 
 
+def test_an_invitation_that_is_cut_off(tiny_bundle: Bundle, text_dir: Path, tmp_path: Path) -> None:
+    options = ("--home", tmp_path / "home", "--data", text_dir, "--bundle", tiny_bundle.path)
+    for text, message in ((INVITATION[:-9], "copy all of"), ("nonsense", "this is no invitation")):
+        assert message in refusal(comigs("device", "run", *options, "--invitation", text), TRUST)
+    assert not (tmp_path / "home").exists()
+
+
 def test_interrupting_is_no_error(tiny_bundle: Bundle, text_dir: Path, tmp_path: Path) -> None:
     training = training_file(tmp_path / "training.json", local_steps=100_000)
     home = tmp_path / "home"
@@ -532,7 +542,11 @@ def test_interrupting_is_no_error(tiny_bundle: Bundle, text_dir: Path, tmp_path:
     [
         ("--alone", "--coordinator", "127.0.0.1:1"),
         (),
-        ("--coordinator", "127.0.0.1:1"),  # neither --ca nor --insecure
+        ("--coordinator", "127.0.0.1:1"),  # neither enrolled nor --insecure
+        ("--insecure",),  # where?
+        ("--coordinator", "127.0.0.1:1", "--insecure", "--invitation", INVITATION),
+        ("--alone", "--invitation", INVITATION),
+        ("--name", "ben", "--invitation", INVITATION),
     ],
 )
 def test_options_that_do_not_go_together(

@@ -1,0 +1,111 @@
+"""The gRPC service of protos/coordinator.proto for administrators: who may take part."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+
+from coordinator.callers import Callers, storage_errors
+from coordinator.rounds import Report
+from coordinator.state import State
+from edge_runtime import invitation as invitations
+from protos import coordinator_pb2 as pb
+from protos import coordinator_pb2_grpc
+
+if TYPE_CHECKING:  # this name is in the stub only
+    from protos.coordinator_pb2_grpc import _ServicerContext as Context
+
+LONGEST_INVITATION_SECONDS = 30 * 86400.0
+TOKEN_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Address:
+    """How devices reach the coordinator."""
+
+    host: str
+    """Empty if it listens on all addresses and was given no name."""
+    port: int
+    enrolment_port: int
+    authority: bytes
+    """Certificate, DER."""
+
+
+class Admin(coordinator_pb2_grpc.AdminServicer):
+    """Answers the administrator, and refuses everybody else."""
+
+    def __init__(self, *, state: State, callers: Callers, address: Address, report: Report) -> None:
+        self._state = state
+        self._callers = callers
+        self._address = address
+        self._report = report
+
+    async def Invite(self, request: pb.InviteRequest, context: Context) -> pb.InviteReply:  # noqa: N802
+        await self._callers.require_administrator(context)
+        if not invitations.is_name(request.name):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, invitations.NAMING)
+        if not 0 < request.valid_seconds <= LONGEST_INVITATION_SECONDS:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"an invitation works for up to {LONGEST_INVITATION_SECONDS / 3600:.0f} hours",
+            )
+        if not self._address.host:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "the coordinator listens on all addresses and knows none that devices can use; "
+                "start it with --name and that one",
+            )
+        token = secrets.token_bytes(TOKEN_BYTES)
+        expires_at = time.time() + request.valid_seconds
+        async with storage_errors(context, self._report):
+            self._state.invite(request.name, token, expires_at)
+        text = invitations.encode(
+            pb.Invitation(
+                name=request.name,
+                token=token,
+                host=self._address.host,
+                port=self._address.port,
+                enrolment_port=self._address.enrolment_port,
+                authority=self._address.authority,
+            )
+        )
+        return pb.InviteReply(invitation=text, expires_at=expires_at)
+
+    async def Revoke(self, request: pb.RevokeRequest, context: Context) -> pb.RevokeReply:  # noqa: N802
+        await self._callers.require_administrator(context)
+        async with storage_errors(context, self._report):
+            invited = self._state.disinvite(request.name)
+            device = self._state.revoke(request.name)
+        if device is not None:
+            self._callers.shut_out(device.id)
+        elif not invited:
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND,
+                f"no device is called {request.name}, or it is revoked already",
+            )
+        self._report("device_revoked", {"device": request.name})
+        return pb.RevokeReply()
+
+    async def ListDevices(  # noqa: N802
+        self, request: pb.ListDevicesRequest, context: Context
+    ) -> pb.ListDevicesReply:
+        await self._callers.require_administrator(context)
+        async with storage_errors(context, self._report):
+            devices = self._state.devices()
+        return pb.ListDevicesReply(
+            devices=(
+                pb.DeviceEntry(
+                    name=device.name,
+                    id=device.id,
+                    enrolled_at=device.enrolled_at,
+                    valid_until=device.valid_until,
+                    last_seen=self._callers.last_seen.get(device.id, 0),
+                    revoked_at=device.revoked_at or 0,
+                )
+                for device in devices
+            )
+        )

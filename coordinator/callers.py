@@ -1,0 +1,122 @@
+"""Who is calling, and whether they may: told by the certificate of the connection and nothing else.
+
+Revocation is looked up on every call, and ends the calls that are open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import grpc
+
+from coordinator.rounds import Report, Rounds
+from coordinator.state import Device, State
+from coordinator.tls import Role, Subject, subject_of
+from edge_runtime.errors import StorageError
+from edge_runtime.invitation import NAMING, is_name
+
+if TYPE_CHECKING:  # this name is in the stub only
+    from protos.coordinator_pb2_grpc import _ServicerContext as Context
+
+UNKNOWN = (
+    "this device was revoked, or another one enrolled under its name, or it never enrolled here; "
+    "if that is a mistake, ask for a new invitation"
+)
+
+
+@contextlib.asynccontextmanager
+async def storage_errors(context: Context, report: Report) -> AsyncIterator[None]:
+    """A full disk is the operator's to mend; who called may try again meanwhile."""
+    try:
+        yield
+    except StorageError as error:
+        report("storage_failed", {"reason": str(error)})
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator cannot write to its disk")
+
+
+class Callers:
+    """Knows the parties of one coordinator."""
+
+    def __init__(self, *, state: State, rounds: Rounds, administrator: str | None) -> None:
+        """
+        Args:
+            administrator: the id in the one administrator's certificate; None without TLS, where
+                devices are who they say they are, and nobody is administrator.
+        """
+        self._state = state
+        self._rounds = rounds
+        self._administrator = administrator
+        self._open: defaultdict[str, set[asyncio.Timeout]] = defaultdict(set)
+        self.last_seen: dict[str, float] = {}
+        """Device id -> last call since the start, in seconds since the epoch."""
+
+    @contextlib.asynccontextmanager
+    async def device(self, context: Context) -> AsyncIterator[Device]:
+        """The device that calls. `shut_out` cancels the body and ends the call."""
+        device = await self._device(context)
+        self.last_seen[device.id] = time.time()
+        scope = asyncio.timeout(None)
+        self._open[device.id].add(scope)
+        try:
+            async with scope:
+                yield device
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, UNKNOWN)
+        finally:
+            self._open[device.id].discard(scope)
+
+    def shut_out(self, device: str) -> None:
+        """Ends the open calls of a device whose certificate the state does not accept any more."""
+        for scope in self._open.pop(device, ()):
+            scope.reschedule(0)
+        self._rounds.leave(device)
+
+    async def require_administrator(self, context: Context) -> None:
+        """Ends the call unless the administrator makes it."""
+        subject = await self._subject(context, Role.ADMINISTRATOR)
+        if subject.id != self._administrator:
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "this administrator's certificate was replaced; use the one that the coordinator "
+                "prints when it starts",
+            )
+
+    async def _device(self, context: Context) -> Device:
+        if self._administrator is None:
+            return await self._believed(context)
+        subject = await self._subject(context, Role.DEVICE)
+        device = self._state.enrolled(subject.id)
+        if device is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, UNKNOWN)
+        return device
+
+    async def _subject(self, context: Context, role: Role) -> Subject:
+        """Whom the connection's certificate is for. TLS checked it when the connection began."""
+        (pem,) = context.auth_context()["x509_pem_cert"]
+        subject = subject_of(pem)
+        if subject.role != role:
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"this call needs a certificate of the role {role}; this one's is {subject.role}",
+            )
+        if time.time() > subject.valid_until:
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "the certificate has lapsed; ask for a new invitation",
+            )
+        return subject
+
+    async def _believed(self, context: Context) -> Device:
+        """Without TLS: the device of the name that the caller claims."""
+        name = dict(context.invocation_metadata() or ()).get("comigs-device-bin", b"")
+        name = name.decode(errors="replace") if isinstance(name, bytes) else name
+        if not is_name(name):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NAMING)
+        return self._state.named(name)

@@ -1,0 +1,225 @@
+"""A gRPC connection to a coordinator: calls that outlive a bad network, and errors for people."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from edge_runtime import wire
+from edge_runtime.errors import ComigsError, RefusedError, TrustError, UnreachableError
+from edge_runtime.identity import Identity
+
+CALL_SECONDS = 15.0
+FIRST_PAUSE_SECONDS = 0.25
+LONGEST_PAUSE_SECONDS = 10.0
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 2 * wire.CHUNK_BYTES),
+    ("grpc.max_send_message_length", 2 * wire.CHUNK_BYTES),
+    # A coordinator that vanished while a call was open is noticed within about 30 seconds.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # The pauses between attempts are ours, so that we can tell the user about them.
+    ("grpc.enable_retries", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+# CANCELLED is what calls get that a stopping coordinator did not wait for.
+TRANSIENT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+}
+
+# gRPC reports failed handshakes as UNAVAILABLE; these, found in the details, will not pass. That
+# the coordinator does not take our certificate is not among them: gRPC only says that the
+# connection was closed.
+HANDSHAKE_FAILURES = {
+    # OpenSSL's CERTIFICATE_VERIFY_FAILED
+    "1000007d": "has a certificate of another authority than the invitation was from; if that "
+    "coordinator was set up anew, ask for a new invitation, and if it was not, do not go on",
+    "Hostname Verification": "has a certificate for other names; use an address that is on it, or "
+    "start the coordinator with --name and the one that devices use",
+    # OpenSSL's WRONG_VERSION_NUMBER
+    "100000f7": "does not speak TLS; start it without --insecure, or this device with it",
+}
+
+M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+
+
+@dataclass
+class Traffic:
+    """Serialized gRPC messages, attempts included, in bytes; TLS and HTTP/2 framing are not."""
+
+    sent: int = 0
+    received: int = 0
+
+    def send(self, message: M) -> M:
+        self.sent += message.ByteSize()
+        return message
+
+    def receive(self, message: M) -> M:
+        self.received += message.ByteSize()
+        return message
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long calls go on trying while the coordinator cannot be reached."""
+
+    seconds: float
+    on_wait: Callable[[str], None]
+    """Gets one line for a person before each pause."""
+
+
+@dataclass(frozen=True)
+class Unproven:
+    """A device that says who it is and proves nothing, for a coordinator with --insecure."""
+
+    coordinator: str
+    """HOST:PORT."""
+    name: str
+
+
+class DamagedTransferError(Exception):
+    """What arrived is not what was sent; `Connection.retry` tries again."""
+
+
+class Connection:
+    """A channel to one coordinator.
+
+    Everything passed to `retry` is repeated while the coordinator cannot be reached, and raises:
+        UnreachableError: patience ran out.
+        TrustError: one side does not accept the other's certificate or role, or ours has lapsed.
+        RefusedError: the coordinator answered, and said no.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: grpc.ChannelCredentials | None,
+        patience: Patience,
+        identity: Identity | None = None,
+    ) -> None:
+        """
+        Args:
+            address: HOST:PORT.
+            credentials: None for no TLS.
+            identity: what the credentials are made of, if they hold a client's certificate.
+        """
+        self.address = address
+        self._secure = credentials is not None
+        self._patience = patience
+        self._identity = identity
+        self.channel = (
+            grpc.insecure_channel(address, CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.channel.close()
+
+    def ping(self) -> float:
+        """Seconds that one standard health check takes."""
+        check = self.channel.unary_unary(
+            "/grpc.health.v1.Health/Check", request_serializer=bytes, response_deserializer=bytes
+        )
+        self.retry(lambda: check(b"", timeout=CALL_SECONDS))  # the connection is up after this
+        started = time.monotonic()
+        check(b"", timeout=CALL_SECONDS)
+        return time.monotonic() - started
+
+    def retry(self, attempt: Callable[[], T]) -> T:
+        """The result of `attempt`, which makes one call."""
+        end = time.monotonic() + self._patience.seconds
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return attempt()
+            except DamagedTransferError as error:
+                trouble = str(error)
+            except grpc.RpcError as error:
+                trouble = self._check_transient(error)
+            left = end - time.monotonic()
+            if left <= 0:
+                tls = "with TLS" if self._secure else "without TLS as this device does"
+                raise UnreachableError(
+                    f"no answer from the coordinator at {self.address} for "
+                    f"{self._patience.seconds:.0f} s ({trouble}); check that it runs there, that "
+                    f"it speaks {tls}, that no firewall is in between, and both sides' clocks"
+                )
+            # Jitter keeps devices apart that all lost the same coordinator.
+            seconds = min(pause * random.uniform(0.5, 1.0), left)  # noqa: S311
+            self._patience.on_wait(
+                f"coordinator at {self.address}: {trouble}; trying again in {seconds:.1f} s"
+            )
+            time.sleep(seconds)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _check_transient(self, error: grpc.RpcError) -> str:
+        """One line about trouble that may pass.
+
+        Raises:
+            TrustError, RefusedError: it will not pass.
+        """
+        code, details = error.code(), " ".join((error.details() or "").split())
+        lasting = self._lasting(code, details)
+        if lasting is not None:
+            raise lasting from error
+        if self._identity is not None:
+            self._identity.check()
+        # "failed to connect to all addresses; last error: UNKNOWN: ipv4:...: Connection refused"
+        reason = details.rpartition("last error: ")[2]
+        return reason[:200] or code.name
+
+    def _lasting(self, code: grpc.StatusCode, details: str) -> ComigsError | None:
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return TrustError(f"the coordinator at {self.address} says: {details}")
+        if code == grpc.StatusCode.UNIMPLEMENTED:
+            return RefusedError(
+                f"what answers at {self.address} is no coordinator of this version ({details}); "
+                "check the address, and update comigs on both sides"
+            )
+        if code not in TRANSIENT:
+            return RefusedError(f"the coordinator at {self.address} refused: {details}")
+        for mark, meaning in HANDSHAKE_FAILURES.items():
+            if mark in details:
+                return TrustError(f"the coordinator at {self.address} {meaning}")
+        return None
+
+
+def connect(who: Identity | Unproven, patience: Patience) -> Connection:
+    """A connection on which the coordinator knows the caller; with TLS for an Identity.
+
+    Raises:
+        TrustError: the certificate has lapsed.
+    """
+    if isinstance(who, Unproven):
+        return Connection(who.coordinator, None, patience)
+    who.check()
+    credentials = grpc.ssl_channel_credentials(
+        who.ca.encode(), who.key.encode(), who.certificate.encode()
+    )
+    return Connection(who.coordinator, credentials, patience, who)
