@@ -11,6 +11,7 @@ from edge_runtime import training_config
 from edge_runtime.cli import Format, FormatOption, emit, messages
 from edge_runtime.engines import ENGINES
 from export import PRECISIONS
+from export.commands import check_precision
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +27,7 @@ def demo(
     ] = None,
     base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2-mini",
     engine: Annotated[str, typer.Option(help=" or ".join(ENGINES))] = ENGINES[0],
+    precision: Annotated[str, typer.Option(help="As for `comigs export`.")] = "float32",
     rounds: Annotated[int, typer.Option(min=1)] = 4,
     local_steps: Annotated[int, typer.Option(min=1, help="Expert steps per round.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of adapters and batches.")] = 0,
@@ -37,12 +39,23 @@ def demo(
     from benchmarks.demo import Demo
     from benchmarks.users import default_users, load_users
 
+    if engine not in ENGINES:
+        raise typer.BadParameter(f"choose {' or '.join(ENGINES)}", param_hint="--engine")
+    check_precision(precision, [engine])
     config = training_config.load(None)
     config.rounds, config.local_steps = rounds, local_steps
     # A burst per round: with few rounds, every 30 steps would leave the router nearly untrained.
     config.tau, config.router_steps = local_steps, 5
     texts = default_users() if users is None else load_users(users)
-    result = Demo(users=texts, base=base, engine=engine, training=config, out=out, seed=seed).run()
+    result = Demo(
+        users=texts,
+        base=base,
+        engine=engine,
+        precision=precision,
+        training=config,
+        out=out,
+        seed=seed,
+    ).run()
     page = out / "report.html"
     report.write(result, page)
     if output is Format.JSON:

@@ -138,6 +138,7 @@ class Demo:
     users: list[UserText]
     base: str
     engine: str
+    precision: str
     training: pb.TrainingConfig
     out: Path
     seed: int = 0
@@ -364,7 +365,8 @@ class Demo:
         training, tier = self.training, bundle.manifest.tier
         shared = sum(4 * role.size for role in bundle.manifest.roles if role.shared)
         return {
-            "base": f"{self.base}, {bundle.manifest.base.parameters / 1e6:.1f} M parameters",
+            "base": f"{self.base}, {bundle.manifest.base.parameters / 1e6:.1f} M parameters, "
+            f"{self.precision}",
             "experts": f"1 generalist and 1 specialist, rank {RANK}, per_linear; baselines: one "
             f"LoRA of rank {2 * RANK} (in attention twice the method's)",
             "training": f"{training.rounds} rounds of {training.local_steps} steps of "
@@ -405,7 +407,8 @@ def _compile(
     base = load_base(demo.base)
     tier = replace(tiers()["laptop"], micro_batches=(demo.training.batch_sequences,))
     key = hashlib.sha256(
-        f"{base.sha256} {mixture} {tier} {demo.engine} {programs} {demo.seed} {_sources()}".encode()
+        f"{base.sha256} {demo.precision} {mixture} {tier} {demo.engine} {programs} {demo.seed} "
+        f"{_sources()}".encode()
     ).hexdigest()[:16]
     out = demo.out / "bundles" / f"{name}-{key}"
     if not out.exists():
@@ -415,6 +418,7 @@ def _compile(
             tier,
             engines=[demo.engine],
             out=out,
+            precision=demo.precision,
             seed=demo.seed,
             programs=programs,
             progress=lambda line: notes.put((name, line)),

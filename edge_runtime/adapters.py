@@ -31,6 +31,16 @@ ROUTER_FILE = "router.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+# Options of PEFT with which an adapter is not a sum of products B A any more, or not on one scale.
+BEYOND_LORA = (
+    "use_dora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+)
 
 
 def zeros(manifest: pb.Manifest) -> Vectors:
@@ -75,29 +85,65 @@ def load_directory(
         BundleError: with `checked_by`, a file differs from that bundle's manifest.
     """
     vectors = zeros(manifest)
-    into = views(manifest, vectors)
     for role in manifest.roles:
         file = role_file(role)
-        source = checked_by.file(file) if checked_by else path / file
-        stored = _read(source)
-        wanted = {
-            _key_in_file(name): view for name, view in into.items() if _role(name) == role.name
-        }
-        if stored.keys() != wanted.keys():
-            odd = sorted(stored.keys() ^ wanted.keys())
-            raise AdapterError(
-                f"{source} does not hold the bundle's {role.name}: {odd[0]} is in only one of "
-                "them; export again or use the bundle that it came from"
-            )
-        for key, view in wanted.items():
-            if stored[key].shape != view.shape:
-                raise AdapterError(
-                    f"{source}: {key} has shape {list(stored[key].shape)}, the bundle wants "
-                    f"{list(view.shape)} (rank {manifest.mixture.rank}); use an adapter of that "
-                    "rank, or export a bundle with the adapter's"
-                )
-            view[...] = stored[key]
+        _fill(manifest, vectors, role.name, checked_by.file(file) if checked_by else path / file)
     return vectors
+
+
+def load_peft(manifest: pb.Manifest, role: str, path: Path) -> Vector:
+    """An expert that PEFT trained on the same targets, at the scale of this bundle.
+
+    Raises:
+        AdapterError: a file is missing or damaged, or it is another kind of adapter, of another
+            rank or on other targets.
+    """
+    source = path / ADAPTER_CONFIG
+    try:
+        config = json.loads(source.read_text(encoding="utf-8"))
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except OSError as error:
+        raise AdapterError(f"cannot read {source}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"{source} is not a LoRA configuration of PEFT: {error}") from error
+    odd = [option for option in BEYOND_LORA if config.get(option)]
+    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
+        raise AdapterError(
+            f"{path} is more than LoRA ({', '.join(odd) or 'see its peft_type and bias'}); train "
+            "it without, or merge that into the base"
+        )
+    mixture = manifest.mixture
+    if rank != mixture.rank:
+        raise AdapterError(
+            f"{path} has rank {rank}, the bundle {mixture.rank}; export with --rank {rank}"
+        )
+    vectors = {role: zeros(manifest)[role]}
+    _fill(manifest, vectors, role, path / ADAPTER_FILE)
+    theirs = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    for name, view in views(manifest, vectors).items():
+        if name.endswith(".lora_B.weight"):
+            view[...] *= theirs / (mixture.alpha / math.sqrt(rank))
+    return vectors[role]
+
+
+def _fill(manifest: pb.Manifest, vectors: Vectors, role: str, source: Path) -> None:
+    """Reads the tensors of `role` into its vector."""
+    stored = _read(source)
+    wanted = {_key_in_file(n): v for n, v in views(manifest, vectors).items() if _role(n) == role}
+    if stored.keys() != wanted.keys():
+        odd = sorted(stored.keys() ^ wanted.keys())
+        raise AdapterError(
+            f"{source} does not hold the bundle's {role}: {odd[0]} is in only one of them; export "
+            "a bundle with the adapter's targets, or use the bundle that it came from"
+        )
+    for key, view in wanted.items():
+        if stored[key].shape != view.shape:
+            raise AdapterError(
+                f"{source}: {key} has shape {list(stored[key].shape)}, the bundle wants "
+                f"{list(view.shape)} (rank {manifest.mixture.rank}); use an adapter of that "
+                "rank, or export a bundle with the adapter's"
+            )
+        view[...] = stored[key]
 
 
 def save_directory(manifest: pb.Manifest, vectors: Mapping[str, Vector], path: Path) -> None:

@@ -43,6 +43,7 @@ def export_bundle(
     precision: str = "float32",
     seed: int = 0,
     programs: Sequence[str] | None = None,
+    generalist: Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda _: None,
 ) -> Bundle:
@@ -51,6 +52,7 @@ def export_bundle(
     Args:
         precision: how the large frozen matrices are held, one of PRECISIONS.
         seed: of the fresh adapters and of the parity gate's inputs.
+        generalist: directory of an adapter that PEFT trained, which the generalist starts as.
         programs: only those whose name before the dot is listed (default: all).
         overwrite: replace an existing bundle; it stays whole until the new one is complete.
         progress: told what happens, one line at a time.
@@ -58,6 +60,7 @@ def export_bundle(
     Raises:
         ValueError: an engine has no programs of that precision, or the mixture names other targets
             than the base has.
+        AdapterError: `generalist` cannot be read, or has another rank or other targets.
         ParityError: a program disagrees with PyTorch; `out` is untouched.
         StorageError: `out` exists and `overwrite` is not set, or cannot be written.
     """
@@ -74,7 +77,10 @@ def export_bundle(
         staging.mkdir(parents=True)
         manifest = _manifest(base, mixture, tier, precision)
         base.tokenizer.save(str(staging / TOKENIZER_FILE))
-        adapters.save_directory(manifest, mixtures.fresh(manifest, seed), staging)
+        vectors = mixtures.fresh(manifest, seed)
+        if generalist is not None:
+            vectors["generalist"] = adapters.load_peft(manifest, "generalist", generalist)
+        adapters.save_directory(manifest, vectors, staging)
         longest = max(tier.context, tier.train_length)
         decoder = DECODERS[architecture.name](base, mixture, longest)
         chosen = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,9 @@ def export(
             help="Linear maps that carry LoRA, comma-separated (default: all of a block)."
         ),
     ] = "",
+    generalist: Annotated[
+        Path | None, typer.Option(help="Adapter trained with PEFT that the generalist starts as.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the fresh adapters.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     output: FormatOption = Format.TEXT,
@@ -61,13 +65,7 @@ def export(
         raise typer.BadParameter(f"choose from {', '.join(ENGINE_CHOICES)}", param_hint="--engine")
     if weights not in ("pretrained", "random"):
         raise typer.BadParameter("choose pretrained or random", param_hint="--weights")
-    if precision not in PRECISIONS:
-        raise typer.BadParameter(f"choose {' or '.join(PRECISIONS)}", param_hint="--precision")
-    if not set(ENGINE_CHOICES[engine]) <= set(PRECISIONS[precision]):
-        raise typer.BadParameter(
-            "int8 programs are for ONNX Runtime so far; add --engine onnxruntime",
-            param_hint="--precision",
-        )
+    check_precision(precision, ENGINE_CHOICES[engine])
     try:
         mixture = Mixture(
             mixing=mixing,
@@ -95,6 +93,7 @@ def export(
             out=out,
             precision=precision,
             seed=seed,
+            generalist=generalist,
             overwrite=overwrite,
             progress=status.update,
         )
@@ -103,6 +102,17 @@ def export(
     else:
         messages.print(f"wrote {out}")
         messages.print(_table(bundle))
+
+
+def check_precision(precision: str, engines: Sequence[str]) -> None:
+    """Refuses a precision that is unknown, or that one of the engines has no programs of."""
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"choose {' or '.join(PRECISIONS)}", param_hint="--precision")
+    if not set(engines) <= set(PRECISIONS[precision]):
+        raise typer.BadParameter(
+            "int8 programs are for ONNX Runtime so far; add --engine onnxruntime",
+            param_hint="--precision",
+        )
 
 
 def summary(bundle: Bundle) -> dict[str, Any]:

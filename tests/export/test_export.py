@@ -18,14 +18,14 @@ import onnx
 import pytest
 import torch
 from executorch.exir._serialize._program import deserialize_pte_binary
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import TIER, ExportTiny
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from edge_runtime import adapters
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.engines import load_engine
-from edge_runtime.errors import BaseModelError, BundleError, ParityError, StorageError
+from edge_runtime.errors import AdapterError, BaseModelError, BundleError, ParityError, StorageError
 from edge_runtime.predict import Predictor
 from edge_runtime.training import Evaluator
 from export import mixture, onnx_engine, onnx_graph, parity
@@ -406,6 +406,67 @@ def test_an_expert_of_a_llama_means_the_same_to_peft(
         np.testing.assert_allclose(
             ours.logits(text[:length].tolist()), want[length - 1].numpy(), atol=1e-4
         )
+
+
+@pytest.mark.parametrize("use_rslora", [True, False])
+def test_an_adapter_trained_with_peft_is_the_generalist(
+    tiny_base_dir: Path, tmp_path: Path, use_rslora: bool
+) -> None:
+    targets = ["attn.c_attn", "mlp.c_fc", "mlp.c_proj"]
+    config = LoraConfig(
+        r=4, lora_alpha=6, use_rslora=use_rslora, target_modules=targets, fan_in_fan_out=True
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(GPT2LMHeadModel.from_pretrained(tiny_base_dir), config)
+    text = torch.randint(256, (2, 20))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
+    for _ in range(3):
+        model(text, labels=text).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    model.save_pretrained(tmp_path / "trained")
+    out = tmp_path / "bundle"
+    done = comigs(
+        *("export", "--base", tiny_base_dir, "--tier", "phone-low", "--engine", "onnxruntime"),
+        *("--specialists", 0, "--rank", 4, "--alpha", 16, "--targets", ",".join(targets)),
+        *("--generalist", tmp_path / "trained", "--out", out),
+    )
+    assert done.returncode == 0, done.stderr
+    bundle = open_bundle(out)
+    ours = Predictor(bundle, load_engine("onnxruntime", threads=1), adapters.load_fresh(bundle))
+    with torch.no_grad():
+        want = model(text[:1]).logits[0, -1]
+        with model.disable_adapter():
+            bare = model(text[:1]).logits[0, -1]
+    assert (want - bare).abs().max() > 0.05
+    np.testing.assert_allclose(ours.logits(text[0].tolist()), want.numpy(), atol=1e-4)
+
+
+def test_adapters_of_peft_that_do_not_fit(
+    tiny_bundle: Bundle, tmp_path: Path, tiny_base_dir: Path
+) -> None:
+    def saved(name: str, **options: Any) -> Path:
+        base = GPT2LMHeadModel.from_pretrained(tiny_base_dir)
+        targets = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+        options = {"r": 4, "target_modules": targets, "fan_in_fan_out": True} | options
+        get_peft_model(base, LoraConfig(**options)).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    def refused(path: Path, says: str) -> None:
+        with pytest.raises(AdapterError, match=says) as error:
+            adapters.load_peft(tiny_bundle.manifest, "generalist", path)
+        assert "\n" not in str(error.value)
+
+    adapters.load_peft(tiny_bundle.manifest, "generalist", saved("fits"))
+    refused(saved("rank", r=2), r"rank 2, the bundle 4; export with --rank 2")
+    refused(saved("dora", use_dora=True), "more than LoRA .use_dora")
+    refused(saved("pattern", rank_pattern={"c_fc": 8}), "more than LoRA .rank_pattern")
+    refused(saved("targets", target_modules=["mlp.c_fc"]), "adapter's targets")
+    refused(tmp_path / "nowhere", "cannot read")
+    broken = saved("broken")
+    (broken / "adapter_config.json").write_text("{}")
+    refused(broken, "not a LoRA configuration")
 
 
 # --- bases -------------------------------------------------------------------------------------
