@@ -13,6 +13,7 @@ from edge_runtime.adapters import Vector, views
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import Array, Engine, allocate
+from edge_runtime.errors import ParityError
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Predictor:
         self._caches = {key: array for key, array in shared.items() if key.startswith("cache.")}
         self._held: list[int] = []  # tokens whose keys and values are in the cache
         self._routing: list[NDArray[np.float32]] = []  # per held token, (L, n)
+        self._check_that_adapters_count()
 
     def use(self, vectors: Mapping[str, Vector]) -> None:
         """Switches to other adapters of the same bundle."""
@@ -104,6 +106,23 @@ class Predictor:
             )
             for token, row in zip(ids, shares, strict=True)
         ]
+
+    def _check_that_adapters_count(self) -> None:
+        """Runs `decode` twice, the second time with other adapters.
+
+        Raises:
+            ParityError: the result is the same, so a person's adapters would mean nothing.
+        """
+        own = {role: vector.copy() for role, vector in self._vectors.items()}
+        before = self._extend("decode", [0])["logits"].copy()
+        self.use({role: vector + np.float32(0.1) for role, vector in own.items()})
+        after = self._extend("decode", [0])["logits"]
+        self.use(own)
+        if np.array_equal(before, after):
+            raise ParityError(
+                "the bundle's decode program gives the same with any adapters; export it again, "
+                "and report this if it happens twice"
+            )
 
     def _start(self) -> int:
         """What comes before the first token of a text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import oracle
 import pytest
 import torch
@@ -25,9 +27,10 @@ from tiny import ExportTiny
 from transformers import GPT2LMHeadModel
 
 from edge_runtime.adapters import Vectors, load_fresh, views
-from edge_runtime.bundle import Bundle
+from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import tokenize
 from edge_runtime.engines import load_engine
+from edge_runtime.errors import ParityError
 from edge_runtime.predict import Predictor
 from edge_runtime.store import Home
 from export import mixture
@@ -50,6 +53,31 @@ def reference(bundle: Bundle, base: Path, vectors: Vectors) -> oracle.OracleMode
         targets=tuple(m.targets),
         values=views(bundle.manifest, vectors),
     )
+
+
+# --- adapters count ----------------------------------------------------------------------------
+
+
+def test_a_program_that_ignores_adapters_is_found_at_load(own_bundle: Path) -> None:
+    bundle = open_bundle(own_bundle)
+    file = own_bundle / "onnx" / "decode.onnx"
+    model = onnx.load(file, load_external_data=False)
+    ignored = [port.name for port in model.graph.input if "/" in port.name]
+    assert ignored
+    for node in model.graph.node:
+        node.input[:] = [f"{name} ignored" if name in ignored else name for name in node.input]
+    zero = onnx.numpy_helper.from_array(np.zeros((), np.float32), "zero")
+    model.graph.initializer.append(zero)
+    for name in ignored:
+        model.graph.node.insert(
+            0, onnx.helper.make_node("Mul", [name, "zero"], [f"{name} ignored"])
+        )
+    file.write_bytes(model.SerializeToString())
+    (entry,) = (entry for entry in bundle.manifest.files if entry.path == "onnx/decode.onnx")
+    entry.size = file.stat().st_size
+    entry.sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    with pytest.raises(ParityError, match="same with any adapters"):
+        predictor(bundle, load_fresh(bundle))
 
 
 # --- logits ------------------------------------------------------------------------------------
