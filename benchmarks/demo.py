@@ -62,6 +62,7 @@ from protos import coordinator_pb2 as pb
 ARMS = ("local", "fedavg", "method")
 RANK, ALPHA = 8, 16.0
 HOUR = 3600.0  # how long the invitations work, in seconds
+LARGE = 50e6  # parameters of a base
 SUGGESTIONS = 3  # places per user at which suggestions before and after are shown
 
 
@@ -405,7 +406,10 @@ def _compile(
     torch.set_num_threads(1)  # as many processes as cores: threads of one wait for the other's
     notes.put((name, "loading the base"))
     base = load_base(demo.base)
-    tier = replace(tiers()["laptop"], micro_batches=(demo.training.batch_sequences,))
+    batch = demo.training.batch_sequences
+    # Four devices share this machine's memory: a large base takes its batches in parts.
+    micro_batch = 2 if base.parameters > LARGE and batch % 2 == 0 else batch
+    tier = replace(tiers()["laptop"], micro_batches=(micro_batch,))
     key = hashlib.sha256(
         f"{base.sha256} {demo.precision} {mixture} {tier} {demo.engine} {programs} {demo.seed} "
         f"{_sources()}".encode()
