@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import GPT2Config, LlamaConfig
-
-Config = GPT2Config | LlamaConfig
+if TYPE_CHECKING:  # this module is imported before it is known whether the compiler is installed
+    from transformers import GPT2Config, LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,8 @@ class Architecture:
         return tuple(each.name for each in self.maps)
 
 
-def architecture(config: Config) -> Architecture:
-    """The architecture that a transformers configuration describes."""
-    return _llama(config) if isinstance(config, LlamaConfig) else _gpt2(config)
-
-
-def _gpt2(config: GPT2Config) -> Architecture:
+def gpt2(config: GPT2Config) -> Architecture:
+    """What a GPT-2 configuration of transformers describes."""
     width = config.n_embd
     return Architecture(
         name="gpt2",
@@ -76,7 +72,8 @@ def _gpt2(config: GPT2Config) -> Architecture:
     )
 
 
-def _llama(config: LlamaConfig) -> Architecture:
+def llama(config: LlamaConfig) -> Architecture:
+    """What a Llama configuration of transformers describes."""
     width, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads
     key_value_heads = config.num_key_value_heads or heads

