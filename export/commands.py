@@ -26,7 +26,8 @@ def register(app: typer.Typer) -> None:
 def export(
     out: Annotated[Path, typer.Option(help="Directory to write the bundle to.")],
     base: Annotated[
-        str, typer.Option(help="gpt2-mini, a directory, or a Hugging Face name.")
+        str,
+        typer.Option(help="gpt2-mini, smollm2-135m, a directory, GGUF file, or Hugging Face name."),
     ] = "gpt2-mini",
     weights: Annotated[
         str, typer.Option(help="pretrained, or random (for measuring speed only).")

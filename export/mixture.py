@@ -36,6 +36,8 @@ class Mixture:
             raise ValueError(f"mixing is {self.mixing!r}; it must be one of {', '.join(MIXINGS)}")
         if self.specialists < 0 or self.rank < 1:
             raise ValueError("specialists must be 0 or more and rank 1 or more")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha:g}; it must be a number above 0")
 
     def on(self, architecture: Architecture) -> Mixture:
         """The same with the targets of this architecture filled in.

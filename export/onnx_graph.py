@@ -48,6 +48,8 @@ TYPES = {
 }
 # Matrices with fewer numbers stay float32: they cost little and an integer product gains little.
 SMALLEST_QUANTISED = 2**15
+# Tables of which rows are looked up: embeddings, but not the angles of positions.
+SMALLEST_HALVED = 2**20
 DECOMPOSITIONS: Decompositions = decompositions(lambda x: x.sum(-1, keepdim=True))
 
 Argument: TypeAlias = Any  # an fx.Node or what it was called with: numbers, lists, None
@@ -395,7 +397,7 @@ def _getitem(t: _Translation, node: fx.Node, a: fx.Node, index: int) -> str:
 
 def _index(t: _Translation, node: fx.Node, a: fx.Node, indices: Sequence[fx.Node]) -> str:
     (index,) = indices
-    if t.quantised(a):
+    if t.int8 and a.op == "get_attr" and _shape(a).numel() >= SMALLEST_HALVED:
         return t.half_rows(a, t.name(index))
     return t.emit("Gather", t.name(a), t.name(index), axis=0)
 

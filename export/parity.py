@@ -24,6 +24,8 @@ from protos import manifest_pb2 as pb
 # most bases; where it explains more, see `_float32_noise`. A larger one has been an operator that
 # is not the one that was asked for.
 TOLERANCE = 1e-4
+# What float32's uncertainty may excuse at most, also where PyTorch's own result is not finite.
+MOST_NOISE = 0.01
 # With an int8 base, against the float32 one: losses, and anything else. This finds defects; it is
 # no measure of quality, for random tokens and adapters are harsher than text. Gradients of routers
 # are off by up to 0.23, everything else by 0.16 (nine exports of gpt2-mini).
@@ -73,14 +75,19 @@ def check(
     allowed = {name: _tolerance(name, precision) for name in wanted}
     if precision == "float32" and any(errors[name] > allowed[name] for name in wanted):
         noise = _float32_noise(specification, arguments, wanted)
-        allowed = {name: max(allowed[name], 4.0 * noise[name]) for name in wanted}
+        allowed = {name: max(allowed[name], min(4.0 * noise[name], MOST_NOISE)) for name in wanted}
     worst = max(errors, key=lambda name: errors[name] / allowed[name])
     # Written so that a NaN fails too.
     if not errors[worst] <= allowed[worst]:
+        advice = (
+            "this is a defect of the compiler or the engine, please report it"
+            if precision == "float32"
+            else "eight bits are too few for this base's activations, use --precision float32"
+        )
         raise ParityError(
             f"{specification.name} compiled for {engine.name} disagrees with PyTorch: {worst} is "
             f"off by {errors[worst]:.2e} relative (allowed {allowed[worst]:.0e}); nothing was "
-            "written; this is a defect of the compiler or the engine, please report it"
+            f"written; {advice}"
         )
     return pb.Parity(
         worst_relative_error=errors[worst],

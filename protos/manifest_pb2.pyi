@@ -170,20 +170,20 @@ class Tokenizer(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FILE_FIELD_NUMBER: _builtins.int
-    END_ID_FIELD_NUMBER: _builtins.int
+    START_ID_FIELD_NUMBER: _builtins.int
     file: _builtins.str
     """Path of the `tokenizer.json` (Hugging Face `tokenizers`) inside the bundle."""
-    end_id: _builtins.int
-    """Id of the token that ends a text; -1 if the tokenizer has none."""
+    start_id: _builtins.int
+    """Id of the token that stands before the first one of a text; -1 if the base has none."""
     def __init__(
         self,
         *,
         file: _builtins.str = ...,
-        end_id: _builtins.int = ...,
+        start_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_id", b"end_id", "file", b"file"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "start_id", b"start_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

