@@ -18,7 +18,7 @@ from edge_runtime import adapters, planner, training_config
 from edge_runtime.bundle import contract_sha256, open_bundle
 from edge_runtime.cli import Format, FormatOption, emit, messages
 from edge_runtime.client import Client
-from edge_runtime.connection import Patience, Traffic, Unproven
+from edge_runtime.connection import Patience, Traffic, Unproven, connect
 from edge_runtime.data import load_tokenizer, read_splits, tokenize
 from edge_runtime.device import Device
 from edge_runtime.engines import ENGINES, load_engine
@@ -174,6 +174,10 @@ def _with_coordinator(
             who = _identity(device, invited, coordinator, patience, traffic)
         client = Client(who, patience=patience, traffic=traffic)
         with contextlib.closing(client):
+            if isinstance(who, Identity) and who != device.home.identity():
+                with contextlib.closing(connect(who, patience)) as connection:
+                    connection.ping()  # a wrong address must not stay in the home
+                device.home.save_identity(who)
             device.take_part(client)
     finally:
         device.report(
@@ -188,7 +192,7 @@ def _identity(
     patience: Patience,
     traffic: Traffic,
 ) -> Identity:
-    """What proves this device, from its invitation or its home; remembers a new address."""
+    """What proves this device, from its invitation or its home, perhaps with a new address."""
     identity = device.home.identity()
     if invited is not None:
         identity = identity_from(
@@ -201,7 +205,6 @@ def _identity(
     assert identity is not None, "`run` asks for an invitation otherwise"
     if coordinator is not None and coordinator != identity.coordinator:
         identity = replace(identity, coordinator=coordinator)
-        device.home.save_identity(identity)
     return identity
 
 

@@ -7,6 +7,7 @@ fix the next batch. A device that starts again repeats the few steps since then 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class Device:
     _trainer: Trainer | None = field(init=False, default=None)
     _evaluator: Evaluator | None = field(init=False, default=None)
     _step_seconds: list[float] = field(init=False, default_factory=list)
+    _gradient_seconds: list[float] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         tokenizer = load_tokenizer(self.bundle)
@@ -76,6 +78,9 @@ class Device:
             UnreachableError, TrustError, RefusedError: see `Client`.
             StorageError: the home cannot be written; what was saved is intact.
         """
+        who = client.who
+        proof = who.ca.encode() if isinstance(who, Identity) else who.coordinator.encode()
+        self._take_rounds_of(hashlib.sha256(proof).hexdigest())
         while True:
             self._renew(client)
             reply = client.check_in(CHECK_IN_SECONDS)
@@ -90,14 +95,23 @@ class Device:
 
     def train_alone(self, config: pb.TrainingConfig) -> None:
         """The same rounds without a coordinator: nothing is exchanged."""
+        self._take_rounds_of("alone")
         for number in range(max(1, self.progress.round), config.rounds + 1):
             if number != self.progress.round:
                 self._start_round(number, config)
             self._train(config)
-        self.progress.finished = True
+        self.progress.finished = config.rounds
         self._save()
 
     # --- a round ---------------------------------------------------------------------------
+
+    def _take_rounds_of(self, group: str) -> None:
+        """Forgets how far it was in rounds of another coordinator, or alone: the numbers differ."""
+        progress = self.progress
+        if progress.rounds_of != group:
+            progress.rounds_of = group
+            progress.round = progress.finished = 0
+            progress.uploaded = False
 
     def _renew(self, client: Client) -> None:
         """Replaces a certificate of which little time is left."""
@@ -150,12 +164,14 @@ class Device:
         trainer = self._get_trainer(config)
         while True:
             made = self.state.expert_steps - self.progress.round_start
-            if made >= config.local_steps or self._out_of_time(made):
+            due = trainer.gradients(self.state.expert_steps + 1)
+            if made >= config.local_steps or self._out_of_time(made, due):
                 break
             started = time.monotonic()
             loss = trainer.step()
             seconds = time.monotonic() - started
             self._step_seconds.append(seconds)
+            self._gradient_seconds.append(seconds / trainer.gradients(self.state.expert_steps))
             self.progress.round_seconds += seconds
             self.report(
                 {
@@ -171,12 +187,12 @@ class Device:
             self._measure_curve()
         self._save()
 
-    def _out_of_time(self, made: int) -> bool:
-        """Whether the next step would exceed the budget, judged by the slowest recent one."""
+    def _out_of_time(self, made: int, due: int) -> bool:
+        """Whether a next step of `due` gradients would exceed the budget, by the slowest recent."""
         if self.compute_seconds is None or made == 0:
             return False
-        recent = self._step_seconds[-5:]
-        expected = max(recent) if recent else self.progress.round_seconds / made
+        recent = self._gradient_seconds[-5:]
+        expected = due * (max(recent) if recent else self.progress.round_seconds / made)
         stop = self.progress.round_seconds + expected > self.compute_seconds
         if stop:
             self.report(
@@ -190,10 +206,10 @@ class Device:
         return stop
 
     def _finish(self, client: Client, number: int) -> None:
-        if not self.progress.finished:
+        if self.progress.finished != number:
             self._receive(client, number)
             self._measure_curve()
-            self.progress.finished = True
+            self.progress.finished = number
             self._save()
         # Only now may the coordinator go. If it has, it waited for nobody, and all is well.
         with contextlib.suppress(UnreachableError):

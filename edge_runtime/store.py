@@ -64,7 +64,8 @@ class Progress:
     round_start: int = 0  # expert step at which it began
     round_seconds: float = 0.0  # training time spent in it
     uploaded: bool = False  # its update was accepted
-    finished: bool = False  # the final generalist is in place
+    finished: int = 0  # round whose generalist is in place as the final one, 0 before
+    rounds_of: str = ""  # whose rounds these are: see `Device.take_part`
     curve: list[tuple[int, float]] = field(default_factory=list)  # (expert step, held-out loss)
 
 

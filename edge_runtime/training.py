@@ -117,11 +117,15 @@ class Trainer:
             The cross-entropy of the training batch before the step, in nats per token.
         """
         loss = self._expert_step()
-        config, state = self.config, self.state
-        if config.tau and ROUTER in state.vectors and state.expert_steps % config.tau == 0:
-            for _ in range(config.router_steps):
-                self._router_step()
+        for _ in range(self.gradients(self.state.expert_steps) - 1):
+            self._router_step()
         return loss
+
+    def gradients(self, step: int) -> int:
+        """How many gradients expert step `step`, from 1, takes: its own, and its burst's."""
+        tau = self.config.tau
+        burst = tau and ROUTER in self.state.vectors and step % tau == 0
+        return 1 + self.config.router_steps if burst else 1
 
     def _expert_step(self) -> float:
         state, config = self.state, self.config

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from google.protobuf import json_format
 
+from edge_runtime import wire
 from edge_runtime.adapters import load_fresh
 from edge_runtime.bundle import Bundle
 from edge_runtime.store import Home
@@ -169,3 +170,47 @@ def test_kills_change_nothing(
         expected = undisturbed[0].vectors(name)
         for role, vector in session.vectors(name).items():
             np.testing.assert_array_equal(vector, expected[role], err_msg=f"{name} {role}")
+
+
+def test_a_device_comes_back_for_more_rounds_and_from_being_alone(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    """Round numbers of one coordinator mean nothing to another, nor the end of its first rounds."""
+    home, state = tmp_path / "home", tmp_path / "state"
+
+    def comigs(*arguments: object) -> list[str]:
+        return [sys.executable, "-m", "edge_runtime", *map(str, arguments), "--format", "json"]
+
+    def device(*arguments: object) -> list[str]:
+        options = ("--home", home, "--data", text_dir, "--bundle", tiny_bundle.path)
+        done = subprocess.run(
+            comigs("device", "run", *options, "--threads", 1, *arguments),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        return [event["event"] for event in map(json.loads, done.stdout.splitlines())]
+
+    device("--alone", "--rounds", 2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    for rounds in (1, 2, 3):
+        options = ("--listen", address, "--rounds", rounds, "--min-devices", 1, "--insecure")
+        serve = comigs("serve", "--bundle", tiny_bundle.path, "--state", state, *options)
+        with subprocess.Popen(
+            [*serve, "--exit-when-done"], stdout=subprocess.PIPE, text=True
+        ) as coordinator:
+            assert coordinator.stdout is not None
+            assert json.loads(coordinator.stdout.readline())["address"] == address
+            happened = device("--coordinator", address, "--insecure")
+            coordinator.stdout.read()
+        assert coordinator.returncode == 0
+        # The round's generalist and the final one, and a whole round in between.
+        assert happened.count("downloaded") == 2, happened
+        assert happened.count("step") == 10, happened
+        final = max((state / "generalists").glob("*"), key=lambda f: int(f.name.split("-")[0]))
+        vectors = Home(home).load_state(tiny_bundle)[0].vectors
+        decoded = wire.decode(tiny_bundle.manifest, final.read_bytes())
+        assert (decoded["generalist"] == vectors["generalist"]).all()
