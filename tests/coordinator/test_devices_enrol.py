@@ -94,6 +94,11 @@ def test_a_device_enrols_once(site: Site, tmp_path: Path) -> None:
     assert "already used" in refusal(site.run(tmp_path / "thief", "--invitation", invitation))
     assert "give --invitation" in " ".join(site.run(tmp_path / "thief").stderr.split())
 
+    # A wrong address is not remembered.
+    nobody = f"127.0.0.1:{free_port()}"
+    assert site.run(home, "--coordinator", nobody, "--retry", "0.5").returncode == 14
+    assert identity(home) == enrolled
+
     # The coordinator moves: its new address is needed once.
     site.served.stop()
     moved = f"127.0.0.1:{free_port()}"
