@@ -11,7 +11,7 @@ from edge_runtime import training_config
 from edge_runtime.cli import Format, FormatOption, emit, messages
 from edge_runtime.engines import ENGINES
 from export import PRECISIONS
-from export.commands import check_precision
+from export.commands import check_precision, check_weights
 
 
 def register(app: typer.Typer) -> None:
@@ -79,8 +79,7 @@ def bench_train(
     """Time a training step beside PyTorch eager, taking turns, and its process's memory."""
     from benchmarks import train_step
 
-    if weights not in ("pretrained", "random"):
-        raise typer.BadParameter("choose pretrained or random", param_hint="--weights")
+    check_weights(weights)
     contestants = []
     for part in engines.split(","):
         engine, _, precision = part.strip().partition(":")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
-from edge_runtime.connection import CALL_SECONDS, Patience, connect
+from edge_runtime.connection import CALL_SECONDS, Closing, Patience, connect
 from edge_runtime.identity import Identity
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc
@@ -14,22 +12,14 @@ from protos import coordinator_pb2_grpc
 RETRY_SECONDS = 5.0
 
 
-class Administrator:
+class Administrator(Closing):
     """A connection to one coordinator; calls retry and raise as `Connection` does."""
 
     def __init__(self, identity: Identity) -> None:
         self._connection = connect(identity, Patience(RETRY_SECONDS, on_wait=lambda _: None))
         self._stub = coordinator_pb2_grpc.AdminStub(self._connection.channel)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._connection.close()
 
     def invite(self, name: str, valid_seconds: float) -> pb.InviteReply:

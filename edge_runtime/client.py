@@ -14,6 +14,7 @@ from edge_runtime import invitation as invitations
 from edge_runtime import wire
 from edge_runtime.connection import (
     CALL_SECONDS,
+    Closing,
     Connection,
     DamagedTransferError,
     Patience,
@@ -84,7 +85,7 @@ def _authority(invitation: pb.Invitation) -> str:
     return certificate.public_bytes(Encoding.PEM).decode()
 
 
-class Client:
+class Client(Closing):
     """One device at one coordinator. Every call retries and raises as `Connection` does."""
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
@@ -172,10 +171,9 @@ def _with_coordinator(
             who = Unproven(str(coordinator), device.config.name)
         else:
             who = _identity(device, invited, coordinator, patience, traffic)
-        client = Client(who, patience=patience, traffic=traffic)
-        with contextlib.closing(client):
+        with Client(who, patience=patience, traffic=traffic) as client:
             if isinstance(who, Identity) and who != device.home.identity():
-                with contextlib.closing(connect(who, patience)) as connection:
+                with connect(who, patience) as connection:
                     connection.ping()  # a wrong address must not stay in the home
                 device.home.save_identity(who)
             device.take_part(client)

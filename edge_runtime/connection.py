@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -95,7 +96,25 @@ class DamagedTransferError(Exception):
     """What arrived is not what was sent; `Connection.retry` tries again."""
 
 
-class Connection:
+class Closing(ABC):
+    """What `with` closes."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Connection(Closing):
     """A channel to one coordinator.
 
     Everything passed to `retry` is repeated while the coordinator cannot be reached, and raises:
@@ -126,17 +145,6 @@ class Connection:
             if credentials is None
             else grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self.channel.close()

@@ -64,8 +64,7 @@ def export(
         raise typer.BadParameter(f"choose from {', '.join(known)}", param_hint="--tier")
     if engine not in ENGINE_CHOICES:
         raise typer.BadParameter(f"choose from {', '.join(ENGINE_CHOICES)}", param_hint="--engine")
-    if weights not in ("pretrained", "random"):
-        raise typer.BadParameter("choose pretrained or random", param_hint="--weights")
+    check_weights(weights)
     check_precision(precision, ENGINE_CHOICES[engine])
     try:
         mixture = Mixture(
@@ -103,6 +102,11 @@ def export(
     else:
         messages.print(f"wrote {out}")
         messages.print(_table(bundle))
+
+
+def check_weights(weights: str) -> None:
+    if weights not in ("pretrained", "random"):
+        raise typer.BadParameter("choose pretrained or random", param_hint="--weights")
 
 
 def check_precision(precision: str, engines: Sequence[str]) -> None:

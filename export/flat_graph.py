@@ -127,6 +127,12 @@ def is_transpose(node: fx.Node) -> bool:
     return node.target in TRANSPOSES and axes_of(node) == [1, 0]
 
 
+def untransposed(node: fx.Node) -> fx.Node:
+    """The matrix that `node` is, or is the transpose of."""
+    (matrix,) = node.all_input_nodes if is_transpose(node) else (node,)
+    return matrix
+
+
 def axes_of(node: fx.Node) -> list[int]:
     """The permutation that a node of TRANSPOSES is."""
     rank = node.meta["val"].dim()

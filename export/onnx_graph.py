@@ -35,6 +35,7 @@ from export.flat_graph import (
     axes_of,
     decompositions,
     is_transpose,
+    untransposed,
 )
 from export.rounding import coarse_products
 
@@ -120,11 +121,8 @@ class _Translation:
     def __init__(self, graph_module: fx.GraphModule, int8: bool) -> None:
         self.module = graph_module
         self.int8 = int8
-        factors = (
-            node.args[1].args[0] if is_transpose(node.args[1]) else node.args[1]
-            for node in graph_module.graph.nodes
-            if node.target == ATEN.mm.default
-        )
+        products = (n for n in graph_module.graph.nodes if n.target == ATEN.mm.default)
+        factors = [untransposed(node.args[1]) for node in products]
         self.coarse: set[fx.Node] = set()  # products for which rounding is too coarse
         self.factors = {node.target for node in factors if node.op == "get_attr"}
         self.scales: dict[str, tuple[int, Tensor]] = {}  # of a quantised weight: (axis, scale)
@@ -265,8 +263,8 @@ class _Translation:
 
 
 def _mm(t: _Translation, node: fx.Node, a: fx.Node, b: fx.Node) -> str:
-    factor = b.args[0] if is_transpose(b) else b
-    if isinstance(factor, fx.Node) and t.quantised(factor):
+    factor = untransposed(b)
+    if t.quantised(factor):
         transposed, coarse = factor is not b, node in t.coarse
         return t.integer_product(t.name(a), factor, transposed=transposed, coarse=coarse)
     (a_name, transposed_a), (b_name, transposed_b) = t.matrix(a), t.matrix(b)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from export.flat_graph import ATEN, is_transpose
+from export.flat_graph import ATEN, untransposed
 
 # Largest error, relative, of a token's outputs. Without such activations most are below it.
 ALLOWED = 0.03
@@ -51,8 +51,8 @@ class _Rounding(fx.Interpreter):
             a, b = n.args
             assert isinstance(a, fx.Node)
             assert isinstance(b, fx.Node)
-            weight = b.args[0] if is_transpose(b) else b
-            if isinstance(weight, fx.Node) and self.quantised(weight):
+            weight = untransposed(b)
+            if self.quantised(weight):
                 x, transposed = self.env[a], weight is not b
                 if self._worst_error(weight.target, x, self.env[b], transposed) > ALLOWED:
                     self.coarse.add(n)
