@@ -6,13 +6,15 @@
     HOME/enrolment.json       the key of an enrolment that has not ended yet (likewise)
     HOME/lock                 held by the process that trains
 
-Every file is replaced as a whole, so a reader sees the old one or the new one.
+Every file is replaced as a whole, so a reader sees the old one or the new one. The state carries a
+SHA-256 of its content: a bit that flipped on a worn disk is found, not trained on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -31,7 +33,7 @@ from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
 from edge_runtime.identity import Identity, read_identity, write_identity
 from edge_runtime.training import TrainingState, new_state
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 T = TypeVar("T")
 
@@ -143,7 +145,8 @@ class Home:
             "router_steps": state.router_steps,
             "progress": asdict(progress),
         }
-        content = save(arrays, metadata={"comigs": json.dumps(metadata)})
+        text = json.dumps(metadata)
+        content = save(arrays, metadata={"comigs": text, "sha256": _digest(text, arrays)})
         write_atomic(self.path / "state.safetensors", content)
 
     def load_state(self, bundle: Bundle) -> tuple[TrainingState, Progress]:
@@ -157,8 +160,11 @@ class Home:
             return new_state(bundle.manifest, load_fresh(bundle)), Progress()
         try:
             with safe_open(path, "np") as file:
-                metadata = json.loads(file.metadata()["comigs"])
+                header = file.metadata()
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if header["sha256"] != _digest(header["comigs"], arrays):
+                raise ValueError("its content does not match its SHA-256")
+            metadata = json.loads(header["comigs"])
             return _state_of(bundle, path, metadata, arrays)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise AdapterError(
@@ -178,6 +184,16 @@ class Home:
     def _save_json(self, name: str, value: dict[str, Any]) -> None:
         content = json.dumps(value, indent=2) + "\n"
         write_atomic(self.path / name, content.encode())
+
+
+def _digest(metadata: str, arrays: dict[str, NDArray[Any]]) -> str:
+    """SHA-256 (hex) of all that a state file says."""
+    digest = hashlib.sha256(metadata.encode())
+    for key in sorted(arrays):
+        array = np.ascontiguousarray(arrays[key])
+        digest.update(f"{key} {array.dtype} {array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
 def _state_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import resource
 import shutil
@@ -224,6 +225,35 @@ def test_a_home_made_with_another_bundle(
     assert {path.name: path.read_bytes() for path in home.iterdir()} == before
     # It goes on with its own, without being told which that is.
     assert run_alone(home, text_dir, "--rounds", 2)[-1]["steps"] == 20
+
+
+def test_a_flipped_bit_in_the_state_is_found(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    """Anywhere in the file: a header, a counter, a weight, a moment."""
+    home = tmp_path / "home"
+    run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 1)
+    path = home / "state.safetensors"
+    whole = path.read_bytes()
+    before, progress = Home(home).load_state(tiny_bundle)
+    generator = random.Random(3)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = [generator.randrange(len(whole)) for _ in range(100)]
+    unread = 0
+    for place in [*range(header), *places]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            state, got = Home(home).load_state(tiny_bundle)
+        except AdapterError:
+            continue
+        unread += 1  # a blank between the header's words
+        assert got == progress
+        assert all((state.vectors[role] == v).all() for role, v in before.vectors.items())
+    assert unread < 10
+    path.write_bytes(damaged)
+    assert "SHA-256" in refusal(start(home, text_dir), ADAPTER)
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "device.json"])
