@@ -105,6 +105,7 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
                     valid_until=device.valid_until,
                     last_seen=self._callers.last_seen.get(device.id, 0),
                     revoked_at=device.revoked_at or 0,
+                    tier=device.tier or "",
                 )
                 for device in devices
             )

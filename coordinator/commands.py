@@ -311,14 +311,21 @@ def devices(
     with Administrator(_administrator(admin, coordinator)) as administrator:
         entries = administrator.devices()
     if output is Format.JSON:
-        fields = ("name", "id", "enrolled_at", "valid_until", "last_seen", "revoked_at")
+        fields = ("name", "id", "tier", "enrolled_at", "valid_until", "last_seen", "revoked_at")
         emit({"devices": [{name: getattr(e, name) or None for name in fields} for e in entries]})
         return
-    table = Table("name", "enrolled", "certificate until", "last seen", "revoked", box=None)
+    table = Table("name", "tier", "enrolled", "certificate until", "last seen", "revoked", box=None)
     for entry in entries:
         times = (entry.enrolled_at, entry.valid_until, entry.last_seen, entry.revoked_at)
-        table.add_row(Text(entry.name), *(_moment(time) if time else "-" for time in times))
-    Console().print(table)
+        table.add_row(
+            Text(entry.name),
+            Text(entry.tier or "-"),
+            *(_moment(time) if time else "-" for time in times),
+        )
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a line stays a line for grep
+    console.print(table)
 
 
 def _administrator(path: Path, coordinator: str | None) -> Identity:

@@ -15,6 +15,7 @@ from coordinator.rounds import Report
 from coordinator.state import Invitation, State
 from coordinator.tls import Authority, RefusedRequestError, requested_key
 from edge_runtime.connection import Traffic
+from edge_runtime.invitation import is_name
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc
 
@@ -72,6 +73,7 @@ class Enrolment(coordinator_pb2_grpc.EnrolmentServicer):
                     enrolment=enrolment,
                     key_sha256=key_sha256,
                     valid_until=issued.valid_until,
+                    tier=request.tier if is_name(request.tier) else None,
                 )
                 self._callers.shut_out(device.id)  # who had the name before
                 self._report("device_enrolled", {"device": device.name})

@@ -30,7 +30,7 @@ DATABASE = "coordinator.sqlite3"
 LOCK = "lock"
 MEMORIES = "memories"
 # Raised whenever the tables below change; in the database as `user_version`.
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Status(StrEnum):
@@ -57,6 +57,8 @@ class Device(Base):
     valid_until: Mapped[float]
     """When its latest certificate lapses."""
     revoked_at: Mapped[float | None]
+    tier: Mapped[str | None]
+    """Of its bundle, as it said when it enrolled."""
 
 
 class Invitation(Base):
@@ -212,7 +214,9 @@ class State:
         with self._transaction() as session:
             return session.scalar(select(Invitation).where(Invitation.token_sha256 == digest))
 
-    def enrol(self, name: str, *, enrolment: str, key_sha256: bytes, valid_until: float) -> Device:
+    def enrol(
+        self, name: str, *, enrolment: str, key_sha256: bytes, valid_until: float, tier: str | None
+    ) -> Device:
         """Notes that the holder of a key used the invitation for `name`.
 
         It becomes the device of that name, in the place of an earlier one, revoked or not.
@@ -225,6 +229,7 @@ class State:
             device.enrolled_at = time.time()
             device.valid_until = valid_until
             device.revoked_at = None
+            device.tier = tier
             return device
 
     def extend(self, enrolment: str, valid_until: float) -> None:

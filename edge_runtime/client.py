@@ -49,6 +49,7 @@ def enrol(
     *,
     key: str,
     contract: str,
+    tier: str,
     traffic: Traffic,
 ) -> Identity:
     """The identity that `invitation` gives to the holder of `key`; raises as `Connection` does.
@@ -58,11 +59,13 @@ def enrol(
     Args:
         connection: from `connect_to_enrol`.
         contract: `bundle.contract_sha256` of the device's bundle.
+        tier: name of the tier that it was compiled for.
     """
     request = pb.EnrollRequest(
         token=invitation.token,
         request=pb.SigningRequest(pkcs10=signing_request(key, invitation.name)),
         contract_sha256=contract,
+        tier=tier,
     )
     stub = coordinator_pb2_grpc.EnrolmentStub(connection.channel)
     reply = connection.retry(lambda: stub.Enroll(traffic.send(request), timeout=CALL_SECONDS))

@@ -197,6 +197,7 @@ def _identity(
             invited,
             home=device.home,
             contract=contract_sha256(device.bundle.manifest),
+            tier=device.bundle.manifest.tier.name,
             patience=patience,
             traffic=traffic,
         )

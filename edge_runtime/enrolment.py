@@ -15,6 +15,7 @@ def identity_from(
     *,
     home: Home,
     contract: str,
+    tier: str,
     patience: Patience,
     traffic: Traffic,
 ) -> Identity:
@@ -37,6 +38,13 @@ def identity_from(
         begun = Enrolment(invitation=digest, key=new_key())
         home.save_enrolment(begun)
     with connect_to_enrol(invitation, patience) as connection:
-        identity = enrol(connection, invitation, key=begun.key, contract=contract, traffic=traffic)
+        identity = enrol(
+            connection,
+            invitation,
+            key=begun.key,
+            contract=contract,
+            tier=tier,
+            traffic=traffic,
+        )
     home.save_identity(identity)
     return identity

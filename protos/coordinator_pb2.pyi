@@ -81,10 +81,15 @@ class EnrollRequest(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
     CONTRACT_SHA256_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     token: _builtins.bytes
     """Of the invitation."""
     contract_sha256: _builtins.str
     """SHA-256 of the shared tensors' names, shapes and dtypes and of the base's hash (hex)."""
+    tier: _builtins.str
+    """Name of the tier that the device's bundle was compiled for, up to 64 bytes of printable text: so
+    that the operator sees what the fleet consists of. Empty if it is not said.
+    """
     @_builtins.property
     def request(self) -> Global___SigningRequest:
         """For the key that the device made, under the invitation's name."""
@@ -95,10 +100,11 @@ class EnrollRequest(_message.Message):
         token: _builtins.bytes = ...,
         request: Global___SigningRequest | None = ...,
         contract_sha256: _builtins.str = ...,
+        tier: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contract_sha256", b"contract_sha256", "request", b"request", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contract_sha256", b"contract_sha256", "request", b"request", "tier", b"tier", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -283,6 +289,7 @@ class DeviceEntry(_message.Message):
     VALID_UNTIL_FIELD_NUMBER: _builtins.int
     LAST_SEEN_FIELD_NUMBER: _builtins.int
     REVOKED_AT_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique."""
     id: _builtins.str
@@ -295,6 +302,8 @@ class DeviceEntry(_message.Message):
     """Its last call since the coordinator started; 0 if there was none."""
     revoked_at: _builtins.float
     """When it was revoked; 0 if it is not."""
+    tier: _builtins.str
+    """Tier of its bundle, as it said when it enrolled; empty if it did not."""
     def __init__(
         self,
         *,
@@ -304,10 +313,11 @@ class DeviceEntry(_message.Message):
         valid_until: _builtins.float = ...,
         last_seen: _builtins.float = ...,
         revoked_at: _builtins.float = ...,
+        tier: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["enrolled_at", b"enrolled_at", "id", b"id", "last_seen", b"last_seen", "name", b"name", "revoked_at", b"revoked_at", "valid_until", b"valid_until"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enrolled_at", b"enrolled_at", "id", b"id", "last_seen", b"last_seen", "name", b"name", "revoked_at", b"revoked_at", "tier", b"tier", "valid_until", b"valid_until"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -48,6 +48,7 @@ def make_manifest(width: int = 16, rank: int = 2) -> manifest_pb2.Manifest:
     manifest.base.architecture = "gpt2"
     manifest.mixture.rank = rank
     manifest.mixture.specialists = 1
+    manifest.tier.name = "phone-low"
     pair = {"h.0.mlp.c_fc.lora_A.weight": [rank, width], "h.0.mlp.c_fc.lora_B.weight": [8, rank]}
     contents = {
         "generalist": pair,
@@ -217,6 +218,7 @@ def enrol_with(
             invitation,
             key=key or new_key(),
             contract=contract_sha256(bundle.manifest),
+            tier=bundle.manifest.tier.name,
             traffic=traffic or Traffic(),
         )
 

@@ -182,7 +182,7 @@ def test_other_text_is_no_invitation(text: str) -> None:
 
 def home_identity(home: Home, invitation: pb.Invitation, contract: str) -> Identity:
     return identity_from(
-        invitation, home=home, contract=contract, patience=PATIENCE, traffic=Traffic()
+        invitation, home=home, contract=contract, tier="", patience=PATIENCE, traffic=Traffic()
     )
 
 
@@ -598,12 +598,13 @@ def test_commands_of_the_administrator(fleet: Fleet, served: Served) -> None:
     assert comigs("revoke", "bén", *admin).stdout == "bén is revoked\n"
     ada, ben = json.loads(comigs("devices", *admin, "--format", "json").stdout)["devices"]
     assert (ada["name"], ben["name"]) == ("ada", "bén")
+    assert ada["tier"] == ben["tier"] == "phone-low"
     assert ada["enrolled_at"] <= ada["last_seen"] <= time.time() < ada["valid_until"]
     assert (ada["revoked_at"], ben["last_seen"]) == (None, None)
     assert ben["revoked_at"] >= ben["enrolled_at"]
     table = comigs("devices", *admin).stdout
-    assert re.search(r"name +enrolled +certificate until +last seen +revoked", table)
-    assert re.search(r"bén( +[-0-9]+ [:0-9]+){2} +- +[-0-9]+ [:0-9]+", table)
+    assert re.search(r"name +tier +enrolled +certificate until +last seen +revoked", table)
+    assert re.search(r"bén +phone-low( +[-0-9]+ [:0-9]+){2} +- +[-0-9]+ [:0-9]+", table)
 
 
 def test_what_an_administrator_gets_wrong(fleet: Fleet, served: Served) -> None:
