@@ -1,4 +1,4 @@
-"""`comigs demo`."""
+"""`comigs demo` and `comigs bench`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
     bench = typer.Typer(no_args_is_help=True, help="Measure programs beside what else there is.")
     bench.command("train")(bench_train)
+    bench.command("coordinator")(bench_coordinator)
     app.add_typer(bench, name="bench")
 
 
@@ -104,3 +105,23 @@ def bench_train(
         emit(dict(result))
     else:
         messages.print(train_step.table(result))
+
+
+def bench_coordinator(
+    devices: Annotated[int, typer.Option(min=10, help="Devices in a round.")] = 1000,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that they share.")] = 2,
+    repetitions: Annotated[int, typer.Option(min=1, help="Rounds, in turns with the rest.")] = 1,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Time a round of many devices beside the least that receiving costs."""
+    from benchmarks import load
+
+    with messages.status("starting") as status:
+        result = load.run(
+            devices=devices, processes=processes, repetitions=repetitions, progress=status.update
+        )
+    if output is Format.JSON:
+        emit(dict(result))
+        return
+    for line in load.table(result):
+        messages.print(line, highlight=False)
