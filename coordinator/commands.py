@@ -1,4 +1,4 @@
-"""`comigs serve`, `comigs rounds`, and for administrators `comigs invite`, `revoke`, `devices`."""
+"""`comigs serve`, `rounds` and `audit`, and for administrators `invite`, `revoke` and `devices`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def register(app: typer.Typer) -> None:
     """Adds this package's subcommands to `app`."""
     app.command("serve")(serve)
     app.command("rounds")(rounds)
+    app.command("audit")(audit)
     app.command("invite")(invite)
     app.command("revoke")(revoke)
     app.command("devices")(devices)
@@ -235,6 +236,48 @@ def rounds(
         return
     for line in listing.table(rows):
         _print(line)
+
+
+def audit(
+    *,
+    state: Annotated[Path, typer.Option(help="State directory of a coordinator, running or not.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the chain only; print its length and last hash.")
+    ] = False,
+    expect: Annotated[
+        str | None,
+        typer.Option(metavar="HASH", help="A hash printed earlier, which must still be in it."),
+    ] = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Lists what was done and refused, and checks that nobody altered the list."""
+    from coordinator import audit
+
+    path = state / audit.LOG
+    if not path.exists():
+        raise typer.BadParameter(
+            f"{state} holds no audit log; give what `comigs serve` has", param_hint="--state"
+        )
+    entries: list[audit.Entry] = []
+    count, head, found = 0, audit.BEGINNING, expect is None
+    try:
+        for entry in audit.read(path):
+            count, head, found = entry.number, entry.hash, found or entry.hash == expect
+            if verify:
+                continue
+            if output is Format.JSON:
+                entries.append(entry)
+            else:
+                _print(audit.text(entry))
+    finally:
+        if entries:
+            emit({"entries": [vars(entry) for entry in entries]})
+    if not found:
+        raise audit.missing(path, str(expect))
+    if verify and output is Format.JSON:
+        emit({"entries": count, "head": head})
+    elif verify:
+        _print(f"{count} entries, none altered; the last one's hash is {head}")
 
 
 def invite(

@@ -76,7 +76,7 @@ class Enrolment(coordinator_pb2_grpc.EnrolmentServicer):
                     tier=request.tier if is_name(request.tier) else None,
                 )
                 self._callers.shut_out(device.id)  # who had the name before
-                self._report("device_enrolled", {"device": device.name})
+                self._report("device_enrolled", {"device": device.name, "certificate": enrolment})
             else:
                 self._state.extend(enrolment, issued.valid_until)
             return self._traffic.send(pb.Certificate(pem=issued.pem))

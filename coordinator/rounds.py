@@ -48,7 +48,17 @@ GATHER_SECONDS = 5.0
 DELIVERY_SECONDS = 60.0
 
 Report = Callable[[str, dict[str, Any]], None]
-"""Takes an event's name and its fields, for the operator to see."""
+"""Takes an event's name and its fields."""
+
+
+def to_all(*observers: Report) -> Report:
+    """A Report that passes each event on to all of `observers`, in their order."""
+
+    def report(event: str, fields: dict[str, Any]) -> None:
+        for observer in observers:
+            observer(event, fields)
+
+    return report
 
 
 @dataclass(frozen=True)
@@ -306,7 +316,15 @@ class Rounds:
     def refuse(self, device: Device, number: int, reason: str) -> None:
         """Records a refused update; the round goes on without it."""
         self._state.add_refusal(number, device.id, reason)
-        self._report("update_refused", {"round": number, "device": device.name, "reason": reason})
+        self._report(
+            "update_refused",
+            {
+                "round": number,
+                "device": device.name,
+                "reason": reason,
+                "certificate": device.enrolment,
+            },
+        )
         self._nudged.set()
 
     def leave(self, device: str) -> None:

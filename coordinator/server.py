@@ -17,9 +17,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from coordinator.admin import Address, Admin
+from coordinator.audit import COORDINATOR, AuditLog, Auditor
 from coordinator.callers import Callers
+from coordinator.calls import Calls
 from coordinator.enrolment import Enrolment
-from coordinator.rounds import Policy, Report, Rounds
+from coordinator.rounds import Policy, Report, Rounds, to_all
 from coordinator.service import Service
 from coordinator.state import Settings, State
 from coordinator.tls import ADMIN_FILE, Authority, administrator, subject_of
@@ -27,6 +29,7 @@ from edge_runtime import adapters, wire
 from edge_runtime.bundle import contract_sha256, open_bundle
 from edge_runtime.connection import Traffic
 from edge_runtime.errors import AddressError
+from edge_runtime.identity import read_identity
 from protos import coordinator_pb2, coordinator_pb2_grpc, manifest_pb2
 
 WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - recognised, not listened on
@@ -72,12 +75,18 @@ async def serve(options: Options, report: Report) -> None:
         BundleError: no usable bundle, or the state belongs to another one.
         AddressError: the address is malformed or cannot be listened on.
         StorageError: the state directory is in use or cannot be written.
+        AuditError: the audit log in the state directory cannot be continued.
         TrustError: the authority or the administrator's file in the state directory is damaged.
     """
     bundle = open_bundle(options.bundle)
     host, port = _split(options.listen)
     generalist = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
-    with contextlib.closing(State(options.state)) as state:
+    with (
+        contextlib.closing(State(options.state)) as state,
+        contextlib.closing(AuditLog(options.state)) as log,
+        contextlib.closing(Auditor(log)) as auditor,
+    ):
+        report = to_all(report, auditor.observe)
         state.begin(_settings(options.policy, contract_sha256(bundle.manifest)), generalist)
         rounds = Rounds(state=state, manifest=bundle.manifest, policy=options.policy, report=report)
         parts = _Parts(
@@ -88,13 +97,18 @@ async def serve(options: Options, report: Report) -> None:
             state=state,
             rounds=rounds,
             traffic=Traffic(),
+            calls=Calls(auditor),
+            auditor=auditor,
             report=report,
         )
         stopped = _stop_signals()
         async with contextlib.AsyncExitStack() as stack:
             listening = _insecure(parts, stack) if options.insecure else _secure(parts, stack)
             report("listening", await listening)
-            await _run(parts, stopped)
+            try:
+                await _run(parts, stopped)
+            finally:
+                auditor.note("stopped", COORDINATOR, {})
 
 
 def _settings(policy: Policy, contract: str) -> Settings:
@@ -120,7 +134,13 @@ class _Parts:
     state: State
     rounds: Rounds
     traffic: Traffic
+    calls: Calls
+    auditor: Auditor
     report: Report
+
+    async def log(self, event: str, fields: dict[str, Any]) -> None:
+        """Puts into the audit log what the coordinator itself does."""
+        await asyncio.wrap_future(self.auditor.record(event, COORDINATOR, fields))
 
     def callers(self, administrator: str | None) -> Callers:
         return Callers(state=self.state, rounds=self.rounds, administrator=administrator)
@@ -149,7 +169,7 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
     authority = Authority.open(options.state, options.certificate_lifetime)
     made = authority.server_credentials([host.strip("[]"), *options.names])
     pairs = [(made.private_key, made.certificate_chain)]
-    main, enrolment = _server(), _server()
+    main, enrolment = _server(parts.calls), _server(parts.calls)
     mutual = grpc.ssl_server_credentials(pairs, authority.pem, require_client_auth=True)
     bound = _bind(main, host, port, "--listen", mutual)
     wanted = options.enrolment_port
@@ -159,8 +179,12 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
     bound_enrolment = _bind(enrolment, host, wanted, "--enrolment-port", plain)
 
     reached = _reached(host, options.names)
+    before = read_identity(options.state / ADMIN_FILE)
     holder = administrator(authority, options.state, f"{reached or 'localhost'}:{bound}")
-    callers = parts.callers(subject_of(holder.certificate.encode()).id)
+    holder_id = subject_of(holder.certificate.encode()).id
+    if before is None or before.certificate != holder.certificate:
+        await parts.log("administrator_made", {"administrator": holder_id})
+    callers = parts.callers(holder_id)
     address = Address(
         host=reached,
         port=bound,
@@ -183,6 +207,7 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
     )
     await _start(main, ["Coordinator", "Admin"], stack)
     await _start(enrolment, ["Enrolment"], stack)
+    await parts.log("started", {"address": f"{host}:{bound}", "administrator": holder_id})
     return {
         "address": f"{host}:{bound}",
         "enrolment": f"{host}:{bound_enrolment}",
@@ -192,16 +217,18 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
 
 async def _insecure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
     """Like `_secure` without TLS, so without enrolment and administrator."""
-    main = _server()
+    main = _server(parts.calls)
     bound = _bind(main, parts.host, parts.port, "--listen", None)
     service = parts.service(parts.callers(administrator=None), authority=None)
     coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, main)
     await _start(main, ["Coordinator"], stack)
+    address = f"{parts.host}:{bound}"
+    await parts.log("started", {"address": address, "administrator": None})
     return {"address": f"{parts.host}:{bound}", "enrolment": None, "admin": None}
 
 
-def _server() -> grpc.aio.Server:
-    return grpc.aio.server(options=CHANNEL_OPTIONS)
+def _server(calls: Calls) -> grpc.aio.Server:
+    return grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=[calls])
 
 
 def _bind(

@@ -19,6 +19,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | 19 | ParityError | a compiled program disagrees with PyTorch, or ignores its adapters |
 | 20 | MissingPartError | a needed package is not installed |
 | 21 | RefusedError | the coordinator refused an update or a request |
+| 22 | AuditError | the audit log was altered or is damaged |
 | 130 | | interrupted |
 """
 
@@ -75,3 +76,7 @@ class MissingPartError(ComigsError):
 
 class RefusedError(ComigsError):
     code = 21
+
+
+class AuditError(ComigsError):
+    code = 22

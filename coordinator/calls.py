@@ -1,0 +1,172 @@
+"""What goes over every call of every service: who made it, how it ended, how long it took.
+
+An interceptor, so that no service has to think of it: a call that is added tomorrow is counted, an
+administrator's act is in the audit log before it is carried out, and a refusal after it was made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf import json_format
+
+from coordinator.audit import NOBODY, Auditor
+from coordinator.tls import subject_of
+from edge_runtime.errors import StorageError
+from protos import coordinator_pb2
+
+ADMIN = coordinator_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
+# Calls of administrators that change nothing are called so.
+READING = ("List", "Get")
+REFUSALS = {
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNAUTHENTICATED,
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that has ended."""
+
+    service: str
+    """Full name, such as "comigs.v1.Coordinator"."""
+    method: str
+    code: grpc.StatusCode
+    details: str
+    by: str
+    """Id in the caller's certificate, or NOBODY."""
+    address: str
+    """Where it came from."""
+    started: float
+    """Seconds since the epoch."""
+    seconds: float
+
+
+class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Sees all calls of the servers that it is given to."""
+
+    def __init__(self, auditor: Auditor, observers: Sequence[Callable[[Call], None]] = ()) -> None:
+        """
+        Args:
+            observers: are told of every call when it has ended.
+        """
+        self._auditor = auditor
+        self._observers = observers
+        self.open: Counter[tuple[str, str]] = Counter()
+        """(service, method) -> calls that are open now."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler  # there is no such method
+        _, service, method = handler_call_details.method.split("/")
+        return self._watched(handler, service, method)
+
+    def _watched(self, handler: Any, service: str, method: str) -> Any:
+        """`handler`, with its behaviour wrapped."""
+        behaviour, wrap = next(
+            (getattr(handler, kind), getattr(grpc, f"{kind}_rpc_method_handler"))
+            for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+            if getattr(handler, kind)
+        )
+
+        async def answer(request: Any, context: Any) -> Any:
+            async with self._watch(service, method, request, context):
+                return await behaviour(request, context)
+
+        async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
+            async with self._watch(service, method, request, context):
+                async for message in behaviour(request, context):
+                    yield message
+
+        watched = generate if inspect.isasyncgenfunction(behaviour) else answer
+        return wrap(watched, handler.request_deserializer, handler.response_serializer)
+
+    @contextlib.asynccontextmanager
+    async def _watch(
+        self, service: str, method: str, request: Any, context: Any
+    ) -> AsyncIterator[None]:
+        """Around one call's behaviour."""
+        pems = context.auth_context().get("x509_pem_cert", ())
+        by = subject_of(pems[0]).id if pems else NOBODY
+        address = _address(context.peer())
+        is_act = service == ADMIN and not method.startswith(READING)
+        started, begun = time.time(), time.monotonic()
+        error: BaseException | None = None
+        self.open[service, method] += 1
+        try:
+            if is_act:
+                await self._record_act(method, request, context, by, address)
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self.open[service, method] -= 1
+            call = Call(
+                service=service,
+                method=method,
+                code=_code(context.code(), error),
+                details=context.details() or "",
+                by=by,
+                address=address,
+                started=started,
+                seconds=time.monotonic() - begun,
+            )
+            self._note_refusal(call, is_act)
+            for observer in self._observers:
+                observer(call)
+
+    async def _record_act(
+        self, method: str, request: Any, context: Any, by: str, address: str
+    ) -> None:
+        what = json_format.MessageToDict(request, preserving_proto_field_name=True)
+        fields = {"act": method, "request": what, "address": address}
+        try:
+            await asyncio.wrap_future(self._auditor.record("act", by, fields))
+        except StorageError:
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE,
+                "the coordinator cannot write its audit log, so nothing was done",
+            )
+
+    def _note_refusal(self, call: Call, is_act: bool) -> None:
+        fields = {"call": call.method, "code": call.code.name, "reason": call.details}
+        fields["address"] = call.address
+        if is_act and call.code != grpc.StatusCode.OK:
+            self._auditor.refused("act_failed", call.by, fields)
+        elif call.code in REFUSALS:
+            self._auditor.refused("call_refused", call.by, fields)
+
+
+def _code(said: Any, error: BaseException | None) -> grpc.StatusCode:
+    """With what a call ended: as it was said, or as gRPC will say."""
+    for code in grpc.StatusCode:
+        if said and said in (code, code.value[0]):
+            return code
+    if error is None:
+        return grpc.StatusCode.OK
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return grpc.StatusCode.CANCELLED
+    return grpc.StatusCode.UNKNOWN
+
+
+def _address(peer: str) -> str:
+    """Host of gRPC's name of a peer, such as "ipv4:127.0.0.1:4321" or "ipv6:%5B::1%5D:4321"."""
+    host = peer.partition(":")[2].rpartition(":")[0]
+    return host.replace("%5B", "").replace("%5D", "") or peer
