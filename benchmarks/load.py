@@ -41,10 +41,11 @@ import numpy as np
 from google.protobuf import json_format
 
 from benchmarks.load_devices import COORDINATOR, FLOOR
+from coordinator.cohorts import UNNAMED
 from coordinator.state import State
 from coordinator.tls import Authority
 from edge_runtime import adapters, wire
-from edge_runtime.bundle import Bundle, open_bundle, sha256_of
+from edge_runtime.bundle import Bundle, contract_sha256, open_bundle, sha256_of
 from edge_runtime.identity import Identity, new_key, public_key_of
 from protos import manifest_pb2 as pb
 
@@ -125,7 +126,7 @@ def run(
         payload = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
         (folder / "payload").write_bytes(payload)
         state = folder / "state"
-        floor = enrol(state, devices, folder / "identities.json")
+        floor = enrol(state, bundle, devices, folder / "identities.json")
         served = stack.enter_context(_Served(bundle.path, state, devices, repetitions))
         bare = stack.enter_context(_Process("benchmarks.load_floor"))
         ports = bare.ask({**floor, "bytes": len(payload)})
@@ -284,7 +285,7 @@ def make_bundle(path: Path) -> Bundle:
     return open_bundle(path)
 
 
-def enrol(state: Path, devices: int, out: Path) -> dict[str, str]:
+def enrol(state: Path, bundle: Bundle, devices: int, out: Path) -> dict[str, str]:
     """Enrols devices in a new state directory as the coordinator would, but without asking it.
 
     Returns:
@@ -301,6 +302,8 @@ def enrol(state: Path, devices: int, out: Path) -> dict[str, str]:
             kept.invite(name, name.encode(), time.time() + 60)
             kept.enrol(
                 name,
+                cohort=UNNAMED,
+                contract_sha256=contract_sha256(bundle.manifest),
                 enrolment=enrolment,
                 key_sha256=b"",
                 tier=None,

@@ -119,4 +119,4 @@ class Callers:
         name = name.decode(errors="replace") if isinstance(name, bytes) else name
         if not is_name(name):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NAMING)
-        return self._state.named(name)
+        return self._state.named(name, cohort=self._state.cohort, contract_sha256="")

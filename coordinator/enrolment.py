@@ -70,6 +70,8 @@ class Enrolment(coordinator_pb2_grpc.EnrolmentServicer):
             if invitation.enrolment is None:
                 device = self._state.enrol(
                     invitation.name,
+                    cohort=self._state.cohort,
+                    contract_sha256=request.contract_sha256,
                     enrolment=enrolment,
                     key_sha256=key_sha256,
                     valid_until=issued.valid_until,

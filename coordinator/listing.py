@@ -20,6 +20,7 @@ from edge_runtime.errors import StorageError
 class Row:
     """One round."""
 
+    cohort: str
     round: int
     status: str
     participants: int
@@ -33,7 +34,9 @@ class Row:
 
 
 def rounds(state: Path) -> list[Row]:
-    """All rounds in the state directory `state`, in order. Writes nothing and waits for nobody.
+    """All rounds in the state directory `state`, by cohort, in order.
+
+    Writes nothing and waits for nobody.
 
     Raises:
         ValueError: there is no coordinator's state.
@@ -62,10 +65,12 @@ def rounds(state: Path) -> list[Row]:
 def _counted() -> Select[Round, int, int, int]:
     """Every round, with its participants, accepted and refused updates: one consistent look."""
     counts = [
-        select(func.count()).where(table.round == Round.number).scalar_subquery()
+        select(func.count())
+        .where(table.cohort == Round.cohort, table.round == Round.number)
+        .scalar_subquery()
         for table in (Participant, Update, Refusal)
     ]
-    return select(Round, *counts).order_by(Round.number)
+    return select(Round, *counts).order_by(Round.cohort, Round.number)
 
 
 def _row(found: Round, participants: int, accepted: int, refused: int) -> Row:
@@ -73,6 +78,7 @@ def _row(found: Round, participants: int, accepted: int, refused: int) -> Row:
     if found.opened_at is not None:
         seconds = round((found.closed_at or time.time()) - found.opened_at, 3)
     return Row(
+        cohort=found.cohort,
         round=found.number,
         status=found.status,
         participants=participants,
@@ -85,13 +91,19 @@ def _row(found: Round, participants: int, accepted: int, refused: int) -> Row:
 
 def table(rows: list[Row]) -> list[str]:
     """The rows as lines of text, with a heading."""
-    heading = ("round", "status", "devices", "accepted", "refused", "seconds", "aggregation")
+    heading = (
+        *("cohort", "round", "status", "devices", "accepted", "refused", "seconds"),
+        "aggregation",
+    )
     cells: list[tuple[Any, ...]] = [heading]
     for row in rows:
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
         counts = (row.participants, row.accepted, row.refused)
-        cells.append((row.round, row.status, *counts, seconds, row.aggregation or ""))
+        how = row.aggregation or ""
+        cells.append((row.cohort, row.round, row.status, *counts, seconds, how))
+    width = max(len(cohort) for cohort, *_ in cells)
     return [
-        f"{n:>5}  {status:<10} {devices:>8} {accepted:>9} {refused:>8} {time:>9}  {how}".rstrip()
-        for n, status, devices, accepted, refused, time, how in cells
+        f"{cohort:<{width}} {n:>5}  {status:<10} {devices:>8} {accepted:>9} {refused:>8} "
+        f"{time:>9}  {how}".rstrip()
+        for cohort, n, status, devices, accepted, refused, time, how in cells
     ]

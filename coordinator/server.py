@@ -16,6 +16,7 @@ from google.protobuf import json_format
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from coordinator import cohorts
 from coordinator.admin import Address, Admin
 from coordinator.audit import COORDINATOR, AuditLog, Auditor
 from coordinator.callers import Callers
@@ -82,11 +83,12 @@ async def serve(options: Options, report: Report) -> None:
     host, port = _split(options.listen)
     generalist = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
     with (
-        contextlib.closing(State(options.state)) as state,
+        contextlib.closing(State(options.state)) as whole,
         contextlib.closing(AuditLog(options.state)) as log,
         contextlib.closing(Auditor(log)) as auditor,
     ):
         report = to_all(report, auditor.observe)
+        state = whole.of(cohorts.name_of(bundle.manifest))
         state.begin(_settings(options.policy, contract_sha256(bundle.manifest)), generalist)
         rounds = Rounds(state=state, manifest=bundle.manifest, policy=options.policy, report=report)
         parts = _Parts(

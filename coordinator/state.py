@@ -1,13 +1,15 @@
 """What the coordinator remembers: a SQLite database, and files of generalists, updates and moments.
 
 A file is written before the row that names it, and the row is committed before anyone is told, so a
-kill at any moment loses nothing that was acknowledged. There is always exactly one current round,
-the only one that is WAITING or OPEN; it knows the generalist that it starts from.
+kill at any moment loses nothing that was acknowledged. Rounds are numbered within their cohort. A
+cohort always has exactly one current round, the only one that is WAITING or OPEN; it knows the
+generalist that it starts from.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import os
@@ -19,7 +21,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, ForeignKey, create_engine, delete, event, func, inspect, select
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    ForeignKey,
+    ForeignKeyConstraint,
+    create_engine,
+    delete,
+    event,
+    func,
+    inspect,
+    select,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -28,7 +41,9 @@ from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
 
 DATABASE = "coordinator.sqlite3"
 LOCK = "lock"
+GENERALISTS = "generalists"
 MEMORIES = "memories"
+UPDATES = "updates"
 # Raised whenever the tables below change; in the database as `user_version`.
 SCHEMA = 2
 
@@ -50,6 +65,10 @@ class Device(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     """The same for every enrolment under the name, so that no round counts it twice."""
     name: Mapped[str] = mapped_column(unique=True)
+    cohort: Mapped[str]
+    """In whose rounds it takes part."""
+    contract_sha256: Mapped[str]
+    """Of the bundle that it has."""
     enrolment: Mapped[str | None] = mapped_column(unique=True)
     """Its certificates carry this; None if none of them is accepted any more."""
     enrolled_at: Mapped[float]
@@ -69,6 +88,8 @@ class Invitation(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     token_sha256: Mapped[bytes] = mapped_column(unique=True)
     expires_at: Mapped[float]
+    cohort: Mapped[str | None]
+    """That the device is to be in; None: the one of its bundle."""
     key_sha256: Mapped[bytes | None]
     """Hash of the public key that it was used with; None before."""
     enrolment: Mapped[str | None]
@@ -78,6 +99,7 @@ class Invitation(Base):
 class Round(Base):
     __tablename__ = "rounds"
 
+    cohort: Mapped[str] = mapped_column(primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
     """From 1."""
     status: Mapped[str]
@@ -95,10 +117,16 @@ class Round(Base):
     closed_at: Mapped[float | None]
 
 
+def _of_a_round() -> ForeignKeyConstraint:
+    return ForeignKeyConstraint(["cohort", "round"], [Round.cohort, Round.number])
+
+
 class Participant(Base):
     __tablename__ = "participants"
+    __table_args__ = (_of_a_round(),)
 
-    round: Mapped[int] = mapped_column(ForeignKey(Round.number), primary_key=True)
+    cohort: Mapped[str] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
     device: Mapped[str] = mapped_column(ForeignKey(Device.id), primary_key=True)
     refused: Mapped[bool] = mapped_column(default=False)
     """Whether an update of it was refused since it joined."""
@@ -108,8 +136,10 @@ class Update(Base):
     """An accepted update. The primary key makes it impossible to count a device twice."""
 
     __tablename__ = "updates"
+    __table_args__ = (_of_a_round(),)
 
-    round: Mapped[int] = mapped_column(ForeignKey(Round.number), primary_key=True)
+    cohort: Mapped[str] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
     device: Mapped[str] = mapped_column(ForeignKey(Device.id), primary_key=True)
     file: Mapped[str]
     """Payload, as a path below the state directory; deleted once the round is over."""
@@ -121,6 +151,7 @@ class Refusal(Base):
     __tablename__ = "refusals"
 
     id: Mapped[int] = mapped_column(primary_key=True)
+    cohort: Mapped[str]
     round: Mapped[int]
     """As the device claimed; there may be no such round."""
     device: Mapped[str] = mapped_column(ForeignKey(Device.id))
@@ -129,11 +160,11 @@ class Refusal(Base):
 
 
 class Settings(Base):
-    """One row: the bundle that the state belongs to, and how the last start wanted the rounds."""
+    """Of each cohort: the bundle that it belongs to, and how the last start wanted the rounds."""
 
     __tablename__ = "settings"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
+    cohort: Mapped[str] = mapped_column(primary_key=True)
     contract_sha256: Mapped[str]
     rounds: Mapped[int]
     min_devices: Mapped[int]
@@ -147,8 +178,11 @@ class Settings(Base):
 class State:
     """The state directory of one coordinator. Methods block; each write is durable on return.
 
-    Methods that write raise StorageError if they cannot; nothing has changed then.
+    What it says of rounds is about one cohort; `of` gives the same state for another. Methods that
+    write raise StorageError if they cannot; nothing has changed then.
     """
+
+    cohort = ""
 
     def __init__(self, directory: Path) -> None:
         """Opens or makes the state in `directory` and keeps other coordinators out of it.
@@ -174,19 +208,34 @@ class State:
             self._check_schema()
             Base.metadata.create_all(self._engine)
         self._clean()
+        written = (directory / name for name in (GENERALISTS, MEMORIES))
+        for place in (directory, *written, *(directory / UPDATES).glob("*")):
+            remove_leftovers(place)
 
     def close(self) -> None:
         self._engine.dispose()
         os.close(self._lock)
 
+    def of(self, cohort: str) -> State:
+        """The same state, for the rounds of `cohort`."""
+        other = copy.copy(self)
+        other.cohort = cohort
+        return other
+
+    def cohorts(self) -> dict[str, str]:
+        """Name of each cohort that has begun -> the contract of its bundle."""
+        with self._transaction() as session:
+            begun = session.execute(select(Settings.cohort, Settings.contract_sha256))
+            return {cohort: contract for cohort, contract in begun}
+
     def begin(self, settings: Settings, generalist: bytes) -> None:
-        """Starts round 1 from `generalist` in a new state; in an old one, takes new settings.
+        """Starts round 1 from `generalist` in a new cohort; in an old one, takes new settings.
 
         Raises:
             BundleError: the state belongs to a bundle with another contract.
         """
         with self._transaction() as session:
-            known = session.get(Settings, 1)
+            known = session.get(Settings, self.cohort)
             if known is None:
                 session.add(self._round_from(1, Status.WAITING, generalist))
             elif known.contract_sha256 != settings.contract_sha256:
@@ -194,12 +243,14 @@ class State:
                     f"{self.directory} belongs to a bundle with another base or other shared "
                     "tensors; serve that bundle, or choose another --state"
                 )
-            settings.id = 1
+            settings.cohort = self.cohort
             session.merge(settings)
 
     # Devices
 
-    def invite(self, name: str, token: bytes, expires_at: float) -> None:
+    def invite(
+        self, name: str, token: bytes, expires_at: float, *, cohort: str | None = None
+    ) -> None:
         """Lets one device enrol as `name`; an earlier invitation for it is forgotten.
 
         Only a hash of `token` is kept.
@@ -207,7 +258,9 @@ class State:
         with self._transaction() as session:
             session.execute(delete(Invitation).where(Invitation.name == name))
             digest = hashlib.sha256(token).digest()
-            session.add(Invitation(name=name, token_sha256=digest, expires_at=expires_at))
+            session.add(
+                Invitation(name=name, token_sha256=digest, expires_at=expires_at, cohort=cohort)
+            )
 
     def invitation(self, token: bytes) -> Invitation | None:
         digest = hashlib.sha256(token).digest()
@@ -215,7 +268,15 @@ class State:
             return session.scalar(select(Invitation).where(Invitation.token_sha256 == digest))
 
     def enrol(
-        self, name: str, *, enrolment: str, key_sha256: bytes, valid_until: float, tier: str | None
+        self,
+        name: str,
+        *,
+        cohort: str,
+        contract_sha256: str,
+        enrolment: str,
+        key_sha256: bytes,
+        valid_until: float,
+        tier: str | None,
     ) -> Device:
         """Notes that the holder of a key used the invitation for `name`.
 
@@ -225,6 +286,7 @@ class State:
             invitation = session.get_one(Invitation, name)
             invitation.key_sha256, invitation.enrolment = key_sha256, enrolment
             device = _named(session, name)
+            device.cohort, device.contract_sha256 = cohort, contract_sha256
             device.enrolment = enrolment
             device.enrolled_at = time.time()
             device.valid_until = valid_until
@@ -265,10 +327,12 @@ class State:
         with self._transaction() as session:
             return session.scalar(select(Device).where(Device.enrolment == enrolment))
 
-    def named(self, name: str) -> Device:
+    def named(self, name: str, *, cohort: str, contract_sha256: str) -> Device:
         """The device of that name, made if there is none: for those who need not enrol."""
         with self._transaction() as session:
-            return _named(session, name)
+            device = _named(session, name)
+            device.cohort, device.contract_sha256 = cohort, contract_sha256
+            return device
 
     def devices(self) -> list[Device]:
         """All devices, revoked ones too, by name."""
@@ -276,9 +340,10 @@ class State:
             return list(session.scalars(select(Device).order_by(Device.name)))
 
     def revoked(self) -> set[str]:
-        """Ids of the devices that are revoked."""
+        """Ids of the devices that are revoked, or enrolled again in another cohort."""
+        gone = Device.revoked_at.is_not(None) | (Device.cohort != self.cohort)
         with self._transaction() as session:
-            return set(session.scalars(select(Device.id).where(Device.revoked_at.is_not(None))))
+            return set(session.scalars(select(Device.id).where(gone)))
 
     def names(self, devices: Iterable[str]) -> dict[str, str]:
         """Name -> id of those of `devices` that are known."""
@@ -291,17 +356,19 @@ class State:
     def current(self) -> Round:
         """The one round that is WAITING or OPEN."""
         with self._transaction() as session:
-            ongoing = Round.status.in_([Status.WAITING, Status.OPEN])
-            return session.scalars(select(Round).where(ongoing)).one()
+            chosen = select(Round).where(Round.cohort == self.cohort, _ongoing())
+            return session.scalars(chosen).one()
 
     def round(self, number: int) -> Round | None:
         with self._transaction() as session:
-            return session.get(Round, number)
+            return session.get(Round, (self.cohort, number))
 
     def aggregated_rounds(self) -> list[int]:
         """Numbers of the rounds that ended in an average, in order."""
         with self._transaction() as session:
-            aggregated = select(Round.number).where(Round.status == Status.AGGREGATED)
+            aggregated = select(Round.number).where(
+                Round.cohort == self.cohort, Round.status == Status.AGGREGATED
+            )
             return list(session.scalars(aggregated.order_by(Round.number)))
 
     def open(
@@ -309,17 +376,17 @@ class State:
     ) -> None:
         """Lets a waiting round begin now."""
         with self._transaction() as session:
-            opened = session.get_one(Round, number)
+            opened = session.get_one(Round, (self.cohort, number))
             opened.status = Status.OPEN
             opened.opened_at = time.time()
             opened.deadline = deadline
             opened.recipe = recipe
-            session.add_all(Participant(round=number, device=device) for device in participants)
+            session.add_all(self._participant(number, device) for device in participants)
 
     def resume(self, number: int, *, deadline: float, recipe: str) -> None:
         """Gives an open round another deadline, and the recipe that it will be closed with."""
         with self._transaction() as session:
-            resumed = session.get_one(Round, number)
+            resumed = session.get_one(Round, (self.cohort, number))
             resumed.deadline = deadline
             resumed.recipe = recipe
 
@@ -332,7 +399,7 @@ class State:
             successor.memory_file = f"{MEMORIES}/{number + 1}-{digest}.safetensors"
             write_atomic(self.directory / successor.memory_file, memory)
         with self._transaction() as session:
-            closed = session.get_one(Round, number)
+            closed = session.get_one(Round, (self.cohort, number))
             closed.status = Status.AGGREGATED
             closed.closed_at = time.time()
             session.add(successor)
@@ -341,11 +408,12 @@ class State:
     def abandon(self, number: int) -> None:
         """Closes an open round; the next one, now waiting, starts from the same generalist."""
         with self._transaction() as session:
-            abandoned = session.get_one(Round, number)
+            abandoned = session.get_one(Round, (self.cohort, number))
             abandoned.status = Status.ABANDONED
             abandoned.closed_at = time.time()
             session.add(
                 Round(
+                    cohort=self.cohort,
                     number=number + 1,
                     status=Status.WAITING,
                     generalist_file=abandoned.generalist_file,
@@ -360,28 +428,32 @@ class State:
     def join(self, number: int, device: str) -> None:
         """Makes `device` a participant of the round; nothing happens if it is one."""
         with self._transaction() as session:
-            if session.get(Participant, (number, device)) is None:
-                session.add(Participant(round=number, device=device))
+            if session.get(Participant, (self.cohort, number, device)) is None:
+                session.add(self._participant(number, device))
 
     def participants(self, number: int) -> set[str]:
         with self._transaction() as session:
-            chosen = select(Participant.device).where(Participant.round == number)
+            chosen = select(Participant.device).where(
+                Participant.cohort == self.cohort, Participant.round == number
+            )
             return set(session.scalars(chosen))
 
     def updates(self, number: int) -> list[Update]:
         """The round's accepted updates, in the order of device ids."""
         with self._transaction() as session:
-            accepted = select(Update).where(Update.round == number).order_by(Update.device)
-            return list(session.scalars(accepted))
+            accepted = select(Update).where(Update.cohort == self.cohort, Update.round == number)
+            return list(session.scalars(accepted.order_by(Update.device)))
 
     def count_updates(self, number: int) -> int:
         with self._transaction() as session:
-            accepted = select(func.count()).select_from(Update).where(Update.round == number)
+            accepted = select(func.count()).where(
+                Update.cohort == self.cohort, Update.round == number
+            )
             return session.scalar(accepted) or 0
 
     def update(self, number: int, device: str) -> Update | None:
         with self._transaction() as session:
-            return session.get(Update, (number, device))
+            return session.get(Update, (self.cohort, number, device))
 
     def write_payload(self, number: int, device: str, payload: bytes) -> str:
         """Stores an update's bytes; only `add_update` makes them count.
@@ -391,18 +463,27 @@ class State:
             the same device never replaces it.
         """
         name = f"{device}-{hashlib.sha256(payload).hexdigest()}.safetensors"
-        relative = f"{_updates_of(number)}/{name}"
+        relative = f"{self._updates_of(number)}/{name}"
         write_atomic(self.directory / relative, payload)
         return relative
 
     def add_update(self, update: Update) -> None:
+        update.cohort = self.cohort
         with self._transaction() as session:
             session.add(update)
 
     def add_refusal(self, number: int, device: str, reason: str) -> None:
         with self._transaction() as session:
-            session.add(Refusal(round=number, device=device, reason=reason, time=time.time()))
-            participant = session.get(Participant, (number, device))
+            session.add(
+                Refusal(
+                    cohort=self.cohort,
+                    round=number,
+                    device=device,
+                    reason=reason,
+                    time=time.time(),
+                )
+            )
+            participant = session.get(Participant, (self.cohort, number, device))
             if participant is not None:
                 participant.refused = True
 
@@ -410,7 +491,7 @@ class State:
         """Participants of the round that had an update refused since they joined."""
         with self._transaction() as session:
             chosen = select(Participant.device).where(
-                Participant.round == number, Participant.refused
+                Participant.cohort == self.cohort, Participant.round == number, Participant.refused
             )
             return set(session.scalars(chosen))
 
@@ -430,28 +511,35 @@ class State:
 
     def _round_from(self, number: int, status: Status, generalist: bytes) -> Round:
         digest = hashlib.sha256(generalist).hexdigest()
-        relative = f"generalists/{number}-{digest}.safetensors"
+        relative = f"{GENERALISTS}/{number}-{digest}.safetensors"
         write_atomic(self.directory / relative, generalist)
         return Round(
-            number=number, status=status, generalist_file=relative, generalist_sha256=digest
+            cohort=self.cohort,
+            number=number,
+            status=status,
+            generalist_file=relative,
+            generalist_sha256=digest,
         )
 
+    def _participant(self, number: int, device: str) -> Participant:
+        return Participant(cohort=self.cohort, round=number, device=device)
+
+    def _updates_of(self, number: int) -> str:
+        return _updates_directory(self.cohort, number)
+
     def _clean(self) -> None:
-        """Deletes the updates and the optimizer's memory of rounds that are over, and what
-        interrupted writes left."""
+        """Deletes the updates and the optimizer's memory of rounds that are over."""
         with self._transaction() as session:
-            latest = session.scalar(select(func.max(Round.number))) or 1
-            current = session.get(Round, latest)
-        updates = self.directory / _updates_of(latest)
-        for other in updates.parent.glob("*"):
-            if other != updates:
+            rounds = session.scalars(select(Round).where(_ongoing())).all()
+        updates = self.directory / UPDATES
+        kept = {_updates_directory(ongoing.cohort, ongoing.number) for ongoing in rounds}
+        for other in updates.glob("*"):
+            if f"{UPDATES}/{other.name}" not in kept:
                 shutil.rmtree(other, ignore_errors=True)
         memories = self.directory / MEMORIES
         for file in memories.glob("*.safetensors"):
-            if current is None or current.memory_file != f"{MEMORIES}/{file.name}":
+            if f"{MEMORIES}/{file.name}" not in {ongoing.memory_file for ongoing in rounds}:
                 file.unlink(missing_ok=True)
-        for place in (updates, memories, self.directory / "generalists", self.directory):
-            remove_leftovers(place)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Session]:
@@ -477,13 +565,24 @@ def _named(session: Session, name: str) -> Device:
     device = session.scalar(select(Device).where(Device.name == name))
     if device is None:
         now = time.time()
-        device = Device(id=secrets.token_hex(16), name=name, enrolled_at=now, valid_until=now)
+        device = Device(
+            id=secrets.token_hex(16),
+            name=name,
+            cohort="",
+            contract_sha256="",
+            enrolled_at=now,
+            valid_until=now,
+        )
         session.add(device)
     return device
 
 
-def _updates_of(number: int) -> str:
-    return f"updates/{number}"
+def _ongoing() -> ColumnElement[bool]:
+    return Round.status.in_([Status.WAITING, Status.OPEN])
+
+
+def _updates_directory(cohort: str, number: int) -> str:
+    return f"{UPDATES}/{number}-{cohort}"
 
 
 def _configure(connection: Any, _record: Any) -> None:

@@ -27,7 +27,14 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
     options = ("--rounds", "2", "--aggregation", "median", "--clip-norm", "9")
     served = fleet.serve(bundle, *options, state=state)
     trio = fleet.enrolled(served, bundle, "ada", "ben", "cy")
-    waiting = {"round": 1, "status": "waiting", "participants": 0, "accepted": 0, "refused": 0}
+    waiting = {
+        "cohort": "default",
+        "round": 1,
+        "status": "waiting",
+        "participants": 0,
+        "accepted": 0,
+        "refused": 0,
+    }
     assert rows(state) == [waiting | {"seconds": None, "aggregation": None}]
 
     join_round(*trio)
@@ -37,7 +44,8 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
     (one,) = rows(state)
     counts = {"participants": 3, "accepted": 1, "refused": 1}
     how = {"aggregation": "median, clipped to 9"}
-    assert one | {"seconds": None} == {"round": 1, "status": "open", "seconds": None} | counts | how
+    opened = waiting | {"status": "open", "seconds": None} | counts | how
+    assert one | {"seconds": None} == opened
     assert one["seconds"] > 0
     assert trio[1].upload(header(1), train(bundle, start, 1, 1)).accepted
     join_round(*trio)
@@ -61,13 +69,13 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
     assert text.returncode == 0
     lines = text.stdout.splitlines()
     assert lines[0].split() == [
-        "round", "status", "devices", "accepted", "refused", "seconds", "aggregation"
+        "cohort", "round", "status", "devices", "accepted", "refused", "seconds", "aggregation"
     ]  # fmt: skip
     assert lines[1].split() == [
-        *("1", "aggregated", "3", "2", "1", f"{first['seconds']:.1f}"),
+        *("default", "1", "aggregated", "3", "2", "1", f"{first['seconds']:.1f}"),
         *("median,", "clipped", "to", "9"),
     ]
-    assert lines[3].split() == ["3", "waiting", "0", "0", "0"]
+    assert lines[3].split() == ["default", "3", "waiting", "0", "0", "0"]
 
 
 def test_what_is_no_state_is_told(tmp_path: Path) -> None:
