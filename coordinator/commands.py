@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import errno
 import io
 import json
 import sys
@@ -406,11 +407,11 @@ def _moment(time: float) -> str:
 
 def _print_json(event: str, fields: dict[str, Any]) -> None:
     line = json.dumps({"event": event, **fields}, separators=(",", ":"), ensure_ascii=False)
-    _print(line)
+    _log(line)
 
 
 def _print_text(event: str, fields: dict[str, Any]) -> None:
-    _print(TEXTS[event].format(**fields, **_readable(fields)))
+    _log(TEXTS[event].format(**fields, **_readable(fields)))
 
 
 TEXTS = {
@@ -423,7 +424,8 @@ TEXTS = {
     "update_refused": "round {round}: refused an update of {device}: {reason}",
     "round_closed": "round {round}: aggregated {updates} updates{clipping} after {seconds:.1f} s",
     "round_abandoned": "round {round}: abandoned with {updates} updates: {reason}",
-    "storage_failed": "cannot store what a device sent: {reason}",
+    "storage_failed": "nothing can be stored for now, and devices try again: {reason}",
+    "storage_recovered": "the state can be written again",
     "finished": "all rounds are over; {bytes_received} bytes received, {bytes_sent} bytes sent",
 }
 
@@ -441,6 +443,15 @@ def _readable(fields: dict[str, Any]) -> dict[str, str]:
         clipped = fields["clipped"]
         words["clipping"] = f", {clipped} of them clipped," if clipped else ""
     return words
+
+
+def _log(line: str) -> None:
+    """Prints; on a full disk later, with the next line that fits."""
+    try:
+        _print(line)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
 
 
 def _print(line: str) -> None:

@@ -16,7 +16,9 @@
   wait for a later round. It also closes as soon as the wanted updates are there, and refuses those
   that come after.
 * After a restart the open round goes on with the updates it has, and its clock starts again, since
-  nobody could report while the coordinator was down.
+  nobody could report while the coordinator was down. Otherwise clocks are monotonic: setting the
+  machine's time ends no round.
+* While the state cannot be written nothing moves; every step is tried again until it can.
 
 All state changes are synchronous code on the event loop: no other coroutine sees a half of one, and
 a cancelled call cannot leave one. Only the aggregate is computed in a thread; while it is, the
@@ -27,14 +29,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from coordinator.aggregation import AggregationError, Contribution, Outcome, Recipe, aggregate
 from coordinator.selection import Selection
 from coordinator.state import Device, Round, State, Status, Update
 from edge_runtime import wire
+from edge_runtime.errors import StorageError
 from protos import coordinator_pb2 as pb
 from protos import manifest_pb2
 
@@ -44,8 +47,12 @@ RETRY_SECONDS = 1.0
 PRESENT_SECONDS = MAX_WAIT_SECONDS + 5.0
 # How long a round that could begin with fewer waits for all the devices that it would select.
 GATHER_SECONDS = 5.0
+# Between two attempts to go on while the state cannot be written.
+STORAGE_SECONDS = 1.0
 # How long to wait for the last round's devices to store the final generalist.
 DELIVERY_SECONDS = 60.0
+
+T = TypeVar("T")
 
 Report = Callable[[str, dict[str, Any]], None]
 """Takes an event's name and its fields."""
@@ -92,9 +99,10 @@ class Rounds:
         self._finished = False
         self._stopping = False
         self._closing: int | None = None
+        # When the open round's deadline is, by the monotonic clock.
+        self._deadline: float | None = None
         # When the next round begins with fewer devices than it would select.
         self._gathered_by: float | None = None
-        self._delivered: set[str] = set()
         self._heard: dict[str, float] = {}
         # Wakes the check-ins that wait; replaced by a new one each time.
         self._changed = asyncio.Event()
@@ -104,18 +112,15 @@ class Rounds:
     # The course of things
 
     async def run(self) -> None:
-        """Runs until all rounds are over and delivered, or DELIVERY_SECONDS later.
-
-        Raises:
-            StorageError: the state cannot be written; starting again resumes where it was.
-        """
-        self._resume()
+        """Runs until all rounds are over and delivered, or DELIVERY_SECONDS later."""
+        await self._insist(self._resume)
         while not self._finished:
             self._nudged.clear()
-            while await self._advance():
+            while await self._insist(self._advance):
                 self._notify()
             if not self._finished:
-                await self._wait_for_nudge(self._seconds_to_next())
+                await self._wait_for_nudge(await self._insist(self._seconds_to_next))
+        self._notify()
         await self._deliver()
 
     def stop(self) -> None:
@@ -123,20 +128,41 @@ class Rounds:
         self._stopping = True
         self._notify()
 
-    def _resume(self) -> None:
-        self._finished = len(self._state.aggregated_rounds()) >= self._policy.rounds
+    async def _insist(self, step: Callable[[], Awaitable[T]]) -> T:
+        """What `step` returns, which is tried until the state can be written.
+
+        A step that failed has changed nothing, or has come so far that the next one goes on from
+        there.
+        """
+        failed = False
+        while True:
+            try:
+                result = await step()
+            except StorageError as error:
+                if not failed:
+                    self._report("storage_failed", {"reason": str(error)})
+                failed = True
+                await asyncio.sleep(STORAGE_SECONDS)
+            else:
+                if failed:
+                    self._report("storage_recovered", {})
+                return result
+
+    async def _resume(self) -> None:
+        self._finished = self._is_finished()
         current = self._state.current()
         if current.status == Status.OPEN:
-            deadline = time.time() + self._policy.deadline_seconds
+            deadline = self._start_clock()
             self._state.resume(current.number, deadline=deadline, recipe=str(self._policy.recipe))
             updates = len(self._state.updates(current.number))
             self._report("round_resumed", {"round": current.number, "updates": updates})
 
     async def _advance(self) -> bool:
         """Takes the next step if it is due. Returns whether there may be another one."""
-        current = self._state.current()
+        self._finished = self._is_finished()
         if self._finished:
             return False
+        current = self._state.current()
         if current.status == Status.WAITING:
             return self._open(current)
         updates = self._state.updates(current.number)
@@ -157,7 +183,7 @@ class Rounds:
             return False
         self._state.open(
             waiting.number,
-            deadline=time.time() + self._policy.deadline_seconds,
+            deadline=self._start_clock(),
             recipe=str(self._policy.recipe),
             participants=participants,
         )
@@ -193,14 +219,13 @@ class Rounds:
             return
         finally:
             self._closing = None
-        self._finished = len(self._state.aggregated_rounds()) >= self._policy.rounds
         self._report(
             "round_closed",
             {
                 "round": current.number,
                 "updates": len(updates),
                 "clipped": outcome.clipped,
-                "seconds": round(time.time() - (current.opened_at or 0), 3),
+                "seconds": round(max(0.0, time.time() - (current.opened_at or 0)), 3),
             },
         )
 
@@ -231,9 +256,8 @@ class Rounds:
 
     async def _deliver(self) -> None:
         """Waits until the last round's participants have the final generalist."""
-        last = self._state.aggregated_rounds()[-1]
         end = time.monotonic() + DELIVERY_SECONDS
-        while self._undelivered(last) and time.monotonic() < end:
+        while await self._insist(self._undelivered) and time.monotonic() < end:
             self._nudged.clear()
             await self._wait_for_nudge(end - time.monotonic())
 
@@ -335,7 +359,7 @@ class Rounds:
     def delivered(self, device: str, number: int) -> None:
         """`device` has stored the generalist of round `number`."""
         if self._finished and number == self._state.current().number:
-            self._delivered.add(device)
+            self._state.note_delivery(device, number)
             self._nudged.set()
 
     # The inside
@@ -377,8 +401,11 @@ class Rounds:
             expected |= self._reporters(number - 1)
         return expected - self._state.refused(number) - self._state.revoked()
 
-    def _undelivered(self, number: int) -> set[str]:
-        return self._state.participants(number) - self._delivered - self._state.revoked()
+    async def _undelivered(self) -> set[str]:
+        """Participants of the last round that have not stored what came of it."""
+        last = self._state.aggregated_rounds()[-1]
+        delivered = self._state.delivered(self._state.current().number)
+        return self._state.participants(last) - delivered - self._state.revoked()
 
     def _reporters(self, number: int) -> set[str]:
         """Devices whose updates went into round `number` and which may come back.
@@ -394,13 +421,21 @@ class Rounds:
         oldest = time.monotonic() - PRESENT_SECONDS
         return {device for device, heard in self._heard.items() if heard >= oldest}
 
+    def _is_finished(self) -> bool:
+        return len(self._state.aggregated_rounds()) >= self._policy.rounds
+
+    def _start_clock(self) -> float:
+        """The deadline of a round that opens or resumes now, in seconds since the epoch."""
+        self._deadline = time.monotonic() + self._policy.deadline_seconds
+        return time.time() + self._policy.deadline_seconds
+
     def _seconds_left(self, current: Round) -> float | None:
         """Until the round's deadline, at least 0; None if it has none yet."""
-        if current.deadline is None:
+        if current.status != Status.OPEN or self._deadline is None:
             return None
-        return max(0.0, current.deadline - time.time())
+        return max(0.0, self._deadline - time.monotonic())
 
-    def _seconds_to_next(self) -> float | None:
+    async def _seconds_to_next(self) -> float | None:
         """Until the next step may be due though nothing happens; None if it cannot."""
         if self._gathered_by is not None:
             return max(0.0, self._gathered_by - time.monotonic())

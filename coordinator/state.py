@@ -78,6 +78,8 @@ class Device(Base):
     revoked_at: Mapped[float | None]
     tier: Mapped[str | None]
     """Of its bundle, as it said when it enrolled."""
+    stored_round: Mapped[int] = mapped_column(default=0)
+    """The round whose generalist it said it has stored as the final one; 0 before."""
 
 
 class Invitation(Base):
@@ -292,6 +294,7 @@ class State:
             device.valid_until = valid_until
             device.revoked_at = None
             device.tier = tier
+            device.stored_round = 0
             return device
 
     def extend(self, enrolment: str, valid_until: float) -> None:
@@ -350,6 +353,16 @@ class State:
         with self._transaction() as session:
             chosen = select(Device.name, Device.id).where(Device.id.in_(list(devices)))
             return {name: device for name, device in session.execute(chosen)}
+
+    def note_delivery(self, device: str, number: int) -> None:
+        """Notes that `device` has stored the final generalist, that of round `number`."""
+        with self._transaction() as session:
+            session.get_one(Device, device).stored_round = number
+
+    def delivered(self, number: int) -> set[str]:
+        """Ids of the devices that have stored the final generalist, that of round `number`."""
+        with self._transaction() as session:
+            return set(session.scalars(select(Device.id).where(Device.stored_round == number)))
 
     # Rounds
 
@@ -528,9 +541,13 @@ class State:
         return _updates_directory(self.cohort, number)
 
     def _clean(self) -> None:
-        """Deletes the updates and the optimizer's memory of rounds that are over."""
-        with self._transaction() as session:
-            rounds = session.scalars(select(Round).where(_ongoing())).all()
+        """Deletes the updates and the optimizer's memory of rounds that are over; what cannot be
+        deleted now is another time."""
+        try:
+            with self._transaction() as session:
+                rounds = session.scalars(select(Round).where(_ongoing())).all()
+        except StorageError:
+            return
         updates = self.directory / UPDATES
         kept = {_updates_directory(ongoing.cohort, ongoing.number) for ongoing in rounds}
         for other in updates.glob("*"):

@@ -1,7 +1,6 @@
 """What a hostile or broken device sends is refused with a reason, and stops nobody else."""
 
 import hashlib
-import resource
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ from coordinator_help import (
     Fleet,
     check_in_until,
     header,
-    in_parallel,
     join_round,
     mean_of,
     train,
@@ -168,31 +166,6 @@ def test_an_endless_upload_is_cut_off_without_being_buffered(fleet: Fleet) -> No
     assert "more data came" in reply.reason
     assert sent < 2**27
     assert peak_memory(served.process.pid) - before < 32 * 2**20
-
-
-def test_a_full_disk_loses_nothing(fleet: Fleet) -> None:
-    """Devices are told to come back; what was acknowledged before still counts."""
-    bundle = fleet.bundle(width=60_000)
-    served = fleet.serve(bundle, "--rounds", "1")
-    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
-    join_round(ada, ben)
-    start = ada.download(1)
-    updates = [train(bundle, start, seed, 1) for seed in range(2)]
-    assert ada.upload(header(1), updates[0]).accepted
-
-    # No file may grow beyond what the database has now: as good as a full disk.
-    limits = resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE, (100_000, limits[1]))
-
-    def free_space() -> None:
-        assert "free some space" in served.wait_for("storage_failed")["reason"]
-        resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE, limits)
-
-    reply, _ = in_parallel(lambda: ben.upload(header(1), updates[1]), free_space)
-    assert reply.accepted
-    final = check_in_until(ada, pb.CheckInReply.FINISH)
-    got = wire.decode(bundle.manifest, ada.download(final.round))["generalist"]
-    assert got.tobytes() == mean_of(bundle, updates).tobytes()
 
 
 def test_an_upload_has_no_room_for_anything_but_the_generalist() -> None:

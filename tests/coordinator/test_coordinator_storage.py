@@ -1,0 +1,219 @@
+"""Full disks and clocks that jump: nothing is lost, and it goes on by itself."""
+
+import json
+import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from coordinator_help import (
+    TIMEOUT,
+    Fleet,
+    Served,
+    check_in_until,
+    finish,
+    free_port,
+    header,
+    in_parallel,
+    join_round,
+    mean_of,
+    serve_command,
+    train,
+)
+
+from edge_runtime import wire
+from edge_runtime.connection import Unproven
+from protos import coordinator_pb2 as pb
+
+Full = Callable[[Served | None], AbstractContextManager[None]]
+
+
+@contextmanager
+def file_size_limited(served: Served | None) -> Iterator[None]:
+    """No file of `served` may grow beyond 100 kB, which fails as a full disk does."""
+    assert served is not None
+    limits = resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield
+    resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def small_disk(fleet: Fleet) -> Iterator[Full]:
+    """`fleet`'s state is on a file system of its own, and can fill it."""
+    fleet.state.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "comigs-test", str(fleet.state)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+
+    @contextmanager
+    def full(_served: Served | None) -> Iterator[None]:
+        filler = fleet.state / "filler"
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+        yield
+        filler.unlink()
+
+    yield full
+    fleet.close()
+    subprocess.run(["umount", str(fleet.state)], check=True)
+
+
+@pytest.fixture(params=["file system", "limit"])
+def full(request: pytest.FixtureRequest) -> Full:
+    """What makes the disk of a coordinator full for a while."""
+    if request.param == "limit":
+        return file_size_limited
+    small: Full = request.getfixturevalue("small_disk")
+    return small
+
+
+def test_a_full_disk_loses_nothing(fleet: Fleet, full: Full) -> None:
+    """While an update arrives, and while a round closes: both wait until there is room."""
+    bundle = fleet.bundle(width=60_000)
+    served = fleet.serve(bundle, "--rounds", "2", "--deadline", "3")
+    clients = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    ada, ben, cy = clients
+    join_round(*clients)
+    start = ada.download(1)
+    updates = [train(bundle, start, seed, 1) for seed in range(2)]
+    assert ada.upload(header(1), updates[0]).accepted
+
+    with ExitStack() as stack:
+        stack.enter_context(full(served))
+
+        def free_space() -> None:
+            assert "free some space" in served.wait_for("storage_failed")["reason"]
+            stack.close()
+
+        reply, _ = in_parallel(lambda: ben.upload(header(1), updates[1]), free_space)
+        assert reply.accepted
+    # cy does not report: the round closes at its deadline, and cannot at first.
+    with full(served):
+        served.wait_for("storage_failed")
+    assert served.wait_for("round_closed", round=1)["updates"] == 2
+    served.wait_for("storage_recovered")
+
+    mean = wire.encode(bundle.manifest, {"generalist": mean_of(bundle, updates)})
+    join_round(*clients)
+    assert [client.download(2) for client in clients] == [mean] * 3
+    for seed, client in enumerate(clients):
+        assert client.upload(header(2), train(bundle, mean, seed, 2)).accepted
+    check_in_until(cy, pb.CheckInReply.FINISH)
+
+
+def test_a_full_disk_may_be_the_one_with_the_log(fleet: Fleet, small_disk: Full) -> None:
+    """What it prints comes when there is room again, and meanwhile it serves."""
+    bundle = fleet.bundle()
+    state, listen = fleet.directory / "other", free_address()
+    options = ("--listen", listen, "--enrolment-port", "0", "--rounds", "1", "--exit-when-done")
+    with (fleet.state / "log").open("w") as log:
+        command = [*serve_command(bundle.path, state, *options), "--insecure", "--format", "json"]
+        process = subprocess.Popen(command, stdout=log)
+    try:
+        clients = [fleet.client(Unproven(listen, name)) for name in ("ada", "ben")]
+        clients[0].check_in(0)
+        with small_disk(None):
+            join_round(*clients)
+            start = clients[0].download(1)
+            assert clients[0].upload(header(1), train(bundle, start, 0, 1)).accepted
+        assert clients[1].upload(header(1), train(bundle, start, 1, 1)).accepted
+        number = check_in_until(clients[0], pb.CheckInReply.FINISH).round
+        for client in clients:
+            finish(client, number)
+        assert process.wait(TIMEOUT) == 0
+    finally:
+        process.kill()
+    lines = (fleet.state / "log").read_text().splitlines()
+    kinds = [json.loads(line)["event"] for line in lines]
+    one_round = ["round_opened", *["update_accepted"] * 2, "round_closed"]
+    assert kinds == ["listening", *one_round, "finished"]
+
+
+def free_address() -> str:
+    return f"127.0.0.1:{free_port()}"
+
+
+@pytest.fixture
+def jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets how far ahead of the truth `time.time` is in processes that start from now on."""
+    offset = tmp_path / "offset"
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(
+        "import pathlib, time\n"
+        f"real, offset = time.time, pathlib.Path({str(offset)!r})\n"
+        "time.time = lambda: real() + float(offset.read_text())\n"
+    )
+    path = [str(tmp_path / "clock"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+
+    def set_offset(seconds: float) -> None:
+        other = tmp_path / "offset.new"
+        other.write_text(str(seconds))
+        other.rename(offset)
+
+    set_offset(0)
+    return set_offset
+
+
+def test_a_clock_that_jumps_ahead_ends_no_round(
+    fleet: Fleet, jump: Callable[[float], None]
+) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1", "--deadline", "600")
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(ada, ben)
+    start = ada.download(1)
+    assert ada.upload(header(1), train(bundle, start, 0, 1)).accepted
+    jump(20 * 86400)
+    reply = ben.check_in(0)
+    assert reply.action == pb.CheckInReply.TRAIN
+    assert 500 < reply.seconds_left <= 600
+    assert ben.upload(header(1), train(bundle, start, 1, 1)).accepted
+    assert served.wait_for("round_closed")["updates"] == 2
+
+
+def test_a_clock_that_jumps_back_does_not_prolong_a_round(
+    fleet: Fleet, jump: Callable[[float], None]
+) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1", "--deadline", "2")
+    clients = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    join_round(*clients)
+    jump(-3600)
+    start = clients[0].download(1)
+    for seed, client in enumerate(clients[:2]):
+        assert client.upload(header(1), train(bundle, start, seed, 1)).accepted
+    closed = served.wait_for("round_closed")
+    assert closed["updates"] == 2
+    assert closed["seconds"] >= 0
+
+
+def test_who_has_the_final_generalist_survives_a_kill(fleet: Fleet) -> None:
+    """A coordinator that starts again waits for nobody who has it, and for those who have not."""
+    bundle = fleet.bundle()
+    options = ("--rounds", "1", "--exit-when-done", "--enrolment-port", "0")
+    listen = free_address()
+    served = fleet.serve(bundle, *options, listen=listen)
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(ada, ben)
+    start = ada.download(1)
+    for seed, client in enumerate((ada, ben)):
+        assert client.upload(header(1), train(bundle, start, seed, 1)).accepted
+    number = check_in_until(ada, pb.CheckInReply.FINISH).round
+    finish(ada, number)
+    served.kill()
+    again = fleet.serve(bundle, *options, listen=listen)
+    again.ready()
+    finish(ben, number)
+    assert again.end()[-1]["event"] == "finished"
+    # Killed at the very end, it has nothing left to do.
+    assert fleet.serve(bundle, *options, listen=listen).end()[-1]["event"] == "finished"
