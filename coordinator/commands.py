@@ -422,6 +422,7 @@ TEXTS = {
     "round_resumed": "round {round}: resumed with {updates} updates",
     "update_accepted": "round {round}: {device} reported ({bytes} bytes)",
     "update_refused": "round {round}: refused an update of {device}: {reason}",
+    "upload_broken": "round {round}: an upload of {device} broke: {reason}",
     "round_closed": "round {round}: aggregated {updates} updates{clipping} after {seconds:.1f} s",
     "round_abandoned": "round {round}: abandoned with {updates} updates: {reason}",
     "storage_failed": "nothing can be stored for now, and devices try again: {reason}",

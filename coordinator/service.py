@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,9 @@ from coordinator.callers import Callers, storage_errors
 from coordinator.rounds import RefusedUpdateError, Report, Rounds
 from coordinator.state import State
 from coordinator.tls import Authority, RefusedRequestError, requested_key
+from coordinator.uploads import BrokenUploadError, Uploads
 from edge_runtime import wire
 from edge_runtime.connection import Traffic
-from edge_runtime.errors import AdapterError
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc, manifest_pb2
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # these two names are in the stub only
 
 # Counts of tokens up to here are exact as float64, and fit the database.
 MAX_TOKENS = 2**53
-# An upload that takes longer is given up, so that a stalled device does not hold memory.
+# An upload that takes longer is broken off, so that a stalled device does not hold a connection.
 UPLOAD_SECONDS = 600.0
 
 
@@ -50,6 +51,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         self._manifest = manifest
         self._traffic = traffic
         self._report = report
+        self._uploads = Uploads(state=state, manifest=manifest, traffic=traffic)
 
     async def CheckIn(self, request: pb.CheckInRequest, context: Context) -> pb.CheckInReply:  # noqa: N802
         self._traffic.receive(request)
@@ -68,14 +70,16 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                     grpc.StatusCode.NOT_FOUND,
                     f"there is no generalist of round {request.round} yet",
                 )
-            file = self._state.directory / wanted.generalist_file
-            payload = await asyncio.to_thread(file.read_bytes)
-            digest = bytes.fromhex(wanted.generalist_sha256)
-            chunk = pb.Chunk(total_bytes=len(payload), sha256=digest)
-            for data in wire.chunks(payload):
-                chunk.data = data
-                await context.write(self._traffic.send(chunk))
-                chunk = pb.Chunk()
+            with (self._state.directory / wanted.generalist_file).open("rb", buffering=0) as file:
+                chunk = pb.Chunk(
+                    total_bytes=file.seek(0, os.SEEK_END),
+                    sha256=bytes.fromhex(wanted.generalist_sha256),
+                )
+                file.seek(min(request.offset, chunk.total_bytes))
+                chunk.data = file.read(wire.CHUNK_BYTES)
+                while chunk.total_bytes or chunk.data:
+                    await context.write(self._traffic.send(chunk))
+                    chunk = pb.Chunk(data=file.read(wire.CHUNK_BYTES))
 
     async def Upload(  # noqa: N802
         self, request_iterator: _MaybeAsyncIterator[pb.UploadPart], context: Context
@@ -88,17 +92,36 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                     header = await self._receive_header(parts)
                     self._check_header(header)
                     if self._rounds.check_update(device.id, header) is None:
-                        payload = await self._receive_payload(parts, header)
-                        file = await asyncio.to_thread(self._store, device.id, header, payload)
+                        file = await self._uploads.receive(device.id, header, parts)
                         self._rounds.accept(device, header, file)
             except TimeoutError:
-                reason = f"the upload took longer than {UPLOAD_SECONDS:.0f} seconds"
+                broken = f"the upload took longer than {UPLOAD_SECONDS:.0f} seconds"
+            except BrokenUploadError as error:
+                broken = str(error)
             except RefusedUpdateError as error:
-                reason = str(error)
+                self._rounds.refuse(device, header.round, str(error))
+                return self._traffic.send(pb.UploadReply(accepted=False, reason=str(error)))
             else:
                 return self._traffic.send(pb.UploadReply(accepted=True))
-            self._rounds.refuse(device, header.round, reason)
-            return self._traffic.send(pb.UploadReply(accepted=False, reason=reason))
+            fields = {"round": header.round, "device": device.name, "reason": broken}
+            self._report("upload_broken", fields)
+            await context.abort(grpc.StatusCode.ABORTED, broken)
+
+    async def UploadOffset(  # noqa: N802
+        self, request: pb.UploadHeader, context: Context
+    ) -> pb.UploadOffsetReply:
+        self._traffic.receive(request)
+        async with storage_errors(context, self._report), self._callers.device(context) as device:
+            try:
+                self._check_header(request)
+            except RefusedUpdateError as error:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            accepted = self._state.update(request.round, device.id)
+            if accepted is not None and accepted.sha256 == request.sha256:
+                offset = request.total_bytes
+            else:
+                offset = self._uploads.offset(device.id, request)
+            return self._traffic.send(pb.UploadOffsetReply(offset=offset))
 
     async def Renew(self, request: pb.SigningRequest, context: Context) -> pb.Certificate:  # noqa: N802
         self._traffic.receive(request)
@@ -118,7 +141,9 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             return self._traffic.send(pb.Certificate(pem=issued.pem))
 
     async def _receive_header(self, parts: AsyncIterator[pb.UploadPart]) -> pb.UploadHeader:
-        part = await anext(parts, pb.UploadPart())
+        part = await anext(parts, None)
+        if part is None:
+            raise BrokenUploadError("the upload ended before it began")
         self._traffic.receive(part)
         if part.WhichOneof("part") != "header":
             raise RefusedUpdateError("the upload does not start with a header")
@@ -133,38 +158,12 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             )
         if len(header.sha256) != hashlib.sha256().digest_size:
             raise RefusedUpdateError("the header holds no SHA-256")
+        if header.offset > header.total_bytes:
+            raise RefusedUpdateError(
+                f"its offset {header.offset} is beyond its {header.total_bytes} bytes"
+            )
         if not 0 < header.tokens <= MAX_TOKENS:
             raise RefusedUpdateError(
                 f"it says that it was trained on {header.tokens} tokens; that must be between 1 "
                 f"and {MAX_TOKENS}"
             )
-
-    async def _receive_payload(
-        self, parts: AsyncIterator[pb.UploadPart], header: pb.UploadHeader
-    ) -> bytes:
-        """The announced bytes. Never holds more than that."""
-        payload = bytearray()
-        async for part in parts:
-            self._traffic.receive(part)
-            if part.WhichOneof("part") != "data":
-                raise RefusedUpdateError("something other than data follows the header")
-            if len(payload) + len(part.data) > header.total_bytes:
-                raise RefusedUpdateError(
-                    f"more data came than the {header.total_bytes} bytes that were announced"
-                )
-            payload += part.data
-        if len(payload) < header.total_bytes:
-            raise RefusedUpdateError(
-                f"the upload is truncated: {len(payload)} of {header.total_bytes} bytes came"
-            )
-        return bytes(payload)
-
-    def _store(self, device: str, header: pb.UploadHeader, payload: bytes) -> str:
-        """Checks a payload and puts it on disk, where nothing counts it yet."""
-        if hashlib.sha256(payload).digest() != header.sha256:
-            raise RefusedUpdateError("the data does not match the announced SHA-256")
-        try:
-            wire.decode(self._manifest, payload)
-        except AdapterError as error:
-            raise RefusedUpdateError(str(error)) from error
-        return self._state.write_payload(header.round, device, payload)

@@ -37,7 +37,12 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from edge_runtime.errors import BundleError, StorageError
-from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
+from edge_runtime.files import (
+    remove_leftovers,
+    replace_durably,
+    storage_errors,
+    write_atomic,
+)
 
 DATABASE = "coordinator.sqlite3"
 LOCK = "lock"
@@ -468,16 +473,37 @@ class State:
         with self._transaction() as session:
             return session.get(Update, (self.cohort, number, device))
 
-    def write_payload(self, number: int, device: str, payload: bytes) -> str:
-        """Stores an update's bytes; only `add_update` makes them count.
+    def partial(self, number: int, device: str, sha256: bytes) -> Path:
+        """Where the bytes of an update are gathered; nothing may be there yet."""
+        return self.directory / self._updates_of(number) / device / f"{sha256.hex()}.partial"
+
+    def begin_partial(self, number: int, device: str, sha256: bytes) -> Path:
+        """Makes that file, or takes it up again; other unfinished updates of the device go."""
+        path = self.partial(number, device, sha256)
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for other in path.parent.iterdir():
+                if other != path:
+                    other.unlink()
+            path.touch()
+        return path
+
+    def keep_partial(self, number: int, device: str, sha256: bytes) -> str:
+        """Makes a gathered update's bytes durable; only `add_update` makes them count.
 
         Returns:
             The path below the state directory. It holds the content's hash, so another update of
             the same device never replaces it.
+
+        Raises:
+            FileNotFoundError: the round is over, and they are gone.
         """
-        name = f"{device}-{hashlib.sha256(payload).hexdigest()}.safetensors"
-        relative = f"{self._updates_of(number)}/{name}"
-        write_atomic(self.directory / relative, payload)
+        relative = f"{self._updates_of(number)}/{device}-{sha256.hex()}.safetensors"
+        path = self.partial(number, device, sha256)
+        if not path.exists():
+            raise FileNotFoundError(path)
+        with storage_errors(self.directory / relative):
+            replace_durably(path, self.directory / relative)
         return relative
 
     def add_update(self, update: Update) -> None:

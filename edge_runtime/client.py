@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
+from io import RawIOBase
+from pathlib import Path
 
 import grpc
 from cryptography import x509
@@ -23,11 +26,13 @@ from edge_runtime.connection import (
     connect,
 )
 from edge_runtime.errors import TrustError
+from edge_runtime.files import storage_errors
 from edge_runtime.identity import Identity, new_key, signing_request
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc
 
 TRANSFER_SECONDS = 300.0
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def connect_to_enrol(invitation: pb.Invitation, patience: Patience) -> Connection:
@@ -153,23 +158,35 @@ class Client(Closing):
 
         return self.traffic.receive(self._connection.retry(attempt))
 
-    def download(self, round_number: int) -> bytes:
-        """The generalist that round `round_number` starts from; size and SHA-256 are verified."""
-        request = pb.DownloadRequest(round=round_number)
+    def download(self, round_number: int, partial: Path | None = None) -> bytes:
+        """The generalist that round `round_number` starts from; size and SHA-256 are verified.
 
-        def attempt() -> bytes:
-            return self._receive(
-                self._stub.Download(
-                    self.traffic.send(request), timeout=TRANSFER_SECONDS, metadata=self._metadata
-                )
-            )
+        After a break it goes on at the byte where it stopped.
 
-        return self._connection.retry(attempt)
+        Args:
+            partial: keeps what has come, so that another process can go on too; gone in the end.
 
-    def upload(self, header: pb.UploadHeader, payload: bytes) -> pb.UploadReply:
-        """Sends an update; `header` lacks only size and SHA-256, which are filled in here.
+        Raises:
+            StorageError: `partial` cannot be written.
+        """
+        if partial is None:
+            with tempfile.TemporaryFile(buffering=0) as file:
+                return self._connection.retry(lambda: self._receive(round_number, file))
+        with storage_errors(partial):
+            with partial.open("a+b", buffering=0) as file:
+                payload = self._connection.retry(lambda: self._receive(round_number, file))
+            partial.unlink()
+        return payload
+
+    def upload(
+        self, header: pb.UploadHeader, payload: bytes, *, resume: bool = False
+    ) -> pb.UploadReply:
+        """Sends an update; `header` lacks only size, SHA-256 and offset, which are filled in here.
 
         Sending one again that was accepted is harmless: it is counted once and accepted again.
+
+        Args:
+            resume: some of it may be at the coordinator already, sent by an earlier process.
 
         Returns:
             Whether it counts and, if not, why: a refused update is no error here.
@@ -178,28 +195,64 @@ class Client(Closing):
         full.CopyFrom(header)
         full.total_bytes = len(payload)
         full.sha256 = hashlib.sha256(payload).digest()
+        begun = resume
 
         def attempt() -> pb.UploadReply:
+            nonlocal begun
+            if begun:
+                offset = self._upload_offset(full)
+                if offset > full.offset:
+                    self._connection.progress()
+                full.offset = offset
+            begun = True
             return self._stub.Upload(
                 self._parts(full, payload), timeout=TRANSFER_SECONDS, metadata=self._metadata
             )
 
         return self.traffic.receive(self._connection.retry(attempt))
 
+    def _upload_offset(self, header: pb.UploadHeader) -> int:
+        reply = self._stub.UploadOffset(
+            self.traffic.send(header), timeout=CALL_SECONDS, metadata=self._metadata
+        )
+        return min(self.traffic.receive(reply).offset, header.total_bytes)
+
     def _parts(self, header: pb.UploadHeader, payload: bytes) -> Iterator[pb.UploadPart]:
         yield self.traffic.send(pb.UploadPart(header=header))
-        for data in wire.chunks(payload):
+        for data in wire.chunks(payload[header.offset :]):
             yield self.traffic.send(pb.UploadPart(data=data))
 
-    def _receive(self, chunks: Iterable[pb.Chunk]) -> bytes:
-        payload = bytearray()
-        total, digest = 0, b""
-        for chunk in chunks:
+    def _receive(self, round_number: int, file: RawIOBase) -> bytes:
+        """One attempt at a download.
+
+        Args:
+            file: keeps the SHA-256 of what is downloaded, then as much of that as has come.
+        """
+        file.seek(0)
+        kept = file.readall()
+        digest, payload = kept[:DIGEST_BYTES], bytearray(kept[DIGEST_BYTES:])
+        request = pb.DownloadRequest(round=round_number, offset=len(payload))
+        total = 0
+        for chunk in self._stub.Download(
+            self.traffic.send(request), timeout=TRANSFER_SECONDS, metadata=self._metadata
+        ):
             self.traffic.receive(chunk)
-            total, digest = chunk.total_bytes or total, chunk.sha256 or digest
+            if not total:
+                total = chunk.total_bytes
+                if chunk.sha256 != digest:
+                    file.seek(file.truncate(0))
+                    if payload:
+                        raise DamagedTransferError("the generalist has changed meanwhile")
+                    digest = chunk.sha256
+                    file.write(digest)
             payload += chunk.data
+            file.write(chunk.data)
+            self._connection.progress()
             if len(payload) > total:
                 break
-        if len(payload) != total or hashlib.sha256(payload).digest() != digest:
+        if len(payload) < total:
+            raise DamagedTransferError("the generalist has arrived in part")
+        if not total or len(payload) != total or hashlib.sha256(payload).digest() != digest:
+            file.truncate(0)
             raise DamagedTransferError("the generalist arrived damaged")
         return bytes(payload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from abc import ABC, abstractmethod
@@ -34,8 +35,10 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 
-# CANCELLED is what calls get that a stopping coordinator did not wait for.
+# CANCELLED is what calls get that a stopping coordinator did not wait for, ABORTED an upload that
+# is to be taken up again.
 TRANSIENT = {
+    grpc.StatusCode.ABORTED,
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
@@ -140,6 +143,7 @@ class Connection(Closing):
         self._secure = credentials is not None
         self._patience = patience
         self._identity = identity
+        self._progress = -math.inf
         self.channel = (
             grpc.insecure_channel(address, CHANNEL_OPTIONS)
             if credentials is None
@@ -159,9 +163,13 @@ class Connection(Closing):
         check(b"", timeout=CALL_SECONDS)
         return time.monotonic() - started
 
+    def progress(self) -> None:
+        """Says that a transfer which may yet break is going on: patience begins anew."""
+        self._progress = time.monotonic()
+
     def retry(self, attempt: Callable[[], T]) -> T:
         """The result of `attempt`, which makes one call."""
-        end = time.monotonic() + self._patience.seconds
+        started = time.monotonic()
         pause = FIRST_PAUSE_SECONDS
         while True:
             try:
@@ -170,7 +178,7 @@ class Connection(Closing):
                 trouble = str(error)
             except grpc.RpcError as error:
                 trouble = self._check_transient(error)
-            left = end - time.monotonic()
+            left = max(started, self._progress) + self._patience.seconds - time.monotonic()
             if left <= 0:
                 tls = "with TLS" if self._secure else "without TLS as this device does"
                 raise UnreachableError(

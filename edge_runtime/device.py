@@ -139,7 +139,7 @@ class Device:
 
     def _receive(self, client: Client, number: int) -> None:
         """Takes over the generalist that round `number` starts from."""
-        payload = client.download(number)
+        payload = client.download(number, self.home.path / "download.partial")
         try:
             received = wire.decode(self.bundle.manifest, payload)
         except AdapterError as error:

@@ -35,18 +35,30 @@ def write_atomic(path: Path, content: bytes) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
+            replace_durably(Path(name), path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
             raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+
+
+def replace_durably(source: Path, path: Path) -> None:
+    """Moves the written file `source` to `path`; content and name are durable when it returns.
+
+    Raises:
+        OSError: as `os.fsync` and `os.replace`.
+    """
+    _sync(source)
+    os.replace(source, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -4,10 +4,11 @@
     HOME/state.safetensors    adapters, optimizer moments and counters, in one file
     HOME/identity.json        key and certificate for its coordinator (readable by the owner only)
     HOME/enrolment.json       the key of an enrolment that has not ended yet (likewise)
+    HOME/download.partial     what has come of a generalist, while it is downloaded
     HOME/lock                 held by the process that trains
 
-Every file is replaced as a whole, so a reader sees the old one or the new one. The state carries a
-SHA-256 of its content: a bit that flipped on a worn disk is found, not trained on.
+Every other file is replaced as a whole, so a reader sees the old one or the new one. The state
+carries a SHA-256 of its content: a bit that flipped on a worn disk is found, not trained on.
 """
 
 from __future__ import annotations

@@ -6,11 +6,13 @@ by name, shape, type and value whatever is not exactly that list.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize, safe_open
+from safetensors.numpy import save
 
 from edge_runtime.adapters import Vector, Vectors, views
 from edge_runtime.bundle import shared_tensors
@@ -38,25 +40,57 @@ def decode(manifest: pb.Manifest, payload: bytes) -> Vectors:
             f"{len(payload)} bytes are more than the shared tensors need ({max_bytes(manifest)})"
         )
     try:
-        stored = load(payload)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        stored = dict(deserialize(payload))  # type: ignore[no-untyped-call]
+    except (SafetensorError, ValueError) as error:
         raise AdapterError(f"not a safetensors payload: {error}") from error
-    expected = {tensor.name: tensor for tensor in shared_tensors(manifest)}
-    for name in sorted(stored.keys() - expected.keys()):
-        raise AdapterError(f"{name} is not a shared tensor of this bundle")
-    for name in sorted(expected.keys() - stored.keys()):
-        raise AdapterError(f"shared tensor {name} is missing")
+    _check_names(manifest, stored)
     vectors = {role.name: np.zeros(role.size, np.float32) for role in manifest.roles if role.shared}
     for name, view in views(manifest, vectors).items():
-        value = stored[name]
-        if value.dtype != np.float32 or value.shape != view.shape:
-            raise AdapterError(
-                f"{name} is {value.dtype}{list(value.shape)} instead of float32{list(view.shape)}"
-            )
-        if not np.isfinite(value).all():
-            raise AdapterError(f"{name} holds a NaN or an infinity")
+        tensor = stored[name]
+        _check_type(name, tensor["dtype"], tensor["shape"], view.shape)
+        value = np.frombuffer(tensor["data"], "<f4").reshape(view.shape)
+        _check_finite(name, value)
         view[...] = value
     return vectors
+
+
+def check(manifest: pb.Manifest, path: Path) -> None:
+    """Whether `decode` would take the content of the file; one tensor is in memory at a time.
+
+    Raises:
+        AdapterError: as `decode`.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            _check_names(manifest, file.keys())
+            for tensor in shared_tensors(manifest):
+                stored = file.get_slice(tensor.name)
+                shape = tuple(tensor.shape)
+                _check_type(tensor.name, stored.get_dtype(), stored.get_shape(), shape)
+                _check_finite(tensor.name, file.get_tensor(tensor.name))
+    except SafetensorError as error:
+        raise AdapterError(f"not a safetensors payload: {error}") from error
+
+
+def _check_names(manifest: pb.Manifest, stored: Iterable[str]) -> None:
+    expected = {tensor.name for tensor in shared_tensors(manifest)}
+    found = set(stored)
+    for name in sorted(found - expected):
+        raise AdapterError(f"{name} is not a shared tensor of this bundle")
+    for name in sorted(expected - found):
+        raise AdapterError(f"shared tensor {name} is missing")
+
+
+def _check_type(name: str, dtype: str, shape: list[int], wanted: tuple[int, ...]) -> None:
+    """Both ends call types as safetensors does."""
+    if dtype != "F32" or tuple(shape) != wanted:
+        raise AdapterError(f"{name} is {dtype}{list(shape)} instead of F32{list(wanted)}")
+
+
+def _check_finite(name: str, value: NDArray[np.float32]) -> None:
+    if not np.isfinite(value).all():
+        raise AdapterError(f"{name} holds a NaN or an infinity")
 
 
 def shared_roles(manifest: pb.Manifest) -> list[str]:

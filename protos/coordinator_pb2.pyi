@@ -476,16 +476,20 @@ class DownloadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUND_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round whose incoming generalist is wanted; for FINISH, the final one's number."""
+    offset: _builtins.int
+    """Where to begin, in bytes from the payload's start: how much of it has come before a break."""
     def __init__(
         self,
         *,
         round: _builtins.int = ...,
+        offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -499,7 +503,7 @@ class Chunk(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     total_bytes: _builtins.int
-    """Size of the whole payload in bytes; in the first chunk only."""
+    """Size of the whole payload in bytes; in the first chunk only, which always comes."""
     sha256: _builtins.bytes
     """SHA-256 of the whole payload; in the first chunk only."""
     data: _builtins.bytes
@@ -527,6 +531,7 @@ class UploadHeader(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round that the update belongs to."""
     total_bytes: _builtins.int
@@ -537,6 +542,8 @@ class UploadHeader(_message.Message):
     """Tokens that the device trained on in this round: steps times batch times length, so nothing
     about its text. What it learnt, and how well, stays on it.
     """
+    offset: _builtins.int
+    """Where the data that follows begins, in bytes from the payload's start."""
     def __init__(
         self,
         *,
@@ -544,10 +551,11 @@ class UploadHeader(_message.Message):
         total_bytes: _builtins.int = ...,
         sha256: _builtins.bytes = ...,
         tokens: _builtins.int = ...,
+        offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "sha256", b"sha256", "tokens", b"tokens", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "round", b"round", "sha256", b"sha256", "tokens", b"tokens", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -580,6 +588,26 @@ class UploadPart(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___UploadPart: _TypeAlias = UploadPart  # noqa: Y015
+
+@_typing.final
+class UploadOffsetReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Where to go on, in bytes from the payload's start; all of them if the update is accepted."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadOffsetReply: _TypeAlias = UploadOffsetReply  # noqa: Y015
 
 @_typing.final
 class UploadReply(_message.Message):

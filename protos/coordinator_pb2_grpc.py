@@ -128,6 +128,11 @@ class CoordinatorStub:
                 request_serializer=protos_dot_coordinator__pb2.UploadPart.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.UploadReply.FromString,
                 _registered_method=True)
+        self.UploadOffset = channel.unary_unary(
+                '/comigs.v1.Coordinator/UploadOffset',
+                request_serializer=protos_dot_coordinator__pb2.UploadHeader.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.UploadOffsetReply.FromString,
+                _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/comigs.v1.Coordinator/Renew',
                 request_serializer=protos_dot_coordinator__pb2.SigningRequest.SerializeToString,
@@ -156,6 +161,15 @@ class CoordinatorServicer:
     def Upload(self, request_iterator, context):
         """A device's generalist after local training: one header, then chunks. The reply says whether
         it was accepted; an accepted update is on the coordinator's disk before the reply is sent.
+        ABORTED if it was interrupted, or what came before its offset is not there (any more): ask
+        UploadOffset and go on from there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadOffset(self, request, context):
+        """How much of an upload that broke is at the coordinator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -185,6 +199,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Upload,
                     request_deserializer=protos_dot_coordinator__pb2.UploadPart.FromString,
                     response_serializer=protos_dot_coordinator__pb2.UploadReply.SerializeToString,
+            ),
+            'UploadOffset': grpc.unary_unary_rpc_method_handler(
+                    servicer.UploadOffset,
+                    request_deserializer=protos_dot_coordinator__pb2.UploadHeader.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.UploadOffsetReply.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
@@ -274,6 +293,33 @@ class Coordinator:
             '/comigs.v1.Coordinator/Upload',
             protos_dot_coordinator__pb2.UploadPart.SerializeToString,
             protos_dot_coordinator__pb2.UploadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadOffset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/comigs.v1.Coordinator/UploadOffset',
+            protos_dot_coordinator__pb2.UploadHeader.SerializeToString,
+            protos_dot_coordinator__pb2.UploadOffsetReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -89,7 +89,11 @@ class CoordinatorStub:
     Upload: _grpc.StreamUnaryMultiCallable[_coordinator_pb2.UploadPart, _coordinator_pb2.UploadReply]
     """A device's generalist after local training: one header, then chunks. The reply says whether
     it was accepted; an accepted update is on the coordinator's disk before the reply is sent.
+    ABORTED if it was interrupted, or what came before its offset is not there (any more): ask
+    UploadOffset and go on from there.
     """
+    UploadOffset: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.UploadHeader, _coordinator_pb2.UploadOffsetReply]
+    """How much of an upload that broke is at the coordinator."""
     Renew: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SigningRequest, _coordinator_pb2.Certificate]
     """A new certificate for the same device. The present one stays valid until it lapses."""
 
@@ -105,7 +109,11 @@ class CoordinatorAsyncStub(CoordinatorStub):
     Upload: _aio.StreamUnaryMultiCallable[_coordinator_pb2.UploadPart, _coordinator_pb2.UploadReply]  # type: ignore[assignment]
     """A device's generalist after local training: one header, then chunks. The reply says whether
     it was accepted; an accepted update is on the coordinator's disk before the reply is sent.
+    ABORTED if it was interrupted, or what came before its offset is not there (any more): ask
+    UploadOffset and go on from there.
     """
+    UploadOffset: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.UploadHeader, _coordinator_pb2.UploadOffsetReply]  # type: ignore[assignment]
+    """How much of an upload that broke is at the coordinator."""
     Renew: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SigningRequest, _coordinator_pb2.Certificate]  # type: ignore[assignment]
     """A new certificate for the same device. The present one stays valid until it lapses."""
 
@@ -136,7 +144,17 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_coordinator_pb2.UploadReply, _abc.Awaitable[_coordinator_pb2.UploadReply]]:
         """A device's generalist after local training: one header, then chunks. The reply says whether
         it was accepted; an accepted update is on the coordinator's disk before the reply is sent.
+        ABORTED if it was interrupted, or what came before its offset is not there (any more): ask
+        UploadOffset and go on from there.
         """
+
+    @_abc_1.abstractmethod
+    def UploadOffset(
+        self,
+        request: _coordinator_pb2.UploadHeader,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.UploadOffsetReply, _abc.Awaitable[_coordinator_pb2.UploadOffsetReply]]:
+        """How much of an upload that broke is at the coordinator."""
 
     @_abc_1.abstractmethod
     def Renew(
