@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -66,39 +68,39 @@ def demo(
         messages.print(f"took {result['seconds']:.0f} s; the whole story: {page.resolve()}")
 
 
+EnginesOption = Annotated[str, typer.Option(help="Comma-separated: engine or engine:precision.")]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(help="Where what is compiled is kept, for the next run (default: nowhere)."),
+]
+
+
 def bench_train(
     base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2",
     weights: Annotated[str, typer.Option(help="random or pretrained.")] = "random",
     batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 1,
-    engines: Annotated[
-        str, typer.Option(help="Comma-separated: engine or engine:precision.")
-    ] = "onnxruntime,onnxruntime:int8,executorch",
+    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 128,
+    engines: EnginesOption = "onnxruntime,onnxruntime:int8,executorch",
     threads: Annotated[int, typer.Option(min=1)] = 2,
     steps: Annotated[int, typer.Option(min=4, help="Timed steps of each.")] = 10,
+    cache: CacheOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
-    """Time a training step beside PyTorch eager, taking turns, and its process's memory."""
+    """Time a training step beside PyTorch eager, taking turns; memory, gradients, share of peak."""
+    check_weights(weights)
+    contestants = _contestants(engines)
     from benchmarks import train_step
 
-    check_weights(weights)
-    contestants = []
-    for part in engines.split(","):
-        engine, _, precision = part.strip().partition(":")
-        precision = precision or "float32"
-        if engine not in PRECISIONS.get(precision, ()):
-            raise typer.BadParameter(
-                f"{part!r} is none of onnxruntime, onnxruntime:int8 and executorch",
-                param_hint="--engines",
-            )
-        contestants.append((engine, precision))
-    with messages.status("loading the base") as status:
+    with messages.status("loading the base") as status, _wrong_usage("--length"):
         result = train_step.run(
             base_name=base,
             random_weights=weights == "random",
             batch=batch,
+            length=length,
             contestants=contestants,
             threads=threads,
             steps=steps,
+            cache=cache,
             progress=status.update,
         )
     if output is Format.JSON:
@@ -125,3 +127,32 @@ def bench_coordinator(
         return
     for line in load.table(result):
         messages.print(line, highlight=False)
+
+
+def _contestants(engines: str) -> list[tuple[str, str]]:
+    """(engine, precision) of each part of the option."""
+    found = []
+    for part in engines.split(","):
+        engine, _, precision = part.strip().partition(":")
+        precision = precision or "float32"
+        if engine not in PRECISIONS.get(precision, ()):
+            known = [
+                name if kind == "float32" else f"{name}:{kind}"
+                for kind, names in PRECISIONS.items()
+                for name in names
+            ]
+            raise typer.BadParameter(
+                f"{part.strip()!r} is none of {', '.join(known)}", param_hint="--engines"
+            )
+        if (engine, precision) not in found:
+            found.append((engine, precision))
+    return found
+
+
+@contextlib.contextmanager
+def _wrong_usage(option: str) -> Iterator[None]:
+    """A number that does not suit the base is a wrong option."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error

@@ -1,143 +1,85 @@
 """`comigs bench train`: a device's training step beside PyTorch's, in one interleaved run.
 
-The reference is what one would write today: `transformers`' GPT-2, every targeted linear map
-wrapped in a module that adds the mixed LoRA deltas, autograd, AdamW. The base, the adapters,
-the tokens and the update are the same on both sides; the losses are compared before anything is
-timed.
+Every contestant is a process of its own and has its turn while the others stand still. The base,
+the adapters, the tokens and the update are the same; before anything is timed the losses are
+compared, and every gradient with PyTorch's. What counts as work for `gemm_peak_share` is what the
+step needs: the frozen products forward and once backward, attention, and the LoRA products.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median
 from typing import Any, TypedDict
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+import numpy as np
+from safetensors.numpy import load_file
 
-from benchmarks.device_step import (
-    LEARNING_RATE,
-    Step,
-    device_step,
-    fixed_adapters,
-    fixed_text,
-)
-from edge_runtime.adapters import ROUTER
+from benchmarks.compiled import Compiler, kept_in
+from benchmarks.contest import Contestant, quartiles, turns
+from benchmarks.machine import Machine, machine
 from edge_runtime.bundle import Bundle
-from edge_runtime.errors import BaseModelError
+from edge_runtime.errors import ParityError
 from export.base import Base, load_base
-from export.bundle import export_bundle
-from export.mixture import GENERALIST, Mixture
 from export.tiers import tiers
 
 REFERENCE = "PyTorch eager float32"
+Spread = tuple[float, float]
 
 
 class Row(TypedDict):
-    """One contestant. Times in seconds; ratios are to the reference's step in the same turn."""
+    """One engine and base type. Ratios are to the reference's step in the same turn; spreads are
+    first and third quartile; cosines are to PyTorch's gradient, tensor by tensor.
+
+    `gemm_peak_share` is of the products' peak in the base's own type, float32 or int8.
+    """
+
+    engine: str
+    base_dtype: str
+    variant: str
+    time_ratio: float
+    time_ratio_spread: Spread
+    seconds: float
+    seconds_spread: Spread
+    peak_rss_mib: float
+    gradient_cosine_min: float
+    gradient_cosine_mean: float
+    gradient_worst: str
+    gemm_peak_share: float
+    loss: float
+
+
+class Reference(TypedDict):
+    """The step in PyTorch."""
 
     name: str
-    median: float
-    quartiles: tuple[float, float]
-    ratio: float
-    ratio_quartiles: tuple[float, float]
+    seconds: float
+    seconds_spread: Spread
+    peak_rss_mib: float
+    gemm_peak_share: float
     loss: float
-    peak_rss_mib: float | None
 
 
 class Result(TypedDict):
     """What `comigs bench train --format json` prints."""
 
-    workload: str
+    benchmark: str
+    base: str
+    weights: str
+    batch: int
+    length: int
     threads: int
-    steps: int
+    turns: int
+    machine: Machine
+    limits: dict[str, float]
     versions: dict[str, str]
+    reference: Reference
     rows: list[Row]
-
-
-class MixedLinear(nn.Module):
-    """A frozen map and the LoRA pairs of its experts: y = W x + sum_j p_j s B_j A_j x."""
-
-    def __init__(self, frozen: nn.Module, pairs: list[tuple[Tensor, Tensor]], scale: float) -> None:
-        super().__init__()
-        self.frozen, self.scale = frozen, scale
-        self.a = nn.ParameterList(nn.Parameter(a.clone()) for a, _ in pairs)
-        self.b = nn.ParameterList(nn.Parameter(b.clone()) for _, b in pairs)
-        self.weights: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.frozen(x)
-        for j, (a, b) in enumerate(zip(self.a, self.b, strict=True)):
-            delta = F.linear(F.linear(x, a), b) * self.scale
-            y = y + (delta if self.weights is None else self.weights[..., j : j + 1] * delta)
-        return y
-
-
-class RoutedMlp(nn.Module):
-    """A GPT-2 MLP that routes its input before its two maps see it."""
-
-    def __init__(self, mlp: Any, router: Tensor) -> None:
-        super().__init__()
-        self.mlp, self.router = mlp, nn.Parameter(router.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = torch.softmax(F.linear(x, self.router), -1)
-        self.mlp.c_fc.weights = self.mlp.c_proj.weights = weights  # top-2 of two experts
-        y: Tensor = self.mlp(x)
-        return y
-
-
-def reference(base: Base, bundle: Bundle, tokens: Tensor, targets: Tensor) -> Step:
-    """The step in PyTorch; two experts, so that top-2 routing is a softmax."""
-    manifest = bundle.manifest
-    adapters = {
-        name: torch.from_numpy(view.copy()) for name, view in fixed_adapters(bundle)[1].items()
-    }
-    assert isinstance(base.config, GPT2Config)
-    model = GPT2LMHeadModel(base.config)
-    own_head = base.tensors.get("lm_head.weight", base.tensors["wte.weight"])
-    model.lm_head.load_state_dict({"weight": own_head})
-    model.transformer.load_state_dict(
-        {k: v for k, v in base.tensors.items() if k != "lm_head.weight"}
-    )
-    model.requires_grad_(False)
-    model.train(False)
-    scale = manifest.mixture.alpha / manifest.mixture.rank**0.5
-    roles = [role.name for role in manifest.roles if role.name != ROUTER]
-
-    def mixed(frozen: Any, key: str, experts: Sequence[str]) -> MixedLinear:
-        names = [f"{role}/transformer.{key}" for role in experts]
-        pairs = [(adapters[f"{n}.lora_A.weight"], adapters[f"{n}.lora_B.weight"]) for n in names]
-        return MixedLinear(frozen, pairs, scale)
-
-    for layer, each in enumerate(model.transformer.h):
-        block: Any = each
-        block.attn.c_attn = mixed(block.attn.c_attn, f"h.{layer}.attn.c_attn", [GENERALIST])
-        block.attn.c_proj = mixed(block.attn.c_proj, f"h.{layer}.attn.c_proj", [GENERALIST])
-        block.mlp.c_fc = mixed(block.mlp.c_fc, f"h.{layer}.mlp.c_fc", roles)
-        block.mlp.c_proj = mixed(block.mlp.c_proj, f"h.{layer}.mlp.c_proj", roles)
-        router = adapters[f"{ROUTER}/transformer.h.{layer}.mlp.router.weight"]
-        block.mlp = RoutedMlp(block.mlp, router)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-
-    def step() -> float:
-        loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
 
 
 def run(
@@ -145,114 +87,158 @@ def run(
     base_name: str,
     random_weights: bool,
     batch: int,
+    length: int,
     contestants: Sequence[tuple[str, str]],
     threads: int,
     steps: int,
+    cache: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """Times the reference and each (engine, precision) of `contestants`, taking turns.
 
     Raises:
-        BaseModelError: the base is not available, or no GPT-2.
-        AssertionError: a contestant's loss is not the reference's, so it does other work.
+        BaseModelError: the base is not available.
+        ValueError: the base has fewer positions than `length`.
+        ParityError: a contestant's loss is not the reference's, so it does other work.
     """
-    torch.set_num_threads(threads)
     base = load_base(base_name, random_weights=random_weights)
-    if not isinstance(base.config, GPT2Config):
-        raise BaseModelError(f"{base_name} is no GPT-2, the only family this has a reference for")
-    tier = replace(tiers()["laptop"], micro_batches=(batch,))
-    with tempfile.TemporaryDirectory() as folder:
-        bundles = {}
-        for engine, precision in contestants:
-            out = Path(folder) / f"{engine}-{precision}"
-            bundles[engine, precision] = export_bundle(
-                base,
-                Mixture(),
-                tier,
-                engines=[engine],
-                precision=precision,
-                out=out,
-                programs=("train_step",),
-                progress=progress,
+    positions = base.architecture.positions
+    if length > positions:
+        raise ValueError(f"{base_name} has {positions} positions, {length} tokens are too many")
+    tier = replace(tiers()["laptop"], micro_batches=(batch,), train_length=length)
+    weights = "random" if random_weights else "pretrained"
+    program = f"train_step.b{batch}"
+    with ExitStack() as stack:
+        folder = stack.enter_context(kept_in(cache))
+        compiler = Compiler(base=base, folder=folder, progress=progress)
+        bundles = {
+            (engine, precision): compiler.bundle(
+                tier, engine=engine, precision=precision, programs=("train_step",)
             )
-        first = next(iter(bundles.values()))
-        tokens, targets = map(torch.from_numpy, fixed_text(first, batch))
+            for engine, precision in contestants
+        }
         progress("loading")
-        steppers = {REFERENCE: reference(base, first, tokens, targets)}
-        memory: dict[str, float | None] = {REFERENCE: None}
+        first = next(iter(bundles.values()))
+
+        def start(name: str, module: str, *arguments: object) -> Contestant:
+            command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+            return stack.enter_context(Contestant(name, command))
+
+        everyone = {
+            REFERENCE: start(
+                REFERENCE, "reference_step", base_name, weights, first.path, batch, threads
+            )
+        }
         for (engine, precision), bundle in bundles.items():
             name = f"{engine} {precision}"
-            steppers[name] = device_step(bundle, engine, threads, batch)
-            memory[name] = _peak_of_a_process(bundle, engine, threads, batch)
-        losses = {name: step() for name, step in steppers.items()}
-        for name, loss in losses.items():
-            allowed = 0.01 if name.endswith("int8") else 1e-4
-            wanted = losses[REFERENCE]
-            assert abs(loss / wanted - 1) < allowed, f"{name}: loss {loss}, PyTorch's {wanted}"
-        seconds = _take_turns(steppers, steps, progress)
+            everyone[name] = start(
+                name, "device_process", "train", bundle.path, engine, threads, program
+            )
+        machine_limits = start("limits", "limits", threads)
+        losses = {name: each.ask("step")[1] for name, each in everyone.items()}
+        _compare_losses(losses)
+        cosines = _cosines(everyone, folder)
+        seconds: dict[str, list[float]] = {name: [] for name in everyone}
+        for counts in turns(steps, progress):
+            for name, each in everyone.items():
+                taken = each.ask("step")[0]
+                if counts:
+                    seconds[name].append(taken)
+        peaks = {name: each.ask("peak") for name, each in everyone.items()}
+        limits = {
+            f"{dtype}_gflops": machine_limits.ask("gemm", dtype)
+            for dtype in ("float32", *({"int8"} & {precision for _, precision in contestants}))
+        }
+    work = step_gflop(base, first, batch)
+
+    def share(name: str, dtype: str) -> float:
+        peak: float = limits[f"{dtype}_gflops"]
+        return work / median(seconds[name]) / peak
+
+    def row(engine: str, precision: str) -> Row:
+        name = f"{engine} {precision}"
+        ratios = [a / b for a, b in zip(seconds[name], seconds[REFERENCE], strict=True)]
+        worst = min(cosines[name], key=lambda tensor: cosines[name][tensor])
+        return {
+            "engine": engine,
+            "base_dtype": precision,
+            "variant": program,
+            "time_ratio": median(ratios),
+            "time_ratio_spread": quartiles(ratios),
+            "seconds": median(seconds[name]),
+            "seconds_spread": quartiles(seconds[name]),
+            "peak_rss_mib": peaks[name],
+            "gradient_cosine_min": cosines[name][worst],
+            "gradient_cosine_mean": mean(cosines[name].values()),
+            "gradient_worst": worst,
+            "gemm_peak_share": share(name, precision),
+            "loss": losses[name],
+        }
+
     return {
-        "workload": f"{base_name}{' (random weights)' if random_weights else ''}, one generalist "
-        f"and one specialist of rank 8, per_linear, {batch} x {tier.train_length} tokens, all "
-        "gradients and AdamW",
+        "benchmark": "train",
+        "base": base_name,
+        "weights": weights,
+        "batch": batch,
+        "length": length,
         "threads": threads,
-        "steps": steps,
+        "turns": steps,
+        "machine": machine(),
+        "limits": limits,
         "versions": {
             n: version(n) for n in ("torch", "transformers", *{engine for engine, _ in contestants})
         },
-        "rows": [_row(name, seconds, losses, memory) for name in steppers],
+        "reference": {
+            "name": REFERENCE,
+            "seconds": median(seconds[REFERENCE]),
+            "seconds_spread": quartiles(seconds[REFERENCE]),
+            "peak_rss_mib": peaks[REFERENCE],
+            "gemm_peak_share": share(REFERENCE, "float32"),
+            "loss": losses[REFERENCE],
+        },
+        "rows": [row(*contestant) for contestant in contestants],
     }
 
 
-def _take_turns(
-    steppers: dict[str, Step], steps: int, progress: Callable[[str], None]
-) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
-    for turn in range(-2, steps):
-        progress(f"step {max(turn, 0) + 1} of {steps}")
-        for name, step in steppers.items():
-            started = time.perf_counter()
-            step()
-            if turn >= 0:  # the first two warm up
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+def step_gflop(base: Base, bundle: Bundle, batch: int) -> float:
+    """10^9 multiplications and additions of a step, two for each weight and token and product.
+
+    A frozen map takes part twice, in the output and in the gradient of its input, an adapter's
+    three times; attention's two products are T x T per head, and have two gradients each.
+    """
+    a = base.architecture
+    length = bundle.manifest.tier.train_length
+    frozen = a.layers * sum(m.inputs * m.outputs for m in a.maps) + a.vocabulary * a.width
+    adapters = sum(role.size for role in bundle.manifest.roles)
+    attention = a.layers * 3 * 2 * length * a.heads * a.head_dim
+    return 2 * batch * length * (2 * frozen + 3 * adapters + attention) / 1e9
 
 
-def _row(
-    name: str,
-    seconds: dict[str, list[float]],
-    losses: dict[str, float],
-    memory: dict[str, float | None],
-) -> Row:
-    own, theirs = seconds[name], next(iter(seconds.values()))
-    ratios = [a / b for a, b in zip(own, theirs, strict=True)]
+def _compare_losses(losses: dict[str, float]) -> None:
+    wanted = losses[REFERENCE]
+    for name, loss in losses.items():
+        if not abs(loss / wanted - 1) < (0.01 if name.endswith("int8") else 1e-4):
+            raise ParityError(f"{name} has the loss {loss}, PyTorch {wanted}; nothing was timed")
 
-    def quartiles(values: list[float]) -> tuple[float, float]:
-        low, _, high = quantiles(values, n=4)
-        return low, high
+
+def _cosines(everyone: dict[str, Contestant], folder: Path) -> dict[str, dict[str, float]]:
+    """Contestant -> tensor -> cosine of its gradient to the reference's, after the same steps."""
+    path = folder / "gradients.safetensors"
+    found: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+    for name, each in everyone.items():
+        each.ask("gradients", str(path))
+        gradients = load_file(path)
+        found[name] = {key: value.astype(np.float64).ravel() for key, value in gradients.items()}
+        path.unlink()
+    wanted = found.pop(REFERENCE)
+
+    def cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
     return {
-        "name": name,
-        "median": median(own),
-        "quartiles": quartiles(own),
-        "ratio": median(ratios),
-        "ratio_quartiles": quartiles(ratios),
-        "loss": losses[name],
-        "peak_rss_mib": memory[name],
+        name: {key: cosine(gradients[key], wanted[key]) for key in wanted}
+        for name, gradients in found.items()
     }
-
-
-def _peak_of_a_process(bundle: Bundle, engine: str, threads: int, batch: int) -> float:
-    """Largest resident set, in MiB, of a process that only trains."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.device_step"),
-            *(str(bundle.path), engine, str(threads), str(batch)),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return float(done.stdout.splitlines()[-1])
 
 
 def table(result: Result) -> Any:
@@ -260,18 +246,33 @@ def table(result: Result) -> Any:
     from rich.table import Table
 
     view = Table(
-        title=f"{result['workload']}; {result['threads']} threads, {result['steps']} steps"
+        title=f"{result['base']} ({result['weights']} weights), {result['batch']} x "
+        f"{result['length']} tokens; {result['threads']} threads, {result['turns']} turns"
     )
     view.add_column("training step")
-    for heading in ("seconds", "of PyTorch's time", "peak memory"):
+    headings = ("seconds", "of PyTorch's time", "peak memory", "worst gradient", "of GEMM peak")
+    for heading in headings:
         view.add_column(heading, justify="right")
+
+    def interval(value: float, spread: Spread, digits: int) -> str:
+        return f"{value:.{digits}f} ({spread[0]:.{digits}f}-{spread[1]:.{digits}f})"
+
+    reference = result["reference"]
+    view.add_row(
+        reference["name"],
+        interval(reference["seconds"], reference["seconds_spread"], 3),
+        "1",
+        f"{reference['peak_rss_mib']:.0f} MiB",
+        "",
+        f"{reference['gemm_peak_share']:.0%}",
+    )
     for row in result["rows"]:
-        low, high = row["quartiles"]
-        ratio_low, ratio_high = row["ratio_quartiles"]
         view.add_row(
-            row["name"],
-            f"{row['median']:.3f} ({low:.3f}-{high:.3f})",
-            f"{row['ratio']:.2f} ({ratio_low:.2f}-{ratio_high:.2f})",
-            "" if row["peak_rss_mib"] is None else f"{row['peak_rss_mib']:.0f} MiB",
+            f"{row['engine']} {row['base_dtype']}",
+            interval(row["seconds"], row["seconds_spread"], 3),
+            interval(row["time_ratio"], row["time_ratio_spread"], 2),
+            f"{row['peak_rss_mib']:.0f} MiB",
+            f"{row['gradient_cosine_min']:.4f}",
+            f"{row['gemm_peak_share']:.0%}",
         )
     return view

@@ -1,0 +1,45 @@
+"""What a benchmark ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import TypedDict
+
+import psutil
+
+# What integer and half-precision products are made of.
+INTERESTING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
+
+
+class Machine(TypedDict):
+    """The processor, its cores that this process may use, and the memory."""
+
+    processor: str
+    architecture: str
+    cores: int
+    features: list[str]
+    memory_gib: float
+    kernel: str
+    python: str
+    load_average: float
+    """Processes that wanted to run in the last minute, this benchmark's included: the noise."""
+
+
+def machine() -> Machine:
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip().lower(), value.strip())
+    flags = fields.get("flags", fields.get("features", "")).split()
+    return {
+        "processor": fields.get("model name", platform.processor() or platform.machine()),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "features": [feature for feature in INTERESTING if feature in flags],
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+    }
