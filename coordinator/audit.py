@@ -292,7 +292,7 @@ def _entry(path: Path, number: int, line: bytes, previous: str) -> Entry:
 def _broken(path: Path, number: int, how: str) -> AuditError:
     return AuditError(
         f"the chain of {path} is broken at entry {number}: {how}; trust the entries before "
-        f"{number - 1}, and compare the rest with a copy"
+        f"{max(1, number - 1)}, and compare the rest with a copy"
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from coordinator.rounds import Report, Rounds
+from coordinator.rounds import PRESENT_SECONDS, Report, Rounds
 from coordinator.state import Device, State
 from coordinator.tls import Role, Subject, subject_of
 from edge_runtime.errors import StorageError
@@ -71,6 +71,12 @@ class Callers:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, UNKNOWN)
         finally:
             self._open[device.id].discard(scope)
+
+    def connected(self) -> int:
+        """How many devices have a call open, or made one a short while ago."""
+        oldest = time.time() - PRESENT_SECONDS
+        heard = {device for device, seen in list(self.last_seen.items()) if seen >= oldest}
+        return len(heard | {device for device, scopes in list(self._open.items()) if scopes})
 
     def shut_out(self, device: str) -> None:
         """Ends the open calls of a device whose certificate the state does not accept any more."""

@@ -46,6 +46,7 @@ def register(app: typer.Typer) -> None:
     """Adds this package's subcommands to `app`."""
     app.command("serve")(serve)
     app.command("rounds")(rounds)
+    app.command("models")(models)
     app.command("audit")(audit)
     app.command("invite")(invite)
     app.command("revoke")(revoke)
@@ -236,6 +237,25 @@ def rounds(
         emit({"rounds": [vars(row) for row in rows]})
         return
     for line in listing.table(rows):
+        _print(line)
+
+
+def models(
+    *,
+    state: Annotated[Path, typer.Option(help="State directory of a coordinator, running or not.")],
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Lists the generalists: which round starts from each, and how far it is from the last."""
+    from coordinator import models
+
+    try:
+        rows = models.generalists(state)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--state") from error
+    if output is Format.JSON:
+        emit({"models": [vars(row) for row in rows]})
+        return
+    for line in models.table(rows):
         _print(line)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,17 @@ class Row:
 
 
 def rounds(state: Path) -> list[Row]:
-    """All rounds in the state directory `state`, by cohort, in order.
+    """All rounds in the state directory `state`, by cohort, in order; raises as `reading` does."""
+    with reading(state) as session:
+        return [
+            _row(found, participants, accepted, refused)
+            for found, participants, accepted, refused in session.execute(_counted())
+        ]
 
-    Writes nothing and waits for nobody.
+
+@contextlib.contextmanager
+def reading(state: Path) -> Iterator[Session]:
+    """The database in the state directory `state`, to read. Writes nothing and waits for nobody.
 
     Raises:
         ValueError: there is no coordinator's state.
@@ -52,10 +62,7 @@ def rounds(state: Path) -> list[Row]:
     )
     try:
         with Session(engine) as session:
-            return [
-                _row(found, participants, accepted, refused)
-                for found, participants, accepted, refused in session.execute(_counted())
-            ]
+            yield session
     except DBAPIError as error:
         raise StorageError(
             f"cannot read {database}: {error.orig}; it is damaged or of another version of comigs"

@@ -31,6 +31,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from coordinator.aggregation import AggregationError, Contribution, Outcome, Recipe, aggregate
@@ -82,8 +83,23 @@ class Policy:
     training: pb.TrainingConfig
 
 
+class Reason(StrEnum):
+    """Why an update does not count, in few words."""
+
+    MALFORMED = "malformed"
+    LATE = "late"
+    EARLY = "early"
+    ANOTHER = "another"  # of the same device was accepted before
+    NO_PART = "no_part"
+    FULL = "full"
+
+
 class RefusedUpdateError(Exception):
     """An update does not count; the message is one line that says why."""
+
+    def __init__(self, message: str, reason: Reason = Reason.MALFORMED) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Rounds:
@@ -301,17 +317,22 @@ class Rounds:
             if accepted.sha256 == header.sha256:
                 return accepted
             raise RefusedUpdateError(
-                f"another update of this device was already accepted in round {header.round}"
+                f"another update of this device was already accepted in round {header.round}",
+                Reason.ANOTHER,
             )
         current = self._state.current()
         if header.round < current.number or header.round == self._closing:
-            raise RefusedUpdateError(f"round {header.round} is over")
+            raise RefusedUpdateError(f"round {header.round} is over", Reason.LATE)
         if header.round > current.number or current.status != Status.OPEN:
-            raise RefusedUpdateError(f"round {header.round} has not begun")
+            raise RefusedUpdateError(f"round {header.round} has not begun", Reason.EARLY)
         if device not in self._state.participants(header.round):
-            raise RefusedUpdateError(f"this device takes no part in round {header.round}")
+            raise RefusedUpdateError(
+                f"this device takes no part in round {header.round}", Reason.NO_PART
+            )
         if self._is_full(header.round):
-            raise RefusedUpdateError(f"round {header.round} has all the updates that it wanted")
+            raise RefusedUpdateError(
+                f"round {header.round} has all the updates that it wanted", Reason.FULL
+            )
         return None
 
     def accept(self, device: Device, header: pb.UploadHeader, file: str) -> None:
@@ -337,15 +358,16 @@ class Rounds:
         )
         self._nudged.set()
 
-    def refuse(self, device: Device, number: int, reason: str) -> None:
+    def refuse(self, device: Device, number: int, error: RefusedUpdateError) -> None:
         """Records a refused update; the round goes on without it."""
-        self._state.add_refusal(number, device.id, reason)
+        self._state.add_refusal(number, device.id, str(error))
         self._report(
             "update_refused",
             {
                 "round": number,
                 "device": device.name,
-                "reason": reason,
+                "reason": str(error),
+                "kind": error.reason,
                 "certificate": device.enrolment,
             },
         )

@@ -99,7 +99,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             except BrokenUploadError as error:
                 broken = str(error)
             except RefusedUpdateError as error:
-                self._rounds.refuse(device, header.round, str(error))
+                self._rounds.refuse(device, header.round, error)
                 return self._traffic.send(pb.UploadReply(accepted=False, reason=str(error)))
             else:
                 return self._traffic.send(pb.UploadReply(accepted=True))

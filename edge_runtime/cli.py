@@ -19,7 +19,7 @@ from edge_runtime.errors import ComigsError, MissingPartError
 # The commands of each entry point, and the extra that brings the packages that they need.
 COMMANDS = {
     "device": ("device", "predict", "plan", "doctor"),
-    "coordinator": ("serve", "rounds", "audit", "invite", "revoke", "devices"),
+    "coordinator": ("serve", "rounds", "models", "audit", "invite", "revoke", "devices"),
     "export": ("export",),
     "benchmarks": ("demo",),
 }
