@@ -11,7 +11,8 @@ from google.protobuf import json_format
 from edge_runtime.errors import BundleError
 from protos import manifest_pb2 as pb
 
-FORMAT_VERSION = 1
+# 2: programs for any number of tokens, which update their cache in place.
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 

@@ -4,6 +4,8 @@ program = load_engine("onnxruntime", threads=2).load(bundle, "decode")
 step = program.bind(inputs, outputs)   # name -> array; kept, not copied
 inputs["tokens"][0] = 17
 step()                                 # reads `inputs`, writes `outputs`
+
+Arrays of a port with a `tokens_axis` may be shorter there, all by the same.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,18 +74,38 @@ def allocate(ports: Iterable[pb.Port], *, besides: Container[str] = ()) -> dict[
     }
 
 
+def allocate_outputs(entry: pb.Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Arrays for a program's outputs; a cache that it updates in place is the one of `inputs`."""
+    updated = {
+        port.name: inputs[port.name.replace("updated.", "cache.", 1)]
+        for port in entry.outputs
+        if port.name.startswith("updated.")
+    }
+    return updated | allocate(entry.outputs, besides=updated)
+
+
 def _check(ports: Mapping[str, pb.Port], arrays: Mapping[str, Array], what: str) -> None:
     for name, port in ports.items():
         array = arrays.get(name)
         if array is None:
             raise BundleError(f"{what} {name} is not bound")
-        if array.shape != tuple(port.shape) or array.dtype != port.dtype:
+        if not _fits(array.shape, port) or array.dtype != port.dtype:
             raise BundleError(
                 f"{what} {name} is {array.dtype}{list(array.shape)}, the program wants "
                 f"{port.dtype}{list(port.shape)}"
             )
         if not array.flags.c_contiguous:
             raise BundleError(f"{what} {name} is not contiguous")
+
+
+def _fits(shape: tuple[int, ...], port: pb.Port) -> bool:
+    if not port.HasField("tokens_axis"):
+        return shape == tuple(port.shape)
+    axis = port.tokens_axis
+    least = (*port.shape[:axis], 1, *port.shape[axis + 1 :])
+    return len(shape) == len(port.shape) and all(
+        low <= size <= high for low, size, high in zip(least, shape, port.shape, strict=True)
+    )
 
 
 class OnnxRuntime:
@@ -92,11 +115,16 @@ class OnnxRuntime:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        # Programs that are one file share what is loaded of it, for as long as one of them is used.
+        self._sessions: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
     def load(self, bundle: Bundle, program: str) -> Program:
         import onnxruntime
 
         entry = bundle.program(program, self.name)
+        loaded = self._sessions.get(str(bundle.path / entry.file))
+        if loaded is not None:
+            return _OnnxProgram(entry, loaded)
         path = bundle.file(entry.file)
         for data in entry.data_files:
             bundle.file(data)
@@ -111,6 +139,7 @@ class OnnxRuntime:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
+        self._sessions[str(path)] = session
         return _OnnxProgram(entry, session)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.bundle import Bundle, open_bundle
-from edge_runtime.engines import Engine, allocate, load_engine
+from edge_runtime.engines import Engine, allocate, allocate_outputs, load_engine
 
 
 def peak_bytes() -> int:
@@ -49,7 +49,7 @@ def measure_here(bundle: Bundle, program: str, engine: Engine) -> dict[str, int]
             array[...] = 0.01  # touches the pages
         elif name == "last":
             array[...] = 1
-    outputs = allocate(entry.outputs)
+    outputs = allocate_outputs(entry, inputs)
     call = engine.load(bundle, program).bind(inputs, outputs)
     call()
     call()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 from edge_runtime.adapters import Vector, views
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_tokenizer, tokenize
-from edge_runtime.engines import Array, Engine, allocate
+from edge_runtime.engines import Array, Engine, allocate, allocate_outputs
 from edge_runtime.errors import ParityError
+from protos import manifest_pb2 as pb
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,15 @@ class Suggestion:
     probability: float
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A program bound to arrays."""
+
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+    run: Callable[[], None]
+
+
 class Predictor:
     """Keeps a KV cache: text that continues the last one costs only what is new."""
 
@@ -32,23 +42,19 @@ class Predictor:
         self.bundle = bundle
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.experts = bundle.experts()
-        self.context, self.chunk = manifest.tier.context, manifest.tier.prefill_chunk
+        self.context = manifest.tier.context
         # Own copies, so that `use` can replace a person's adapters without binding again.
         self._vectors = {role: vector.copy() for role, vector in vectors.items()}
-        self._inputs: dict[str, dict[str, Array]] = {}
-        self._outputs: dict[str, dict[str, Array]] = {}
-        self._calls = {}
-        shared: dict[str, Array] = dict(views(manifest, self._vectors))
-        for name in ("prefill", "decode"):
-            entry = bundle.program(name, engine.name)
-            own = allocate(entry.inputs, besides=shared)
-            # The cache is one set of arrays for both programs.
-            shared |= {key: array for key, array in own.items() if key.startswith("cache.")}
-            self._inputs[name] = shared | own
-            self._outputs[name] = allocate(entry.outputs)
-            program = engine.load(bundle, name)
-            self._calls[name] = program.bind(self._inputs[name], self._outputs[name])
-        self._caches = {key: array for key, array in shared.items() if key.startswith("cache.")}
+        self._entries = {n: bundle.program(n, engine.name) for n in ("prefill", "decode")}
+        self._programs = {name: engine.load(bundle, name) for name in self._entries}
+        # The cache is one set of arrays for both programs.
+        ports = [p for p in self._entries["decode"].inputs if p.name.startswith("cache.")]
+        self._caches = allocate(ports)
+        self._shared = self._caches | dict(views(manifest, self._vectors))
+        tokens = self._entries["prefill"].inputs[0]
+        self._any_length = tokens.HasField("tokens_axis")
+        self.chunk = tokens.shape[0]
+        self._steps = {name: self._bind(name) for name in self._entries}
         self._held: list[int] = []  # tokens whose keys and values are in the cache
         self._routing: list[NDArray[np.float32]] = []  # per held token, (L, n)
         self._check_that_adapters_count()
@@ -74,7 +80,7 @@ class Predictor:
                 break
             same += 1
         del self._held[same:], self._routing[same:]
-        output = self._outputs["decode"]
+        output = self._steps["decode"].outputs
         while len(self._held) < len(tokens):
             left = tokens[len(self._held) :]
             name = "prefill" if len(left) > 1 else "decode"
@@ -133,19 +139,41 @@ class Predictor:
             both.removeprefix(first) if both.startswith(first) else self.tokenizer.decode([token])
         )
 
+    def _bind(self, name: str, length: int | None = None) -> _Step:
+        """`name` bound to arrays of its own, for `length` tokens (None: as many as it takes)."""
+        entry = self._entries[name]
+        if length is not None:
+            entry = _shortened(entry, length)
+        inputs = self._shared | allocate(entry.inputs, besides=self._shared)
+        outputs = allocate_outputs(entry, inputs)
+        return _Step(inputs, outputs, self._programs[name].bind(inputs, outputs))
+
     def _extend(self, name: str, tokens: list[int]) -> dict[str, Array]:
-        inputs, outputs = self._inputs[name], self._outputs[name]
         position, count = len(self._held), len(tokens)
-        inputs["tokens"][...] = 0
-        inputs["tokens"][:count] = tokens
-        inputs["position"][0] = position
-        if "last" in inputs:
-            inputs["last"][0] = count - 1
-        self._calls[name]()
+        step = self._steps[name]
+        if name == "prefill" and self._any_length and step.inputs["tokens"].size != count:
+            step = self._steps[name] = self._bind(name, count)
+        step.inputs["tokens"][...] = 0
+        step.inputs["tokens"][:count] = tokens
+        step.inputs["position"][0] = position
+        if "last" in step.inputs:
+            step.inputs["last"][0] = count - 1
+        step.run()
         for key, cache in self._caches.items():
-            fresh = outputs[key.replace("cache.", "new.", 1)]
-            cache[:, position : position + count] = fresh[:, :count]
-        if "routing" in outputs:
-            self._routing.extend(outputs["routing"][:, i].copy() for i in range(count))
+            fresh = step.outputs.get(key.replace("cache.", "new.", 1))
+            if fresh is not None:  # else the program has stored it there itself
+                cache[:, position : position + count] = fresh[:, :count]
+        if "routing" in step.outputs:
+            self._routing.extend(step.outputs["routing"][:, i].copy() for i in range(count))
         self._held.extend(tokens)
-        return outputs
+        return step.outputs
+
+
+def _shortened(entry: pb.Program, length: int) -> pb.Program:
+    """`entry` with arrays for so many tokens."""
+    short = pb.Program()
+    short.CopyFrom(entry)
+    for port in (*short.inputs, *short.outputs):
+        if port.HasField("tokens_axis"):
+            port.shape[port.tokens_axis] = length
+    return short

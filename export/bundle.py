@@ -83,22 +83,22 @@ def export_bundle(
         adapters.save_directory(manifest, vectors, staging)
         longest = max(tier.context, tier.train_length)
         decoder = DECODERS[architecture.name](base, mixture, longest)
-        chosen = [
-            s
-            for s in specifications(decoder, manifest.tensors, tier)
-            if programs is None or s.name.split(".")[0] in programs
-        ]
-        sources = [_Source(s, parity.example_arguments(s, manifest, seed)) for s in chosen]
+        sources: dict[tuple[str, str], _Source] = {}
         for engine in engines:
+            chosen = [
+                _Source(s, parity.example_arguments(s, manifest, seed))
+                for s in specifications(decoder, manifest.tensors, tier, engine)
+                if programs is None or s.name.split(".")[0] in programs
+            ]
+            sources |= {(engine, source.specification.name): source for source in chosen}
             compile_for = _compile_onnx if engine == "onnxruntime" else _compile_executorch
-            manifest.programs.extend(compile_for(sources, manifest, staging, progress))
+            manifest.programs.extend(compile_for(chosen, manifest, staging, progress))
         _list_files(manifest, staging)
         _write_manifest(manifest, staging)
         staged = open_bundle(staging)
-        by_name = {source.specification.name: source for source in sources}
         for entry in manifest.programs:
             progress(f"checking {entry.name} for {entry.engine} against PyTorch")
-            source = by_name[entry.name]
+            source = sources[entry.engine, entry.name]
             engine_here = load_engine(entry.engine)
             entry.parity.CopyFrom(
                 parity.check(source.specification, source.example, staged, engine_here)
@@ -163,10 +163,17 @@ def _manifest(base: Base, mixture: Mixture, tier: Tier, precision: str) -> pb.Ma
 def _entry(source: _Source, manifest: pb.Manifest) -> pb.Program:
     """The manifest's entry, without what depends on the engine."""
 
-    def port(name: str, value: Tensor) -> pb.Port:
-        return pb.Port(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=value.shape)
-
     specification = source.specification
+
+    def port(name: str, value: Tensor) -> pb.Port:
+        result = pb.Port(name=name, dtype=str(value.dtype).removeprefix("torch."))
+        for axis, size in enumerate(value.shape):
+            free = size == specification.length  # which is 0 if nothing is free
+            result.shape.append(specification.longest if free else size)
+            if free:
+                result.tokens_axis = axis
+        return result
+
     inputs = [name for name, _, _ in specification.inputs] + [t.name for t in manifest.tensors]
     results = specification.call(*source.example)
     return pb.Program(
@@ -182,13 +189,17 @@ def _compile_onnx(
     from export import onnx_engine
 
     store = onnx_engine.WeightStore(staging)
-    entries = []
+    entries: list[pb.Program] = []
     for source in programs:
         entry = _entry(source, manifest)
-        progress(f"compiling {entry.name} for onnxruntime")
         entry.engine = "onnxruntime"
-        entry.file = f"onnx/{entry.name}.onnx"
         entry.data_files.append(onnx_engine.WEIGHTS_FILE)
+        same = [e.file for e in entries if e.name == source.specification.same_as]
+        entry.file = same[0] if same else f"onnx/{entry.name}.onnx"
+        entries.append(entry)
+        if same:
+            continue
+        progress(f"compiling {entry.name} for onnxruntime")
         onnx_engine.compile_program(
             source.specification,
             source.example,
@@ -197,7 +208,6 @@ def _compile_onnx(
             store=store,
             int8=manifest.base.precision == "int8",
         )
-        entries.append(entry)
     return entries
 
 

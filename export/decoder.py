@@ -10,14 +10,15 @@ exporters get wrong or slow is written out by hand:
 * the loss is logsumexp(logits) - <h, W[target]>, in chunks: no array of N x V, no scatter;
 * the query heads that share a key head are rows of one product with it: nothing is repeated;
 * top-k is a rank by comparison: no TopK, no scatter, ties go to the lower index on every engine;
-* activations and norms have written-out gradients, in half the passes of autograd's.
+* activations and norms have written-out gradients, in half the passes of autograd's;
+* where an engine has an operator for attention over a KV cache, it is one operator of the graph.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -341,22 +342,109 @@ class Decoder(nn.Module, ABC):
         t, c = tokens.shape[0], cache[0][0].shape[1]
         a = self.architecture
         at = torch.clamp(position + torch.arange(t), max=self.longest - 1)
-        x = self.embed(tokens.unsqueeze(0), at)
-        past = (torch.arange(c) >= position).to(x.dtype) * NEGATIVE  # (C,)
+        past = (torch.arange(c) >= position).to(self.head().dtype) * NEGATIVE  # (C,)
         future = self.causal_mask(t)
-        routings, fresh = [], []
-        for layer, (old_k, old_v) in enumerate(cache):
-            block = f"{self.blocks}.{layer}"
-            normed = self.norm(x, f"{block}.{self.FIRST_NORM}")
-            q, k, v = self.queries_keys_values(adapters, block, normed, at)
+        fresh = []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            old_k, old_v = cache[layer]
             q = self.split_heads(q, 1, a.heads) / math.sqrt(a.head_dim)
             k, v = (self.split_heads(y, 1, a.key_value_heads) for y in (k, v))
             fresh.append((k, v))
             # Scores over the cache and over the new tokens side by side: nothing is copied.
             scores = torch.cat([q @ old_k.mT + past, q @ k.mT + future], -1)
             p = torch.softmax(scores, -1)
-            attended = self.merge_heads(p[..., :c] @ old_v + p[..., c:] @ v, 1)
-            x, routing = self.finish_block(adapters, block, x, attended)
+            return self.merge_heads(p[..., :c] @ old_v + p[..., c:] @ v, 1)
+
+        x, routings = self._through_blocks(adapters, tokens, at, attend)
+        return self._next_logits(x.index_select(0, last)), routings, fresh
+
+    def extend_in_place(
+        self,
+        adapters: Adapters,
+        tokens: Tensor,
+        position: Tensor,
+        cache: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[Routing], list[tuple[Tensor, Tensor]]]:
+        """Like `extend` for any T from 1 on, none of them padding, in an engine that attends to a
+        KV cache in one operator.
+
+        Args:
+            cache: per block, keys and values, each (1, K, C, D); C is at least `position` + T.
+
+        Returns:
+            Logits (V,) after the last token, every block's routing, and per block the cache as it
+            is then, which an engine may keep where `cache` is.
+        """
+        at, filled = torch.ops.comigs.positions(tokens, position)
+        heads = self.architecture.heads
+        updated = []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = cache[layer]
+            attended, *pair = torch.ops.comigs.cached_attention(
+                q, k, v, keys, values, filled, heads
+            )
+            updated.append((pair[0], pair[1]))
+            result: Tensor = attended
+            return result
+
+        x, routings = self._through_blocks(adapters, tokens, at, attend)
+        return self._next_logits(x[-1:]), routings, updated
+
+    def _through_blocks(
+        self,
+        adapters: Adapters,
+        tokens: Tensor,
+        at: Tensor,
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, list[Routing]]:
+        """(T,) -> (T, d) before the final norm; `attend` takes the layer and its q, k and v."""
+        x = self.embed(tokens.unsqueeze(0), at)
+        routings = []
+        for layer in range(self.architecture.layers):
+            block = f"{self.blocks}.{layer}"
+            normed = self.norm(x, f"{block}.{self.FIRST_NORM}")
+            q, k, v = self.queries_keys_values(adapters, block, normed, at)
+            x, routing = self.finish_block(adapters, block, x, attend(layer, q, k, v))
             routings += routing
-        final = self.norm(x.index_select(0, last), self.FINAL_NORM)
-        return (final @ self.head().T).squeeze(0), routings, fresh
+        return x, routings
+
+    def _next_logits(self, x: Tensor) -> Tensor:
+        """(1, d) -> (V,)"""
+        return (self.norm(x, self.FINAL_NORM) @ self.head().T).squeeze(0)
+
+
+@torch.library.custom_op("comigs::positions", mutates_args=())
+def positions(tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Where T tokens stand that follow `position` (1,) others: (T,), and how many there are then:
+    (1,)."""
+    filled = position + tokens.shape[0]
+    return torch.arange(int(position), int(filled)), filled
+
+
+@torch.library.custom_op("comigs::cached_attention", mutates_args=())
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, filled: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention (Vaswani et al. 2017, eq. 1) of T tokens to all before them and themselves.
+
+    Args:
+        q: (T, H D); k and v: (T, K D).
+        keys: the cache, (1, K, C, D), as `values`.
+        filled: (1,), entries of the cache that are filled afterwards, the last T of them from here.
+        heads: H.
+
+    Returns:
+        What was attended to (T, H D), and the cache with k and v in it.
+    """
+    t, total = q.shape[0], int(filled)
+    groups, dim = keys.shape[1], keys.shape[3]
+    keys, values = keys.clone(), values.clone()
+    for cache, new in ((keys, k), (values, v)):
+        cache[0, :, total - t : total] = new.view(t, groups, dim).transpose(0, 1)
+    queries = q.view(t, groups, heads // groups, dim).permute(1, 2, 0, 3)  # (K, G, T, D)
+    seen, read = (cache[0, :, None, :total] for cache in (keys, values))  # (K, 1, total, D)
+    future = torch.full((t, total), NEGATIVE, dtype=q.dtype).triu(total - t + 1)
+    p = torch.softmax(queries @ seen.mT / math.sqrt(dim) + future, -1)
+    return (p @ read).permute(2, 0, 1, 3).reshape(t, -1), keys, values

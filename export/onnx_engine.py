@@ -53,7 +53,12 @@ def compile_program(
     """Writes a program to `file`, its weights to `store`, the large ones in int8 if asked for."""
     graph_module = flat_graph(specification, arguments, DECOMPOSITIONS)
     model = translate(
-        graph_module, input_names, specification.outputs, int8=int8, arguments=arguments
+        graph_module,
+        input_names,
+        specification.outputs,
+        int8=int8,
+        arguments=arguments,
+        length=specification.length,
     )
     _externalise(model, store, file)
     file.write_bytes(model.SerializeToString())

@@ -74,17 +74,19 @@ def translate(
     *,
     int8: bool = False,
     arguments: Sequence[Tensor] = (),
+    length: int = 0,
 ) -> onnx.ModelProto:
     """The ONNX model of a flat graph, with the weights inside.
 
     Args:
         int8: quantise the large frozen matrices.
         arguments: with `int8`, inputs on which to see which products rounding is too coarse for.
+        length: dimensions that are a multiple of it are free (0: none is).
 
     Raises:
         NotImplementedError: the graph holds an operator that has no translation.
     """
-    translation = _Translation(graph_module, int8)
+    translation = _Translation(graph_module, int8, length)
     if int8:
         translation.coarse = coarse_products(graph_module, arguments, translation.quantised)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
@@ -97,30 +99,26 @@ def translate(
             translation.call(node)
     results: Any = graph_module.graph.output_node().args[0]
     for node, name in zip(results, output_names, strict=True):
-        translation.nodes.append(helper.make_node("Identity", [translation.name(node)], [name]))
+        translation.return_as(name, node)
     nodes = translation.needed(output_names)
     graph = helper.make_graph(
         nodes,
         "program",
-        [_value_info(name, node) for name, node in zip(input_names, placeholders, strict=True)],
-        [_value_info(name, node) for name, node in zip(output_names, results, strict=True)],
+        [translation.port(*port) for port in zip(input_names, placeholders, strict=True)],
+        [translation.port(*port) for port in zip(output_names, results, strict=True)],
         list(translation.initializers.values()),
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets)
 
 
-def _value_info(name: str, node: fx.Node) -> onnx.ValueInfoProto:
-    value = node.meta["val"]
-    return helper.make_tensor_value_info(name, TYPES[value.dtype], list(value.shape))
-
-
 class _Translation:
     """The ONNX graph as it grows, and what each fx node is called in it."""
 
-    def __init__(self, graph_module: fx.GraphModule, int8: bool) -> None:
+    def __init__(self, graph_module: fx.GraphModule, int8: bool, length: int) -> None:
         self.module = graph_module
         self.int8 = int8
+        self.length = length
         products = (n for n in graph_module.graph.nodes if n.target == ATEN.mm.default)
         factors = [untransposed(node.args[1]) for node in products]
         self.coarse: set[fx.Node] = set()  # products for which rounding is too coarse
@@ -131,6 +129,8 @@ class _Translation:
         self.products: dict[fx.Node, Product] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+        # Further outputs of operators, and what was emitted once for all its users.
+        self.further: dict[tuple[str, str], str] = {}
 
     def call(self, node: fx.Node) -> None:
         translate_one = TRANSLATIONS.get(node.target)
@@ -144,6 +144,36 @@ class _Translation:
             return self.names[argument]
         dtype = like.meta["val"].dtype if isinstance(like, fx.Node) else torch.int64
         return self.constant(torch.tensor(argument, dtype=dtype))
+
+    def is_free(self, size: int) -> bool:
+        """Whether a dimension of that size depends on the number of tokens."""
+        return self.length > 0 and size % self.length == 0
+
+    def port(self, name: str, node: fx.Node) -> onnx.ValueInfoProto:
+        value = node.meta["val"]
+        shape = ["tokens" if size == self.length else size for size in value.shape]
+        return helper.make_tensor_value_info(name, TYPES[value.dtype], shape)
+
+    def shape(self, node: fx.Node) -> str:
+        """A constant: what to reshape to; of the free dimension there is what is left."""
+        return self.constant(
+            torch.tensor([-1 if self.is_free(size) else size for size in _shape(node)])
+        )
+
+    def return_as(self, output: str, node: fx.Node) -> None:
+        """Lets the value of `node` be an output of the graph, where it is computed if possible."""
+        name = self.name(node)
+        if name in {value for made in self.nodes for value in made.output}:
+            for made in self.nodes:
+                for values in (made.input, made.output):
+                    for index, value in enumerate(values):
+                        if value == name:
+                            values[index] = output
+            for other, value in self.names.items():
+                if value == name:
+                    self.names[other] = output
+        else:
+            self.nodes.append(helper.make_node("Identity", [name], [output]))
 
     def weight(self, attribute: str) -> Tensor:
         value: Tensor = getattr(self.module, attribute).detach()
@@ -321,7 +351,7 @@ def _clone(t: _Translation, node: fx.Node, a: fx.Node, **layout: Any) -> str:
 
 
 def _reshape(t: _Translation, node: fx.Node, a: fx.Node, shape: Argument) -> str:
-    return t.emit("Reshape", t.name(a), t.constant(torch.tensor(list(_shape(node)))))
+    return t.emit("Reshape", t.name(a), t.shape(node))
 
 
 def _expand(t: _Translation, node: fx.Node, a: fx.Node, shape: Argument) -> str:
@@ -390,7 +420,8 @@ def _layer_norm(
 
 
 def _getitem(t: _Translation, node: fx.Node, a: fx.Node, index: int) -> str:
-    return f"{t.name(a)}.{index}" if index else t.name(a)
+    name = t.name(a)
+    return t.further.get((name, str(index)), f"{name}.{index}") if index else name
 
 
 def _index(t: _Translation, node: fx.Node, a: fx.Node, indices: Sequence[fx.Node]) -> str:
@@ -414,6 +445,51 @@ def _clamp(
 ) -> str:
     bounds = (low, high if high is not None else named.get("max"))
     return t.emit("Clip", t.name(a), *("" if x is None else t.name(x, a) for x in bounds))
+
+
+def _positions(t: _Translation, node: fx.Node, tokens: fx.Node, position: fx.Node) -> str:
+    filled = t.emit("Add", t.name(position), t.emit("Shape", t.name(tokens)))
+    scalar = t.constant(torch.tensor([], dtype=torch.int64))
+    bounds = [t.emit("Reshape", value, scalar) for value in (t.name(position), filled)]
+    at = t.emit("Range", *bounds, t.constant(torch.tensor(1)))
+    t.further[at, "1"] = filled
+    return at
+
+
+def _cached_attention(
+    t: _Translation,
+    node: fx.Node,
+    q: fx.Node,
+    k: fx.Node,
+    v: fx.Node,
+    keys: fx.Node,
+    values: fx.Node,
+    filled: fx.Node,
+    heads: int,
+) -> str:
+    total = t.name(filled)
+    if (total, "last") not in t.further:
+        before = t.emit("Sub", total, t.constant(torch.tensor([1])))
+        t.further[total, "last"] = t.emit("Cast", before, to=TensorProto.INT32)
+        scalar = t.emit("Reshape", total, t.constant(torch.tensor([], dtype=torch.int64)))
+        t.further[total, "scalar"] = t.emit("Cast", scalar, to=TensorProto.INT32)
+    rows = [
+        t.emit("Reshape", t.name(x), t.constant(torch.tensor([1, -1, _shape(x)[1]])))
+        for x in (q, k, v)
+    ]
+    # Where the caller passes one memory for the cache and its update, nothing of it is copied.
+    attended = t.emit(
+        "GroupQueryAttention",
+        *(*rows, t.name(keys), t.name(values)),
+        *(t.further[total, "last"], t.further[total, "scalar"]),
+        outputs=3,
+        domain=MICROSOFT,
+        num_heads=heads,
+        kv_num_heads=_shape(keys)[1],
+    )
+    result = t.emit("Reshape", attended, t.constant(torch.tensor([-1, _shape(q)[1]])))
+    t.further[result, "1"], t.further[result, "2"] = f"{attended}.1", f"{attended}.2"
+    return result
 
 
 def _to_copy(t: _Translation, node: fx.Node, a: fx.Node, **options: Any) -> str:
@@ -452,4 +528,6 @@ TRANSLATIONS: dict[Any, Callable[..., str]] = {
     ATEN.index_select.default: _index_select,
     ATEN.clamp.default: _clamp,
     ATEN._to_copy.default: _to_copy,
+    torch.ops.comigs.positions.default: _positions,
+    torch.ops.comigs.cached_attention.default: _cached_attention,
 }

@@ -312,13 +312,18 @@ class Port(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
+    TOKENS_AXIS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the input or output."""
     dtype: _builtins.str
     """"float32" or "int64"."""
+    tokens_axis: _builtins.int
+    """Axis that has as many entries as there are tokens: any number up to the shape's. Absent where
+    the shape is fixed.
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Static shape, outermost dimension first."""
+        """Shape, outermost dimension first."""
 
     def __init__(
         self,
@@ -326,12 +331,15 @@ class Port(_message.Message):
         name: _builtins.str = ...,
         dtype: _builtins.str = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
+        tokens_axis: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tokens_axis", b"_tokens_axis", "tokens_axis", b"tokens_axis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tokens_axis", b"_tokens_axis", "dtype", b"dtype", "name", b"name", "shape", b"shape", "tokens_axis", b"tokens_axis"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__tokens_axis: _TypeAlias = _typing.Literal["tokens_axis"]  # noqa: Y015
+    _WhichOneofArgType__tokens_axis: _TypeAlias = _typing.Literal["_tokens_axis", b"_tokens_axis"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_axis) -> _WhichOneofReturnType__tokens_axis | None: ...
 
 Global___Port: _TypeAlias = Port  # noqa: Y015
 

@@ -53,7 +53,7 @@ def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama (2 layers, 32 wide, 4 heads of 10 in groups of two) saved by transformers."""
+    """A random Llama (2 layers, 32 wide, 4 heads of 16 in groups of two) saved by transformers."""
     path = tmp_path_factory.mktemp("base") / "tiny-llama"
     torch.manual_seed(7)
     config = LlamaConfig(
@@ -64,7 +64,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=10,
+        head_dim=16,
         initializer_range=0.2,
         tie_word_embeddings=True,
         bos_token_id=0,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -228,7 +229,8 @@ def test_the_gate_compares_with_the_program_that_was_meant(
     manifest = tiny_bundle.manifest
 
     def check(meant: Mixture) -> None:
-        for specification in specifications(GPT2(base, meant, 32), manifest.tensors, TIER):
+        decoder = GPT2(base, meant, 32)
+        for specification in specifications(decoder, manifest.tensors, TIER, engine.name):
             example = parity.example_arguments(specification, manifest, 3)
             parity.check(specification, example, tiny_bundle, engine)
 
@@ -406,6 +408,30 @@ def test_an_expert_of_a_llama_means_the_same_to_peft(
         np.testing.assert_allclose(
             ours.logits(text[:length].tolist()), want[length - 1].numpy(), atol=1e-4
         )
+
+
+def test_heads_that_onnxruntime_cannot_attend_to_in_place(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    config = LlamaConfig.from_pretrained(tiny_llama_dir, head_dim=10)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    shutil.copy(tiny_llama_dir / "tokenizer.json", tmp_path / "base")
+    bundle = export_bundle(
+        load_base(str(tmp_path / "base")),
+        Mixture(rank=4),
+        TIER,
+        engines=("onnxruntime",),
+        out=tmp_path / "bundle",
+        programs=("prefill", "decode"),
+    )
+    ours = Predictor(bundle, load_engine("onnxruntime", threads=1), adapters.load_fresh(bundle))
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    text = np.random.default_rng(0).integers(0, 256, 30)
+    with torch.no_grad():
+        want = model(torch.from_numpy(text)[None]).logits[0].numpy()
+    for length in (1, 5, 21, 22, len(text)):
+        got = ours.logits(text[:length].tolist())
+        np.testing.assert_allclose(got, want[length - 1], atol=1e-4)
 
 
 @pytest.mark.parametrize("use_rslora", [True, False])
