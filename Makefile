@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint protos clean
+.PHONY: help demo test soak lint protos clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ demo: $(STAMP) ## Four devices learn together on this machine; report in demo/re
 
 test: $(STAMP) ## All tests
 	$(BIN)/pytest $(ARGS)
+
+soak: $(STAMP) ## All tests, with ten times as many kills and the like
+	COMIGS_SOAK=1 $(BIN)/pytest -rP $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check
