@@ -112,7 +112,28 @@ def shared_tensors(manifest: pb.Manifest) -> list[pb.Tensor]:
 
 def contract_sha256(manifest: pb.Manifest) -> str:
     """Hash of what two sides must agree on to exchange generalists."""
-    digest = hashlib.sha256(manifest.base.sha256.encode())
+    digest = hashlib.sha256(f"{manifest.base.sha256} {manifest.mixture.alpha:g}".encode())
     for tensor in shared_tensors(manifest):
         digest.update(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    return digest.hexdigest()
+
+
+def family_sha256(manifest: pb.Manifest) -> str:
+    """Hash of what two sides must agree on to exchange generalists of any rank and alpha.
+
+    Raises:
+        BundleError: the shared tensors are not all LoRA pairs of the manifest's rank and alpha.
+    """
+    rank = manifest.mixture.rank
+    digest = hashlib.sha256(manifest.base.sha256.encode())
+    for tensor in shared_tensors(manifest):
+        shape = list(tensor.shape)
+        at = 0 if tensor.name.endswith(".lora_A.weight") else 1
+        pair = at == 0 or tensor.name.endswith(".lora_B.weight")
+        if not pair or len(shape) != 2 or shape[at] != rank or not manifest.mixture.alpha > 0:
+            raise BundleError(
+                f"{tensor.name} is not half of a LoRA pair of rank {rank} and alpha "
+                f"{manifest.mixture.alpha:g}; serve this bundle without --mixed-ranks"
+            )
+        digest.update(f"{tensor.name} {tensor.dtype} {shape[1 - at]}\n".encode())
     return digest.hexdigest()

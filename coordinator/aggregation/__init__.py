@@ -5,6 +5,7 @@
 | `updates` | updates on disk, as flat vectors that are read in pieces |
 | `means` | uniform and token-weighted mean, as a stream |
 | `robust` | median, trimmed mean, Krum and multi-Krum, in blocks of coordinates |
+| `ranks` | updates of different LoRA ranks: zero-padding, HetLoRA, FlexLoRA |
 | `clipping` | a bound on how far one device can move any of them |
 | `optimizers` | what the coordinator does with the result: momentum, Adam, Yogi |
 | `recipe` | a choice of these that is sound |

@@ -13,7 +13,8 @@ class Clipped:
     """Another strategy, on updates whose steps have an L2 norm of at most S.
 
     The step d = x_i - x of a device from the incoming generalist x becomes d min(1, S / |d|): flat
-    clipping of McMahan et al. 2018 (arXiv 1710.06963).
+    clipping of McMahan et al. 2018 (arXiv 1710.06963). For a device of a smaller rank, x is what it
+    got of the generalist.
     """
 
     def __init__(self, strategy: Strategy, norm: float) -> None:
@@ -30,11 +31,12 @@ class Clipped:
 
     def accept(self, update: Update) -> None:
         step = update.read(0, self._incoming.size)
-        step -= self._incoming
+        began = update.start(self._incoming)
+        step -= began
         norm = float(np.linalg.norm(step))
         if norm > self._norm:
             self.clipped += 1
-            update = _Shortened(update, self._incoming, self._norm / norm)
+            update = _Shortened(update, began, self._norm / norm)
         self._strategy.accept(update)
 
     def aggregate(self) -> Flat:
@@ -44,7 +46,7 @@ class Clipped:
 @dataclass(frozen=True)
 class _Shortened:
     update: Update
-    incoming: Flat
+    began: Flat
     factor: float
 
     @property
@@ -53,7 +55,10 @@ class _Shortened:
 
     def read(self, start: int, stop: int) -> Flat:
         vector = self.update.read(start, stop)
-        vector -= self.incoming[start:stop]
+        vector -= self.began[start:stop]
         vector *= self.factor
-        vector += self.incoming[start:stop]
+        vector += self.began[start:stop]
         return vector
+
+    def start(self, incoming: Flat) -> Flat:
+        return self.update.start(incoming)

@@ -12,8 +12,9 @@ from threadpoolctl import threadpool_limits
 
 from coordinator.aggregation.clipping import Clipped
 from coordinator.aggregation.optimizers import Memory, ServerOptimizer
+from coordinator.aggregation.ranks import Fitted
 from coordinator.aggregation.recipe import Recipe
-from coordinator.aggregation.updates import Contribution, Layout, StoredUpdate
+from coordinator.aggregation.updates import Contribution, Layout, StoredUpdate, Update
 from edge_runtime.adapters import Vectors
 from edge_runtime.errors import AdapterError
 from protos import manifest_pb2 as pb
@@ -54,19 +55,20 @@ def aggregate(
         AdapterError: a file is missing or damaged.
         AggregationError: too few contributions, or numbers beyond float32.
     """
-    strategy = recipe.strategy()
+    layout = Layout(manifest)
+    strategy = recipe.strategy(layout)
     ordered = sorted(contributions, key=lambda contribution: contribution.device)
     if len(ordered) < strategy.least_updates:
         raise AggregationError(
             f"{recipe} needs {strategy.least_updates} updates or more, and there are {len(ordered)}"
         )
-    layout = Layout(manifest)
+    updates = _Reader(manifest, layout)
     start = layout.flatten(incoming)
     # One thread: how many there are would decide how sums are rounded.
     with threadpool_limits(1):
         strategy.configure_round(start)
         for contribution in ordered:
-            strategy.accept(StoredUpdate(layout, contribution))
+            strategy.accept(updates.read(contribution))
         flat = strategy.aggregate()
     kept = None
     if recipe.optimizer is not None:
@@ -80,6 +82,24 @@ def aggregate(
         raise AggregationError("the result has numbers beyond float32")
     clipped = strategy.clipped if isinstance(strategy, Clipped) else 0
     return Outcome(generalist=layout.split(result), memory=kept, clipped=clipped)
+
+
+class _Reader:
+    """Gives contributions in the layout of the round, whatever their own."""
+
+    def __init__(self, manifest: pb.Manifest, layout: Layout) -> None:
+        self._wanted = layout
+        self._layouts = {id(manifest): layout}
+
+    def read(self, contribution: Contribution) -> Update:
+        manifest = contribution.manifest
+        if manifest is None:
+            return StoredUpdate(self._wanted, contribution)
+        if id(manifest) not in self._layouts:
+            self._layouts[id(manifest)] = Layout(manifest)
+        own = self._layouts[id(manifest)]
+        update = StoredUpdate(own, contribution)
+        return update if own is self._wanted else Fitted(update, own, self._wanted)
 
 
 def _keep(optimizer: ServerOptimizer, moments: Memory) -> bytes:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 from coordinator.aggregation.clipping import Clipped
 from coordinator.aggregation.means import Mean
 from coordinator.aggregation.optimizers import Adam, Momentum, ServerOptimizer, Yogi
+from coordinator.aggregation.ranks import FlexLoRA, HetLoRA
 from coordinator.aggregation.robust import Krum, Median, TrimmedMean
-from coordinator.aggregation.updates import Strategy
+from coordinator.aggregation.updates import Layout, Strategy
 
 PLAIN: dict[str, Callable[[], Strategy]] = {
     "mean": Mean,
@@ -23,6 +24,8 @@ AGAINST: dict[str, Callable[[int], Strategy]] = {
     "krum": Krum,
     "multi-krum": lambda malicious: Krum(malicious, multi=True),
 }
+# How updates of different LoRA ranks become one.
+RANKS = ("zero-pad", "hetlora", "flexlora")
 OPTIMIZERS: dict[str, type[Momentum | Adam | Yogi]] = {
     "momentum": Momentum,
     "adam": Adam,
@@ -40,10 +43,24 @@ class Recipe:
     """For AGAINST: how many updates of a round may be arbitrary."""
     clip_norm: float | None = None
     optimizer: ServerOptimizer | None = None
+    ranks: str | None = None
+    """One of RANKS; None: all updates have the generalist's rank."""
 
-    def strategy(self) -> Strategy:
-        """A new one, for one round."""
-        if self.aggregation in PLAIN:
+    @property
+    def least_updates(self) -> int:
+        """Fewest updates for which it is defined."""
+        if self.aggregation in AGAINST:
+            return AGAINST[self.aggregation](self.malicious).least_updates
+        return 1
+
+    def strategy(self, layout: Layout) -> Strategy:
+        """A new one, for one round of generalists of that layout."""
+        strategy: Strategy
+        if self.ranks == "hetlora":
+            strategy = HetLoRA(layout)
+        elif self.ranks == "flexlora":
+            strategy = FlexLoRA(layout, by_tokens=self.aggregation == "token-mean")
+        elif self.aggregation in PLAIN:
             strategy = PLAIN[self.aggregation]()
         else:
             strategy = AGAINST[self.aggregation](self.malicious)
@@ -54,6 +71,8 @@ class Recipe:
         words = [self.aggregation]
         if self.aggregation in AGAINST:
             words[0] += f" against {self.malicious}"
+        if self.ranks is not None:
+            words.append(self.ranks)
         if self.clip_norm is not None:
             words.append(f"clipped to {self.clip_norm:g}")
         if self.optimizer is not None:
@@ -68,6 +87,7 @@ def choose(
     malicious: int | None = None,
     clip_norm: float | None = None,
     optimizer: str | None = None,
+    ranks: str | None = None,
     constants: Mapping[str, float | None],
 ) -> Recipe:
     """A recipe out of options as the command line has them; None is one that was not given.
@@ -95,14 +115,42 @@ def choose(
         malicious=1 if malicious is None else malicious,
         clip_norm=clip_norm,
         optimizer=_optimizer(optimizer, {k: v for k, v in constants.items() if v is not None}),
+        ranks=ranks,
     )
-    least = recipe.strategy().least_updates
+    _check_ranks(recipe)
+    least = recipe.least_updates
     if min_devices < least:
         raise ValueError(
             f"--aggregation {aggregation} with --malicious {recipe.malicious} needs {least} "
             f"updates or more in every round; give --min-devices {least}, or fewer --malicious"
         )
     return recipe
+
+
+def _check_ranks(recipe: Recipe) -> None:
+    """Refuses what is not sound for updates of different ranks."""
+    ranks, aggregation = recipe.ranks, recipe.aggregation
+    if ranks is None:
+        return
+    if ranks not in RANKS:
+        raise ValueError(f"--mixed-ranks {ranks} is not one of {', '.join(RANKS)}")
+    if aggregation not in ("mean", "token-mean"):
+        raise ValueError(
+            f"--aggregation {aggregation} compares updates coordinate by coordinate, and with "
+            "--mixed-ranks the zeros that a smaller device never sent would count as its word; "
+            "choose --aggregation mean or token-mean"
+        )
+    if ranks == "hetlora" and aggregation != "mean":
+        raise ValueError(
+            "--mixed-ranks hetlora weighs devices by what they learnt, so not by their tokens; "
+            "choose --aggregation mean, or --mixed-ranks zero-pad or flexlora"
+        )
+    if ranks == "flexlora" and recipe.optimizer is not None:
+        raise ValueError(
+            "--mixed-ranks flexlora gives the generalist new factors in every round, so the "
+            f"moments of --server-optimizer {recipe.optimizer.name} would be of others; leave it "
+            "out, or choose --mixed-ranks zero-pad or hetlora"
+        )
 
 
 def _optimizer(name: str | None, constants: Mapping[str, float]) -> ServerOptimizer | None:

@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,8 @@ class Contribution:
     """File with the payload, which `wire.decode` accepted."""
     tokens: int
     """That it was trained on, more than 0."""
+    manifest: pb.Manifest | None = None
+    """Of the device's bundle, if that may be of another rank than the round's generalist."""
 
 
 class Update(Protocol):
@@ -43,6 +45,9 @@ class Update(Protocol):
 
     @property
     def tokens(self) -> int: ...
+
+    def start(self, incoming: Flat) -> Flat:
+        """What its device started from in a round that starts from `incoming`."""
 
     def read(self, start: int, stop: int) -> Flat:
         """Its coordinates `start` to `stop`, a new array."""
@@ -65,6 +70,25 @@ class Strategy(Protocol):
         """The vector that the accepted updates amount to."""
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Where a flat vector has one LoRA pair: A is (rank, inputs), B is (outputs, rank)."""
+
+    A: ClassVar = ".lora_A.weight"
+    B: ClassVar = ".lora_B.weight"
+
+    a: slice
+    b: slice
+    rank: int
+    inputs: int
+    outputs: int
+
+    def of(self, vector: Flat) -> tuple[Flat, Flat]:
+        """Views of A and B."""
+        a = vector[self.a].reshape(self.rank, self.inputs)
+        return a, vector[self.b].reshape(self.outputs, self.rank)
+
+
 class Layout:
     """Which coordinates of a flat vector each shared tensor and role has."""
 
@@ -76,14 +100,31 @@ class Layout:
                 self.roles[role.name] = slice(self.size, self.size + role.size)
                 self.size += role.size
         places = sorted(
-            (self.roles[tensor.role].start + tensor.offset, math.prod(tensor.shape), tensor.name)
+            (self.roles[tensor.role].start + tensor.offset, tensor.name, tuple(tensor.shape))
             for tensor in shared_tensors(manifest)
         )
         self.firsts = [first for first, _, _ in places]
-        """Of each tensor, in this order: its first coordinate; likewise `sizes` and `names`."""
-        self.sizes = [size for _, size, _ in places]
-        self.names = [name for _, _, name in places]
+        """Of each tensor, in this order: its first coordinate; likewise the next three."""
+        self.names = [name for _, name, _ in places]
+        self.shapes = [shape for _, _, shape in places]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.places = {name: index for index, name in enumerate(self.names)}
+        self.scale = manifest.mixture.alpha / math.sqrt(manifest.mixture.rank or 1)
         self.max_bytes = wire.max_bytes(manifest)
+
+    def pairs(self) -> list[Pair]:
+        """The LoRA pairs, in the order of their coordinates; `bundle.family_sha256` sees to it that
+        there is nothing else."""
+        pairs = []
+        for name in self.names:
+            if name.endswith(Pair.A):
+                a, b = self.places[name], self.places[name.removesuffix(Pair.A) + Pair.B]
+                (rank, inputs), (outputs, _) = self.shapes[a], self.shapes[b]
+                pairs.append(Pair(self._part(a), self._part(b), rank, inputs, outputs))
+        return pairs
+
+    def _part(self, index: int) -> slice:
+        return slice(self.firsts[index], self.firsts[index] + self.sizes[index])
 
     def flatten(self, vectors: Mapping[str, Vector]) -> Flat:
         return np.concatenate([vectors[role] for role in self.roles], dtype=np.float64)
@@ -119,6 +160,9 @@ class StoredUpdate:
             header = json.loads(file.read(size))
         begins = [header[name]["data_offsets"][0] for name in self._layout.names]
         return np.array(begins, np.int64) + 8 + size
+
+    def start(self, incoming: Flat) -> Flat:
+        return incoming
 
     def read(self, start: int, stop: int) -> Flat:
         """

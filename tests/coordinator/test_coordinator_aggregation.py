@@ -476,7 +476,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 @each_recipe
 def test_too_few_updates_are_refused(recipe: Recipe) -> None:
-    least = recipe.strategy().least_updates
+    least = recipe.least_updates
     with pytest.raises(AggregationError, match=f"needs {least} updates or more, and there are"):
         close(recipe, [ZERO] * (least - 1))
     close(recipe, [ZERO] * least)
