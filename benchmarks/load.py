@@ -62,12 +62,16 @@ class Phases(TypedDict):
     check_in: float
     download: float
     upload: float
+    upload_cpu: float
+    """Processor time of the coordinator in `upload`."""
 
 
 class Floor(TypedDict):
     """Of one bare loop, in seconds."""
 
     upload: float
+    upload_cpu: float
+    """Processor time of the server in `upload`."""
     sum: float
     download: float
     raw_tls_upload: float
@@ -143,7 +147,7 @@ def run(
         latencies: list[float] = []
         for repetition in range(repetitions):
             progress(f"bare loop {repetition + 1} of {repetitions}")
-            floors.append(_bare_loop(crowd, ports, devices, payload))
+            floors.append(_bare_loop(crowd, bare, ports, devices, payload))
             progress(f"round {repetition + 1} of {repetitions}")
             if repetition == 0:
                 pollers.do("poll")
@@ -156,8 +160,12 @@ def run(
     return _result(devices, processes, payload, rounds, floors, latencies, idle, peak)
 
 
-def _bare_loop(crowd: _Crowd, ports: dict[str, int], devices: int, payload: bytes) -> Floor:
+def _bare_loop(
+    crowd: _Crowd, bare: _Process, ports: dict[str, int], devices: int, payload: bytes
+) -> Floor:
+    used = cpu_seconds(bare.pid)
     upload = _timed(lambda: crowd.do("upload", service=FLOOR, number=1))
+    used = cpu_seconds(bare.pid) - used
     download = _timed(lambda: crowd.do("download", service=FLOOR, number=1))
     crowd.do("connect_raw", address=f"{HOST}:{ports['raw']}")
     raw = _timed(lambda: crowd.do("upload_raw"))
@@ -172,6 +180,7 @@ def _bare_loop(crowd: _Crowd, ports: dict[str, int], devices: int, payload: byte
     whole = devices / (devices - POLLERS)
     return {
         "upload": upload * whole,
+        "upload_cpu": used * whole,
         "sum": _timed(add),
         "download": download * whole,
         "raw_tls_upload": raw * whole,
@@ -183,13 +192,14 @@ def _round(crowd: _Crowd, served: _Served) -> Phases:
     (number,) = set(crowd.do("check_in"))
     told = time.monotonic()
     crowd.do("download", service=COORDINATOR, number=number)
-    downloaded = time.monotonic()
+    downloaded, used = time.monotonic(), cpu_seconds(served.process.pid)
     crowd.do("upload", service=COORDINATOR, number=number)
     served.wait_for("round_closed")
     return {
         "check_in": told - began,
         "download": downloaded - told,
         "upload": time.monotonic() - downloaded,
+        "upload_cpu": cpu_seconds(served.process.pid) - used,
     }
 
 
@@ -333,6 +343,12 @@ def rss(pid: int) -> dict[str, float]:
     return {name: int(fields[name].split()[0]) * 1024 / MIB for name in ("VmRSS", "VmHWM")}
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has used, in user and kernel mode."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class _Process:
     """A module as a process that answers JSON lines."""
 
@@ -343,6 +359,7 @@ class _Process:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.pid = self._process.pid
 
     def tell(self, command: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -453,10 +470,10 @@ def table(result: Result) -> Iterator[str]:
         f"{result['devices']} devices, updates of {result['update_bytes'] / 1e6:.1f} MB, "
         f"{result['cores']} cores, {result['repetitions']} repetitions"
     )
-    for name in ("check_in", "download", "upload"):
+    for name in ("check_in", "download", "upload", "upload_cpu"):
         seconds = ", ".join(f"{r[name]:.2f}" for r in result["rounds"])
         yield f"  {name}: {seconds} s"
-    for name in ("upload", "sum", "download", "raw_tls_upload"):
+    for name in ("upload", "upload_cpu", "sum", "download", "raw_tls_upload"):
         seconds = ", ".join(f"{f[name]:.2f}" for f in result["bare_loops"])  # type: ignore[literal-required]
         yield f"  bare {name}: {seconds} s"
     yield (
