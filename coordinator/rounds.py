@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 
 from coordinator.aggregation import AggregationError, Contribution, Outcome, Recipe, aggregate
 from coordinator.selection import Selection
-from coordinator.state import Device, Round, State, Status, Update
+from coordinator.state import Device, Round, Standing, State, Status, Update
 from edge_runtime import wire
 from edge_runtime.errors import StorageError
 from protos import coordinator_pb2 as pb
@@ -181,14 +181,13 @@ class Rounds:
         current = self._state.current()
         if current.status == Status.WAITING:
             return self._open(current)
-        updates = self._state.updates(current.number)
         due = self._seconds_left(current) == 0
-        expected = self._expected(current.number)
-        complete = self._is_full(current.number) or expected <= {u.device for u in updates}
-        if len(updates) >= self._policy.min_devices and (complete or due):
-            await self._aggregate(current, updates)
+        enough = self._state.count_updates(current.number) >= self._policy.min_devices
+        if enough and (due or self._is_complete(current.number)):
+            await self._aggregate(current, self._state.updates(current.number))
             return True
         if due:
+            updates = self._state.updates(current.number)
             self._abandon(current, updates, "too few updates at its deadline")
             return True
         return False
@@ -325,7 +324,7 @@ class Rounds:
             raise RefusedUpdateError(f"round {header.round} is over", Reason.LATE)
         if header.round > current.number or current.status != Status.OPEN:
             raise RefusedUpdateError(f"round {header.round} has not begun", Reason.EARLY)
-        if device not in self._state.participants(header.round):
+        if not self._state.standing(header.round, device).participates:
             raise RefusedUpdateError(
                 f"this device takes no part in round {header.round}", Reason.NO_PART
             )
@@ -391,9 +390,14 @@ class Rounds:
         if self._finished:
             return pb.CheckInReply(action=pb.CheckInReply.FINISH, round=current.number)
         left = self._seconds_left(current)
-        if not left or not self._is_wanted(device, current.number):
-            return pb.CheckInReply(action=pb.CheckInReply.WAIT, retry_seconds=RETRY_SECONDS)
-        self._state.join(current.number, device)
+        wait = pb.CheckInReply(action=pb.CheckInReply.WAIT, retry_seconds=RETRY_SECONDS)
+        if not left:
+            return wait
+        standing = self._state.standing(current.number, device)
+        if not self._is_wanted(standing, current.number):
+            return wait
+        if not standing.participates:
+            self._state.join(current.number, device)
         return pb.CheckInReply(
             action=pb.CheckInReply.TRAIN,
             round=current.number,
@@ -402,26 +406,23 @@ class Rounds:
             seconds_left=left,
         )
 
-    def _is_wanted(self, device: str, number: int) -> bool:
-        """Whether an update of `device` could still count in the open round."""
+    def _is_wanted(self, standing: Standing, number: int) -> bool:
+        """Whether an update of a device could still count in the open round."""
         if number == self._closing or self._is_full(number):
             return False
-        if self._policy.selection and device not in self._state.participants(number):
+        if self._policy.selection and not standing.participates:
             return False
-        reported = self._state.update(number, device) is not None
-        return not reported and device not in self._state.refused(number)
+        return standing.sha256 is None and not standing.refused
 
     def _is_full(self, number: int) -> bool:
         """Whether the round has as many updates as it wants."""
         selection = self._policy.selection
         return selection is not None and self._state.count_updates(number) >= selection.wanted
 
-    def _expected(self, number: int) -> set[str]:
-        """Devices whose updates the round should have before it closes early."""
-        expected = self._state.participants(number)
-        if self._policy.selection is None:
-            expected |= self._reporters(number - 1)
-        return expected - self._state.refused(number) - self._state.revoked()
+    def _is_complete(self, number: int) -> bool:
+        """Whether the round has the updates that it should have before it closes early."""
+        returning = self._policy.selection is None
+        return self._is_full(number) or not self._state.misses_any(number, returning=returning)
 
     async def _undelivered(self) -> set[str]:
         """Participants of the last round that have not stored what came of it."""

@@ -17,6 +17,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,14 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    InstrumentedAttribute,
+    Mapped,
+    Session,
+    aliased,
+    mapped_column,
+)
 
 from edge_runtime.errors import BundleError, StorageError
 from edge_runtime.files import (
@@ -152,6 +160,17 @@ class Update(Base):
     """Payload, as a path below the state directory; deleted once the round is over."""
     sha256: Mapped[bytes]
     tokens: Mapped[int]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one device stands in one round."""
+
+    participates: bool
+    refused: bool
+    """Whether an update of it was refused since it joined."""
+    sha256: bytes | None
+    """Of its accepted update."""
 
 
 class Refusal(Base):
@@ -456,6 +475,55 @@ class State:
             )
             return set(session.scalars(chosen))
 
+    def standing(self, number: int, device: str) -> Standing:
+        joined = select(Participant.refused).where(
+            self._in(Participant, number), Participant.device == device
+        )
+        accepted = select(Update.sha256).where(self._in(Update, number), Update.device == device)
+        both = select(joined.scalar_subquery(), accepted.scalar_subquery())
+        with self._transaction() as session:
+            refused, sha256 = session.execute(both).one()
+        return Standing(participates=refused is not None, refused=bool(refused), sha256=sha256)
+
+    def misses_any(self, number: int, *, returning: bool) -> bool:
+        """Whether a participant of the round is yet to report or, if they are `returning`, a device
+        that reported in the previous round and that round was aggregated.
+
+        Devices are not missed that had an update refused, or are revoked or in another cohort now.
+        """
+
+        def missed(device: InstrumentedAttribute[str]) -> ColumnElement[bool]:
+            here = Device.revoked_at.is_(None) & (Device.cohort == self.cohort)
+            reported = select(Update.device).where(
+                self._in(Update, number), Update.device == device
+            )
+            refused = select(Participant.device).where(
+                self._in(Participant, number), Participant.device == device, Participant.refused
+            )
+            return (
+                select(Device.id).where(Device.id == device, here).exists()
+                & ~reported.exists()
+                & ~refused.exists()
+            )
+
+        # Aliases, so that the conditions inside `missed` are about other rows.
+        joined, earlier = aliased(Participant), aliased(Update)
+        queries = [select(joined.device).where(self._in(joined, number), missed(joined.device))]
+        if returning:
+            aggregated = select(Round.number).where(
+                Round.cohort == self.cohort,
+                Round.number == number - 1,
+                Round.status == Status.AGGREGATED,
+            )
+            queries.append(
+                select(earlier.device).where(
+                    self._in(earlier, number - 1), aggregated.exists(), missed(earlier.device)
+                )
+            )
+        # The first one answers: the database need not look at all of them.
+        with self._transaction() as session:
+            return any(session.scalar(query.limit(1)) is not None for query in queries)
+
     def updates(self, number: int) -> list[Update]:
         """The round's accepted updates, in the order of device ids."""
         with self._transaction() as session:
@@ -526,14 +594,6 @@ class State:
             if participant is not None:
                 participant.refused = True
 
-    def refused(self, number: int) -> set[str]:
-        """Participants of the round that had an update refused since they joined."""
-        with self._transaction() as session:
-            chosen = select(Participant.device).where(
-                Participant.cohort == self.cohort, Participant.round == number, Participant.refused
-            )
-            return set(session.scalars(chosen))
-
     # The inside
 
     def _check_schema(self) -> None:
@@ -559,6 +619,10 @@ class State:
             generalist_file=relative,
             generalist_sha256=digest,
         )
+
+    def _in(self, rows: type[Participant | Update], number: int) -> ColumnElement[bool]:
+        """Whether rows are of round `number`."""
+        return (rows.cohort == self.cohort) & (rows.round == number)
 
     def _participant(self, number: int, device: str) -> Participant:
         return Participant(cohort=self.cohort, round=number, device=device)
