@@ -17,7 +17,8 @@ import grpc
 from coordinator.rounds import PRESENT_SECONDS, Report, Rounds
 from coordinator.state import Device, State
 from coordinator.tls import Role, Subject, subject_of
-from edge_runtime.errors import StorageError
+from edge_runtime import protocol
+from edge_runtime.errors import StorageError, VersionError
 from edge_runtime.invitation import NAMING, is_name
 
 if TYPE_CHECKING:  # this name is in the stub only
@@ -37,6 +38,17 @@ async def storage_errors(context: Context, report: Report) -> AsyncIterator[None
     except StorageError as error:
         report("storage_failed", {"reason": str(error)})
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator cannot write to its disk")
+
+
+async def common_protocol(newest: int, context: Context) -> int:
+    """The version to speak with a device whose newest is that; ends the call if there is none."""
+    try:
+        return protocol.common(newest)
+    except VersionError as error:
+        await context.abort(
+            grpc.StatusCode.UNIMPLEMENTED,
+            f"this device speaks {error}; update comigs on the device",
+        )
 
 
 class Callers:

@@ -17,9 +17,11 @@ from typing import Any
 
 import grpc
 from google.protobuf import json_format
+from google.protobuf.message import Message
 
 from coordinator.audit import NOBODY, Auditor
 from coordinator.tls import subject_of
+from edge_runtime import protocol
 from edge_runtime.errors import StorageError
 from protos import coordinator_pb2
 
@@ -32,6 +34,7 @@ REFUSALS = {
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED,  # a version that is not spoken here
 }
 
 
@@ -87,11 +90,11 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def answer(request: Any, context: Any) -> Any:
             async with self._watch(service, method, request, context):
-                return await behaviour(request, context)
+                return await behaviour(await _limited(request, context), context)
 
         async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
             async with self._watch(service, method, request, context):
-                async for message in behaviour(request, context):
+                async for message in behaviour(await _limited(request, context), context):
                     yield message
 
         watched = generate if inspect.isasyncgenfunction(behaviour) else answer
@@ -152,6 +155,22 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._auditor.refused("act_failed", call.by, fields)
         elif call.code in REFUSALS:
             self._auditor.refused("call_refused", call.by, fields)
+
+
+async def _limited(request: Any, context: Any) -> Any:
+    """`request`, a message or a stream of them; ends the call if one is too large."""
+    if not isinstance(request, Message):
+        return _each_limited(request, context)
+    try:
+        protocol.check(request)
+    except protocol.TooLargeError as error:
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+    return request
+
+
+async def _each_limited(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield await _limited(request, context)
 
 
 def _code(said: Any, error: BaseException | None) -> grpc.StatusCode:

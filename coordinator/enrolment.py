@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import grpc
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from coordinator.callers import Callers, storage_errors
+from coordinator.callers import Callers, common_protocol, storage_errors
 from coordinator.rounds import Report
 from coordinator.state import Invitation, State
 from coordinator.tls import Authority, RefusedRequestError, requested_key
@@ -46,6 +46,7 @@ class Enrolment(coordinator_pb2_grpc.EnrolmentServicer):
     async def Enroll(self, request: pb.EnrollRequest, context: Context) -> pb.Certificate:  # noqa: N802
         self._traffic.receive(request)
         async with storage_errors(context, self._report):
+            await common_protocol(request.protocol, context)
             invitation = await self._invitation(request.token, context)
             try:
                 key = requested_key(request.request.pkcs10, invitation.name)

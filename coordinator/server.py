@@ -26,7 +26,7 @@ from coordinator.rounds import Policy, Report, Rounds, to_all
 from coordinator.service import Service
 from coordinator.state import Settings, State
 from coordinator.tls import ADMIN_FILE, Authority, administrator, subject_of
-from edge_runtime import adapters, wire
+from edge_runtime import adapters, protocol, wire
 from edge_runtime.bundle import contract_sha256, open_bundle
 from edge_runtime.connection import Traffic
 from edge_runtime.errors import AddressError
@@ -37,9 +37,9 @@ WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - recognised, not listened on
 # How long calls that are being answered may take to end when the coordinator stops.
 GRACE_SECONDS = 5.0
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
-    # A chunk and its envelope; anything larger is an attack or a mistake.
-    ("grpc.max_receive_message_length", 2 * wire.CHUNK_BYTES),
-    ("grpc.max_send_message_length", 2 * wire.CHUNK_BYTES),
+    # Anything larger is an attack or a mistake; `Calls` holds every message to its own limit.
+    ("grpc.max_receive_message_length", protocol.LARGEST),
+    ("grpc.max_send_message_length", protocol.LARGEST_LIST),
     ("grpc.max_metadata_size", 16 * 1024),
     # Two coordinators on one port would each get half of the devices.
     ("grpc.so_reuseport", 0),

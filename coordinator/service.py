@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from coordinator.callers import Callers, storage_errors
+from coordinator.callers import Callers, common_protocol, storage_errors
 from coordinator.rounds import RefusedUpdateError, Report, Rounds
 from coordinator.state import State
 from coordinator.tls import Authority, RefusedRequestError, requested_key
@@ -56,7 +56,9 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
     async def CheckIn(self, request: pb.CheckInRequest, context: Context) -> pb.CheckInReply:  # noqa: N802
         self._traffic.receive(request)
         async with storage_errors(context, self._report), self._callers.device(context) as device:
+            spoken = await common_protocol(request.protocol, context)
             reply = await self._rounds.check_in(device.id, request.wait_seconds)
+            reply.protocol = spoken
             self._rounds.delivered(device.id, request.stored_round)
             return self._traffic.send(reply)
 

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from edge_runtime import invitation as invitations
-from edge_runtime import wire
+from edge_runtime import protocol, wire
 from edge_runtime.connection import (
     CALL_SECONDS,
     Closing,
@@ -25,7 +25,7 @@ from edge_runtime.connection import (
     Unproven,
     connect,
 )
-from edge_runtime.errors import TrustError
+from edge_runtime.errors import RefusedError, TrustError, VersionError
 from edge_runtime.files import storage_errors
 from edge_runtime.identity import Identity, new_key, signing_request
 from protos import coordinator_pb2 as pb
@@ -70,6 +70,7 @@ def enrol(
         token=invitation.token,
         request=pb.SigningRequest(pkcs10=signing_request(key, invitation.name)),
         contract_sha256=contract,
+        protocol=protocol.NEWEST,
         tier=tier,
     )
     stub = coordinator_pb2_grpc.EnrolmentStub(connection.channel)
@@ -111,6 +112,8 @@ class Client(Closing):
             TrustError: the certificate has lapsed.
         """
         self.traffic = traffic or Traffic()
+        self.protocol = protocol.NEWEST
+        """Version that is spoken; what both speak since the first check-in."""
         self._patience = patience
         self._open(who)
 
@@ -147,7 +150,9 @@ class Client(Closing):
 
         With `stored_round` it says that the final generalist of that round is safe here.
         """
-        request = pb.CheckInRequest(wait_seconds=wait_seconds, stored_round=stored_round)
+        request = pb.CheckInRequest(
+            wait_seconds=wait_seconds, stored_round=stored_round, protocol=protocol.NEWEST
+        )
 
         def attempt() -> pb.CheckInReply:
             return self._stub.CheckIn(
@@ -156,25 +161,36 @@ class Client(Closing):
                 metadata=self._metadata,
             )
 
-        return self.traffic.receive(self._connection.retry(attempt))
+        reply = self.traffic.receive(self._connection.retry(attempt))
+        try:
+            self.protocol = protocol.common(reply.protocol)
+        except VersionError as error:
+            raise VersionError(
+                f"the coordinator at {self.who.coordinator} speaks {error}; update comigs there"
+            ) from error
+        return reply
 
-    def download(self, round_number: int, partial: Path | None = None) -> bytes:
+    def download(
+        self, round_number: int, partial: Path | None = None, *, most_bytes: int | None = None
+    ) -> bytes:
         """The generalist that round `round_number` starts from; size and SHA-256 are verified.
 
         After a break it goes on at the byte where it stopped.
 
         Args:
             partial: keeps what has come, so that another process can go on too; gone in the end.
+            most_bytes: of an honest payload; no more is taken in.
 
         Raises:
             StorageError: `partial` cannot be written.
         """
+        request = pb.DownloadRequest(round=round_number)
         if partial is None:
             with tempfile.TemporaryFile(buffering=0) as file:
-                return self._connection.retry(lambda: self._receive(round_number, file))
+                return self._connection.retry(lambda: self._receive(request, file, most_bytes))
         with storage_errors(partial):
             with partial.open("a+b", buffering=0) as file:
-                payload = self._connection.retry(lambda: self._receive(round_number, file))
+                payload = self._connection.retry(lambda: self._receive(request, file, most_bytes))
             partial.unlink()
         return payload
 
@@ -199,7 +215,7 @@ class Client(Closing):
 
         def attempt() -> pb.UploadReply:
             nonlocal begun
-            if begun:
+            if begun and self.protocol > 1:
                 offset = self._upload_offset(full)
                 if offset > full.offset:
                     self._connection.progress()
@@ -222,7 +238,7 @@ class Client(Closing):
         for data in wire.chunks(payload[header.offset :]):
             yield self.traffic.send(pb.UploadPart(data=data))
 
-    def _receive(self, round_number: int, file: RawIOBase) -> bytes:
+    def _receive(self, request: pb.DownloadRequest, file: RawIOBase, most: int | None) -> bytes:
         """One attempt at a download.
 
         Args:
@@ -231,7 +247,7 @@ class Client(Closing):
         file.seek(0)
         kept = file.readall()
         digest, payload = kept[:DIGEST_BYTES], bytearray(kept[DIGEST_BYTES:])
-        request = pb.DownloadRequest(round=round_number, offset=len(payload))
+        request.offset = len(payload)
         total = 0
         for chunk in self._stub.Download(
             self.traffic.send(request), timeout=TRANSFER_SECONDS, metadata=self._metadata
@@ -239,6 +255,11 @@ class Client(Closing):
             self.traffic.receive(chunk)
             if not total:
                 total = chunk.total_bytes
+                if most is not None and total > most:
+                    raise RefusedError(
+                        f"the coordinator at {self.who.coordinator} announced a generalist of "
+                        f"{total} bytes, and {most} are the most that this bundle's can have"
+                    )
                 if chunk.sha256 != digest:
                     file.seek(file.truncate(0))
                     if payload:

@@ -14,8 +14,14 @@ from typing import Self, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from edge_runtime import wire
-from edge_runtime.errors import ComigsError, RefusedError, TrustError, UnreachableError
+from edge_runtime import protocol
+from edge_runtime.errors import (
+    ComigsError,
+    RefusedError,
+    TrustError,
+    UnreachableError,
+    VersionError,
+)
 from edge_runtime.identity import Identity
 
 CALL_SECONDS = 15.0
@@ -23,8 +29,9 @@ FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 10.0
 
 CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", 2 * wire.CHUNK_BYTES),
-    ("grpc.max_send_message_length", 2 * wire.CHUNK_BYTES),
+    # `retry` holds every reply to its own limit.
+    ("grpc.max_receive_message_length", protocol.LARGEST_LIST),
+    ("grpc.max_send_message_length", protocol.LARGEST),
     # A coordinator that vanished while a call was open is noticed within about 30 seconds.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -43,6 +50,8 @@ TRANSIENT = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
 }
+
+NO_SUCH_METHOD = "Method not found!"  # gRPC's words
 
 # gRPC reports failed handshakes as UNAVAILABLE; these, found in the details, will not pass. That
 # the coordinator does not take our certificate is not among them: gRPC only says that the
@@ -123,7 +132,8 @@ class Connection(Closing):
     Everything passed to `retry` is repeated while the coordinator cannot be reached, and raises:
         UnreachableError: patience ran out.
         TrustError: one side does not accept the other's certificate or role, or ours has lapsed.
-        RefusedError: the coordinator answered, and said no.
+        RefusedError: the coordinator answered, and said no, or something senseless.
+        VersionError: it does not understand this program's version of the protocol.
     """
 
     def __init__(
@@ -173,7 +183,7 @@ class Connection(Closing):
         pause = FIRST_PAUSE_SECONDS
         while True:
             try:
-                return attempt()
+                return self._checked(attempt())
             except DamagedTransferError as error:
                 trouble = str(error)
             except grpc.RpcError as error:
@@ -194,11 +204,19 @@ class Connection(Closing):
             time.sleep(seconds)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
+    def _checked(self, result: T) -> T:
+        if isinstance(result, Message):
+            try:
+                protocol.check(result)
+            except protocol.TooLargeError as error:
+                raise RefusedError(f"the coordinator at {self.address} sent {error}") from error
+        return result
+
     def _check_transient(self, error: grpc.RpcError) -> str:
         """One line about trouble that may pass.
 
         Raises:
-            TrustError, RefusedError: it will not pass.
+            TrustError, RefusedError, VersionError: it will not pass.
         """
         code, details = error.code(), " ".join((error.details() or "").split())
         lasting = self._lasting(code, details)
@@ -214,6 +232,8 @@ class Connection(Closing):
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
             return TrustError(f"the coordinator at {self.address} says: {details}")
         if code == grpc.StatusCode.UNIMPLEMENTED:
+            if details != NO_SUCH_METHOD:
+                return VersionError(f"the coordinator at {self.address} says: {details}")
             return RefusedError(
                 f"what answers at {self.address} is no coordinator of this version ({details}); "
                 "check the address, and update comigs on both sides"

@@ -139,7 +139,11 @@ class Device:
 
     def _receive(self, client: Client, number: int) -> None:
         """Takes over the generalist that round `number` starts from."""
-        payload = client.download(number, self.home.path / "download.partial")
+        payload = client.download(
+            number,
+            self.home.path / "download.partial",
+            most_bytes=wire.max_bytes(self.bundle.manifest),
+        )
         try:
             received = wire.decode(self.bundle.manifest, payload)
         except AdapterError as error:

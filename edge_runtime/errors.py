@@ -20,6 +20,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | 20 | MissingPartError | a needed package is not installed |
 | 21 | RefusedError | the coordinator refused an update or a request |
 | 22 | AuditError | the audit log was altered or is damaged |
+| 23 | VersionError | device and coordinator are of versions that do not understand each other |
 | 130 | | interrupted |
 """
 
@@ -80,3 +81,7 @@ class RefusedError(ComigsError):
 
 class AuditError(ComigsError):
     code = 22
+
+
+class VersionError(ComigsError):
+    code = 23

@@ -8,6 +8,10 @@ A device enrols once, with an invitation, at a port of its own that serves nothi
 on it connects with its certificate, and that says on every call who it is: no message names the
 device that sends it. It repeats: check in, download the generalist, train, upload its own.
 
+A device says which version of this contract it speaks when it enrols and when it checks in; one
+that is too old gets UNIMPLEMENTED. Messages larger than edge_runtime/protocol.py says get
+RESOURCE_EXHAUSTED.
+
 Calls end with UNAUTHENTICATED if the certificate or the invitation is not (or no longer) accepted,
 and with PERMISSION_DENIED if its role may not make the call.
 """
@@ -82,6 +86,7 @@ class EnrollRequest(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     CONTRACT_SHA256_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     token: _builtins.bytes
     """Of the invitation."""
     contract_sha256: _builtins.str
@@ -90,6 +95,8 @@ class EnrollRequest(_message.Message):
     """Name of the tier that the device's bundle was compiled for, up to 64 bytes of printable text: so
     that the operator sees what the fleet consists of. Empty if it is not said.
     """
+    protocol: _builtins.int
+    """Newest version of this contract that the device speaks; 0 means 1."""
     @_builtins.property
     def request(self) -> Global___SigningRequest:
         """For the key that the device made, under the invitation's name."""
@@ -101,10 +108,11 @@ class EnrollRequest(_message.Message):
         request: Global___SigningRequest | None = ...,
         contract_sha256: _builtins.str = ...,
         tier: _builtins.str = ...,
+        protocol: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contract_sha256", b"contract_sha256", "request", b"request", "tier", b"tier", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contract_sha256", b"contract_sha256", "protocol", b"protocol", "request", b"request", "tier", b"tier", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -329,19 +337,23 @@ class CheckInRequest(_message.Message):
 
     WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     STORED_ROUND_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     wait_seconds: _builtins.float
     """How long the coordinator may hold the call open, in seconds, at most 30."""
     stored_round: _builtins.int
     """Round whose final generalist the device has stored, after a reply that said FINISH; 0 before."""
+    protocol: _builtins.int
+    """Newest version of this contract that the device speaks; 0 means 1."""
     def __init__(
         self,
         *,
         wait_seconds: _builtins.float = ...,
         stored_round: _builtins.int = ...,
+        protocol: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["stored_round", b"stored_round", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol", "stored_round", b"stored_round", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -379,6 +391,7 @@ class CheckInReply(_message.Message):
     RETRY_SECONDS_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     action: Global___CheckInReply.Action.ValueType
     round: _builtins.int
     """Round to take part in, from 1; with FINISH, the round whose generalist is final."""
@@ -386,6 +399,8 @@ class CheckInReply(_message.Message):
     """When to ask again, in seconds."""
     seconds_left: _builtins.float
     """Time left until the round closes, in seconds; 0 if it has no deadline yet."""
+    protocol: _builtins.int
+    """Version to speak from here on, the newest that both do; 0 means 1."""
     @_builtins.property
     def training(self) -> Global___TrainingConfig:
         """How to train. Set with TRAIN."""
@@ -398,10 +413,11 @@ class CheckInReply(_message.Message):
         retry_seconds: _builtins.float = ...,
         training: Global___TrainingConfig | None = ...,
         seconds_left: _builtins.float = ...,
+        protocol: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "retry_seconds", b"retry_seconds", "round", b"round", "seconds_left", b"seconds_left", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "protocol", b"protocol", "retry_seconds", b"retry_seconds", "round", b"round", "seconds_left", b"seconds_left", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

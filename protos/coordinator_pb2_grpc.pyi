@@ -8,6 +8,10 @@ A device enrols once, with an invitation, at a port of its own that serves nothi
 on it connects with its certificate, and that says on every call who it is: no message names the
 device that sends it. It repeats: check in, download the generalist, train, upload its own.
 
+A device says which version of this contract it speaks when it enrols and when it checks in; one
+that is too old gets UNIMPLEMENTED. Messages larger than edge_runtime/protocol.py says get
+RESOURCE_EXHAUSTED.
+
 Calls end with UNAUTHENTICATED if the certificate or the invitation is not (or no longer) accepted,
 and with PERMISSION_DENIED if its role may not make the call.
 """

@@ -93,10 +93,20 @@ def serve_command(bundle: Path, state: Path, *options: str) -> list[str]:
 class Served:
     """`comigs serve` as a process; its events as they come."""
 
-    def __init__(self, bundle: Path, state: Path, *options: str, listen: str = "127.0.0.1:0"):
+    def __init__(
+        self,
+        bundle: Path,
+        state: Path,
+        *options: str,
+        listen: str = "127.0.0.1:0",
+        program: list[str] | None = None,
+    ):
+        """`program`: what to start instead of this version's `comigs`."""
         self.events: list[dict[str, Any]] = []
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue()
         command = serve_command(bundle, state, "--listen", listen, "--format", "json", *options)
+        if program:
+            command[:3] = program
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -1,0 +1,77 @@
+"""What both ends of protos/coordinator.proto hold each other to, beside the messages: versions and
+sizes.
+
+| version | what it can do |
+|---|---|
+| 1 | comigs 0.1.0 |
+| 2 | uploads go on after a break (UploadOffset); compressed updates |
+
+A device says the newest version that it speaks, the coordinator answers with the newest that both
+do. Whoever is too old for the other is told to update.
+"""
+
+from __future__ import annotations
+
+from google.protobuf.message import Message
+
+from edge_runtime.errors import VersionError
+from edge_runtime.wire import CHUNK_BYTES
+
+NEWEST = 2
+OLDEST = 1
+
+KIB = 1024
+# Largest serialized message of each kind, in bytes, whoever sends it. `check` refuses what is
+# larger; gRPC does not even read what is larger than the largest.
+MOST_BYTES = {
+    "EnrollRequest": 4 * KIB,
+    "Certificate": 16 * KIB,
+    "SigningRequest": 4 * KIB,
+    "CheckInRequest": KIB,
+    "CheckInReply": 4 * KIB,
+    "DownloadRequest": KIB,
+    "Chunk": CHUNK_BYTES + KIB,
+    "UploadHeader": KIB,
+    "UploadOffsetReply": KIB,
+    "UploadPart": CHUNK_BYTES + KIB,
+    "UploadReply": 4 * KIB,
+    "InviteRequest": KIB,
+    "InviteReply": 16 * KIB,
+    "RevokeRequest": KIB,
+    "RevokeReply": KIB,
+    "ListDevicesRequest": KIB,
+    "ListDevicesReply": 16 * KIB * KIB,
+}
+# Of what devices and administrators send, and of what devices get.
+LARGEST = CHUNK_BYTES + KIB
+# Of what administrators get.
+LARGEST_LIST = 16 * KIB * KIB
+
+
+class TooLargeError(Exception):
+    """A message is larger than any honest one; one line that says so."""
+
+
+def check(message: Message) -> None:
+    """
+    Raises:
+        TooLargeError: `message` is larger than one of its kind may be.
+    """
+    name, size = message.DESCRIPTOR.name, message.ByteSize()
+    most = MOST_BYTES.get(name, LARGEST)
+    if size > most:
+        raise TooLargeError(f"a {name} of {size} bytes is larger than the {most} that one may have")
+
+
+def common(newest: int) -> int:
+    """The version to speak with somebody whose newest is that; 0, from before it was said, is 1.
+
+    Raises:
+        VersionError: there is none.
+    """
+    spoken = min(NEWEST, newest or 1)
+    if spoken < OLDEST:
+        raise VersionError(
+            f"version {newest or 1} of the protocol, and the oldest understood here is {OLDEST}"
+        )
+    return spoken
