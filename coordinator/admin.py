@@ -1,16 +1,19 @@
-"""The gRPC service of protos/coordinator.proto for administrators: who may take part."""
+"""The gRPC service of protos/coordinator.proto for administrators: who may take part, and the
+course of the rounds."""
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
 
 from coordinator.callers import Callers, storage_errors
-from coordinator.rounds import Report
+from coordinator.rounds import NoSuchRoundError, RefusedCommandError, Report, Rounds
 from coordinator.state import State
 from edge_runtime import invitation as invitations
 from protos import coordinator_pb2 as pb
@@ -21,6 +24,8 @@ if TYPE_CHECKING:  # this name is in the stub only
 
 LONGEST_INVITATION_SECONDS = 30 * 86400.0
 TOKEN_BYTES = 16
+LONGEST_REASON = 200
+COMMAND_DIGITS = 32
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,11 @@ class Address:
 class Admin(coordinator_pb2_grpc.AdminServicer):
     """Answers the administrator, and refuses everybody else."""
 
-    def __init__(self, *, state: State, callers: Callers, address: Address, report: Report) -> None:
+    def __init__(
+        self, *, state: State, rounds: Rounds, callers: Callers, address: Address, report: Report
+    ) -> None:
         self._state = state
+        self._rounds = rounds
         self._callers = callers
         self._address = address
         self._report = report
@@ -109,4 +117,48 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
                 )
                 for device in devices
             )
+        )
+
+    async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.PauseReply:  # noqa: N802
+        async with self._command(context):
+            self._rounds.pause()
+        return pb.PauseReply()
+
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeReply:  # noqa: N802
+        async with self._command(context):
+            self._rounds.resume()
+        return pb.ResumeReply()
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortReply:  # noqa: N802
+        async with self._command(context):
+            await _check_command(request.command, context)
+            if len(request.reason) > LONGEST_REASON or not request.reason.isprintable():
+                await context.abort(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"a reason has at most {LONGEST_REASON} characters of printable text",
+                )
+            return pb.AbortReply(round=self._rounds.abort(request.reason, request.command))
+
+    async def RollBack(self, request: pb.RollBackRequest, context: Context) -> pb.RollBackReply:  # noqa: N802
+        async with self._command(context):
+            await _check_command(request.command, context)
+            return pb.RollBackReply(round=self._rounds.roll_back(request.round, request.command))
+
+    @contextlib.asynccontextmanager
+    async def _command(self, context: Context) -> AsyncIterator[None]:
+        """Lets the administrator command the rounds, and says why if that cannot be."""
+        await self._callers.require_administrator(context)
+        try:
+            async with storage_errors(context, self._report):
+                yield
+        except NoSuchRoundError as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        except RefusedCommandError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+
+async def _check_command(command: str, context: Context) -> None:
+    if len(command) != COMMAND_DIGITS or not set(command) <= set("0123456789abcdef"):
+        await context.abort(
+            grpc.StatusCode.INVALID_ARGUMENT, f"a command's id has {COMMAND_DIGITS} hex digits"
         )

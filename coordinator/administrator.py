@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 from edge_runtime.connection import CALL_SECONDS, Closing, Patience, connect
@@ -9,14 +10,14 @@ from edge_runtime.identity import Identity
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc
 
-RETRY_SECONDS = 5.0
+PATIENCE = Patience(5.0, on_wait=lambda _: None)
 
 
 class Administrator(Closing):
     """A connection to one coordinator; calls retry and raise as `Connection` does."""
 
-    def __init__(self, identity: Identity) -> None:
-        self._connection = connect(identity, Patience(RETRY_SECONDS, on_wait=lambda _: None))
+    def __init__(self, identity: Identity, patience: Patience = PATIENCE) -> None:
+        self._connection = connect(identity, patience)
         self._stub = coordinator_pb2_grpc.AdminStub(self._connection.channel)
 
     def close(self) -> None:
@@ -38,3 +39,27 @@ class Administrator(Closing):
         return self._connection.retry(
             lambda: self._stub.ListDevices(request, timeout=CALL_SECONDS)
         ).devices
+
+    def pause(self) -> None:
+        """No round begins or ends from now on."""
+        self._connection.retry(lambda: self._stub.Pause(pb.PauseRequest(), timeout=CALL_SECONDS))
+
+    def resume(self) -> None:
+        """Ends a pause."""
+        self._connection.retry(lambda: self._stub.Resume(pb.ResumeRequest(), timeout=CALL_SECONDS))
+
+    def abort(self, reason: str = "") -> int:
+        """Abandons the open round, once however often it is tried; its number."""
+        request = pb.AbortRequest(reason=reason, command=secrets.token_hex(16))
+        return self._connection.retry(lambda: self._stub.Abort(request, timeout=CALL_SECONDS)).round
+
+    def roll_back(self, number: int) -> int:
+        """Goes back to what round `number` started from, once however often it is tried.
+
+        Returns:
+            The round that starts from it.
+        """
+        request = pb.RollBackRequest(round=number, command=secrets.token_hex(16))
+        return self._connection.retry(
+            lambda: self._stub.RollBack(request, timeout=CALL_SECONDS)
+        ).round

@@ -1,4 +1,5 @@
-"""`comigs serve`, `rounds` and `audit`, and for administrators `invite`, `revoke` and `devices`."""
+"""`comigs serve`, `rounds` and `audit`, and for administrators `invite`, `revoke` and `devices`,
+`pause`, `resume`, `abort` and `rollback`."""
 
 from __future__ import annotations
 
@@ -51,6 +52,10 @@ def register(app: typer.Typer) -> None:
     app.command("invite")(invite)
     app.command("revoke")(revoke)
     app.command("devices")(devices)
+    app.command("pause")(pause)
+    app.command("resume")(resume)
+    app.command("abort")(abort)
+    app.command("rollback")(rollback)
 
 
 def serve(
@@ -392,6 +397,73 @@ def devices(
     console.print(table)
 
 
+def pause(
+    admin: AdminOption = DEFAULT_ADMIN,
+    coordinator: AddressOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Let no round begin or end, and send no device to train, until `comigs resume`."""
+    from coordinator.administrator import Administrator
+
+    with Administrator(_administrator(admin, coordinator)) as administrator:
+        administrator.pause()
+    _tell(output, {"paused": True}, "paused; updates of the open round are still accepted")
+
+
+def resume(
+    admin: AdminOption = DEFAULT_ADMIN,
+    coordinator: AddressOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Go on after `comigs pause`."""
+    from coordinator.administrator import Administrator
+
+    with Administrator(_administrator(admin, coordinator)) as administrator:
+        administrator.resume()
+    _tell(output, {"paused": False}, "rounds go on")
+
+
+def abort(
+    reason: Annotated[str, typer.Option(help="Why, for those who read `comigs rounds`.")] = "",
+    admin: AdminOption = DEFAULT_ADMIN,
+    coordinator: AddressOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Abandon the open round and drop its updates."""
+    from coordinator.administrator import Administrator
+
+    with Administrator(_administrator(admin, coordinator)) as administrator:
+        number = administrator.abort(reason)
+    _tell(output, {"aborted": number}, f"round {number} is abandoned, its updates are dropped")
+
+
+def rollback(
+    number: Annotated[
+        int, typer.Argument(metavar="ROUND", min=1, help="The first round to be undone.")
+    ],
+    admin: AdminOption = DEFAULT_ADMIN,
+    coordinator: AddressOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Go on from the generalist that an earlier round started from."""
+    from coordinator.administrator import Administrator
+
+    with Administrator(_administrator(admin, coordinator)) as administrator:
+        successor = administrator.roll_back(number)
+    _tell(
+        output,
+        {"rolled_back_to": number, "round": successor},
+        f"round {successor} starts from what round {number} started from",
+    )
+
+
+def _tell(output: Format, fields: dict[str, Any], text: str) -> None:
+    if output is Format.JSON:
+        emit(fields)
+    else:
+        _print(text)
+
+
 def _administrator(path: Path, coordinator: str | None) -> Identity:
     """What is in the administrator's file.
 
@@ -447,6 +519,9 @@ TEXTS = {
     "round_abandoned": "round {round}: abandoned with {updates} updates: {reason}",
     "storage_failed": "nothing can be stored for now, and devices try again: {reason}",
     "storage_recovered": "the state can be written again",
+    "paused": "paused by the administrator; updates of the open round are still accepted",
+    "resumed": "the administrator lets rounds go on",
+    "rolled_back": "round {round}: starts from what round {to} started from",
     "finished": "all rounds are over; {bytes_received} bytes received, {bytes_sent} bytes sent",
 }
 

@@ -14,7 +14,7 @@ from sqlalchemy import NullPool, Select, create_engine, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from coordinator.state import DATABASE, Participant, Refusal, Round, Update
+from coordinator.state import DATABASE, Participant, Refusal, Round, Settings, Status, Update
 from edge_runtime.errors import StorageError
 
 
@@ -33,14 +33,23 @@ class Row:
     """From its opening to its end, or until now; None before it has begun."""
     aggregation: str | None
     """The recipe of its aggregation; None before it has begun."""
+    paused: bool
+    rolled_back_to: int | None
+    """Round whose start it repeats; None if it starts from what the previous one came to."""
+    reason: str | None
+    """Why it was abandoned; None if it was not."""
 
 
 def rounds(state: Path) -> list[Row]:
     """All rounds in the state directory `state`, by cohort, in order; raises as `reading` does."""
     with reading(state) as session:
+        chosen = session.execute(select(Settings.cohort, Settings.rounds))
+        wanted = {cohort: rounds for cohort, rounds in chosen}
         return [
             _row(found, participants, accepted, refused)
             for found, participants, accepted, refused in session.execute(_counted())
+            # After the last round another one waits that will not be.
+            if found.status != Status.WAITING or found.done < wanted[found.cohort]
         ]
 
 
@@ -93,6 +102,9 @@ def _row(found: Round, participants: int, accepted: int, refused: int) -> Row:
         refused=refused,
         seconds=seconds,
         aggregation=found.recipe,
+        paused=found.paused and found.closed_at is None,
+        rolled_back_to=found.rolled_back_to,
+        reason=found.reason,
     )
 
 
@@ -106,11 +118,21 @@ def table(rows: list[Row]) -> list[str]:
     for row in rows:
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
         counts = (row.participants, row.accepted, row.refused)
-        how = row.aggregation or ""
-        cells.append((row.cohort, row.round, row.status, *counts, seconds, how))
+        cells.append((row.cohort, row.round, row.status, *counts, seconds, _remarks(row)))
     width = max(len(cohort) for cohort, *_ in cells)
     return [
         f"{cohort:<{width}} {n:>5}  {status:<10} {devices:>8} {accepted:>9} {refused:>8} "
         f"{time:>9}  {how}".rstrip()
         for cohort, n, status, devices, accepted, refused, time, how in cells
     ]
+
+
+def _remarks(row: Row) -> str:
+    """How it is aggregated, and what is out of the ordinary."""
+    remarks = [row.aggregation or ""]
+    if row.rolled_back_to is not None:
+        remarks.append(f"from the start of round {row.rolled_back_to}")
+    if row.paused:
+        remarks.append("paused")
+    remarks.append(row.reason or "")
+    return "; ".join(remark for remark in remarks if remark)

@@ -15,6 +15,11 @@
   GATHER_SECONDS more, with as many as it wants updates of. Who takes part is settled then; others
   wait for a later round. It also closes as soon as the wanted updates are there, and refuses those
   that come after.
+* The administrator can pause: then no round begins or ends, and nobody is sent to train. Updates
+  are still accepted, so that no work is lost. After the pause the open round's clock starts again.
+* The administrator can abort the open round, and roll back to what an earlier one started from.
+  Its updates are dropped, and with a roll-back what the server optimizer remembers, too. A round
+  that is being aggregated meanwhile comes to nothing.
 * After a restart the open round goes on with the updates it has, and its clock starts again, since
   nobody could report while the coordinator was down. Otherwise clocks are monotonic: setting the
   machine's time ends no round.
@@ -28,6 +33,7 @@ round is closed to updates.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -38,7 +44,7 @@ from coordinator.aggregation import AggregationError, Contribution, Outcome, Rec
 from coordinator.selection import Selection
 from coordinator.state import Device, Round, Standing, State, Status, Update
 from edge_runtime import wire
-from edge_runtime.errors import StorageError
+from edge_runtime.errors import AdapterError, StorageError
 from protos import coordinator_pb2 as pb
 from protos import manifest_pb2
 
@@ -94,6 +100,14 @@ class Reason(StrEnum):
     FULL = "full"
 
 
+class RefusedCommandError(Exception):
+    """What the administrator wants cannot be done; the message is one line that says why."""
+
+
+class NoSuchRoundError(RefusedCommandError):
+    """There is no round of that number."""
+
+
 class RefusedUpdateError(Exception):
     """An update does not count; the message is one line that says why."""
 
@@ -112,7 +126,6 @@ class Rounds:
         self._manifest = manifest
         self._policy = policy
         self._report = report
-        self._finished = False
         self._stopping = False
         self._closing: int | None = None
         # When the open round's deadline is, by the monotonic clock.
@@ -130,14 +143,21 @@ class Rounds:
     async def run(self) -> None:
         """Runs until all rounds are over and delivered, or DELIVERY_SECONDS later."""
         await self._insist(self._resume)
-        while not self._finished:
+        while True:
             self._nudged.clear()
             while await self._insist(self._advance):
                 self._notify()
-            if not self._finished:
+            if not await self._insist(self._is_finished):
                 await self._wait_for_nudge(await self._insist(self._seconds_to_next))
-        self._notify()
-        await self._deliver()
+            elif await self._deliver():
+                return
+
+    async def reopened(self) -> None:
+        """Returns when there are rounds to run again after `run` has returned: when the
+        administrator has rolled back."""
+        while await self._insist(self._is_finished):
+            self._nudged.clear()
+            await self._wait_for_nudge(None)
 
     def stop(self) -> None:
         """Sends the devices that wait in a check-in away, to come back later."""
@@ -165,7 +185,6 @@ class Rounds:
                 return result
 
     async def _resume(self) -> None:
-        self._finished = self._is_finished()
         current = self._state.current()
         if current.status == Status.OPEN:
             deadline = self._start_clock()
@@ -175,10 +194,9 @@ class Rounds:
 
     async def _advance(self) -> bool:
         """Takes the next step if it is due. Returns whether there may be another one."""
-        self._finished = self._is_finished()
-        if self._finished:
-            return False
         current = self._state.current()
+        if self._is_over(current) or current.paused:
+            return False
         if current.status == Status.WAITING:
             return self._open(current)
         due = self._seconds_left(current) == 0
@@ -227,11 +245,18 @@ class Rounds:
         self._closing = current.number
         try:
             outcome = await asyncio.to_thread(self._close, current, updates)
+            if not self._is_still(current):
+                return
             generalist = wire.encode(self._manifest, outcome.generalist)
             self._state.aggregate(current.number, generalist, outcome.memory)
         except AggregationError as error:
-            self._abandon(current, updates, str(error))
+            if self._is_still(current):
+                self._abandon(current, updates, str(error))
             return
+        except AdapterError:
+            if self._is_still(current):
+                raise
+            return  # its files were deleted meanwhile
         finally:
             self._closing = None
         self._report(
@@ -262,19 +287,121 @@ class Rounds:
             memory=None if memory is None else (directory / memory).read_bytes(),
         )
 
-    def _abandon(self, current: Round, updates: list[Update], reason: str) -> None:
-        self._state.abandon(current.number)
+    def _is_still(self, closing: Round) -> bool:
+        """Whether the administrator let a round that is being aggregated go on."""
+        current = self._state.current()
+        return current.number == closing.number and not current.paused
+
+    def _abandon(
+        self, current: Round, updates: list[Update], reason: str, command: str | None = None
+    ) -> None:
+        self._state.abandon(current.number, reason, command=command)
+        self._report_abandoned(current, updates, reason)
+
+    def _report_abandoned(self, current: Round, updates: list[Update], reason: str) -> None:
         self._report(
             "round_abandoned",
             {"round": current.number, "updates": len(updates), "reason": reason},
         )
 
-    async def _deliver(self) -> None:
-        """Waits until the last round's participants have the final generalist."""
+    async def _deliver(self) -> bool:
+        """Waits until the last round's participants have the final generalist.
+
+        Returns:
+            Whether it is over: not if the administrator rolls back meanwhile.
+        """
         end = time.monotonic() + DELIVERY_SECONDS
-        while await self._insist(self._undelivered) and time.monotonic() < end:
+        while await self._insist(self._is_finished):
             self._nudged.clear()
+            if not await self._insist(self._undelivered) or time.monotonic() >= end:
+                return True
             await self._wait_for_nudge(end - time.monotonic())
+        return False
+
+    # What the administrator commands; durable on return
+
+    def pause(self) -> None:
+        """Keeps rounds from beginning and from ending, and devices from being sent to train."""
+        if not self._state.current().paused:
+            self._state.pause()
+            self._report("paused", {})
+
+    def resume(self) -> None:
+        """Ends a pause."""
+        if self._state.current().paused:
+            self._state.unpause(deadline=self._start_clock())
+            self._report("resumed", {})
+            self._wake()
+
+    def abort(self, reason: str, command: str) -> int:
+        """Abandons the open round and drops its updates; its number.
+
+        Args:
+            command: the same id for the same command, which is carried out once.
+
+        Raises:
+            RefusedCommandError: no round is open.
+        """
+        if (made := self._state.commanded(command)) is not None:
+            return made.number - 1
+        current = self._state.current()
+        if current.status != Status.OPEN:
+            raise RefusedCommandError("no round is open, so there is none to abort")
+        words = "aborted by the administrator"
+        updates = self._state.updates(current.number)
+        self._abandon(current, updates, f"{words}: {reason}" if reason else words, command)
+        self._wake()
+        return current.number
+
+    def roll_back(self, number: int, command: str) -> int:
+        """Goes back to the generalist that round `number` started from.
+
+        Args:
+            command: as in `abort`.
+
+        Returns:
+            The round that starts from it.
+
+        Raises:
+            RefusedCommandError: there is no such round, it is the current one, or its generalist
+                is missing or damaged.
+        """
+        if (made := self._state.commanded(command)) is not None:
+            return made.number
+        current, wanted = self._state.current(), self._state.round(number)
+        if wanted is None:
+            raise NoSuchRoundError(
+                f"there is no round {number} to roll back; the last one is {current.number}"
+            )
+        if number == current.number:
+            raise RefusedCommandError(
+                f"round {number} is the current one: nothing came of it that could be undone"
+            )
+        if not self._is_intact(wanted):
+            raise RefusedCommandError(
+                f"the generalist that round {number} started from is missing or damaged; choose "
+                "another round, or restore the state directory from a copy"
+            )
+        updates = self._state.updates(current.number)
+        reason = f"rolled back to the start of round {number} by the administrator"
+        self._state.roll_back(number, reason, command=command)
+        if current.status == Status.OPEN:
+            self._report_abandoned(current, updates, reason)
+        self._report("rolled_back", {"round": current.number + 1, "to": number})
+        self._wake()
+        return current.number + 1
+
+    def _is_intact(self, wanted: Round) -> bool:
+        try:
+            content = (self._state.directory / wanted.generalist_file).read_bytes()
+        except OSError:
+            return False
+        return hashlib.sha256(content).hexdigest() == wanted.generalist_sha256
+
+    def _wake(self) -> None:
+        """Has everybody who waits look again."""
+        self._nudged.set()
+        self._notify()
 
     # What devices ask
 
@@ -379,7 +506,8 @@ class Rounds:
 
     def delivered(self, device: str, number: int) -> None:
         """`device` has stored the generalist of round `number`."""
-        if self._finished and number == self._state.current().number:
+        current = self._state.current()
+        if self._is_over(current) and number == current.number:
             self._state.note_delivery(device, number)
             self._nudged.set()
 
@@ -387,11 +515,11 @@ class Rounds:
 
     def _answer(self, device: str) -> pb.CheckInReply:
         current = self._state.current()
-        if self._finished:
+        if self._is_over(current):
             return pb.CheckInReply(action=pb.CheckInReply.FINISH, round=current.number)
         left = self._seconds_left(current)
         wait = pb.CheckInReply(action=pb.CheckInReply.WAIT, retry_seconds=RETRY_SECONDS)
-        if not left:
+        if not left or current.paused:
             return wait
         standing = self._state.standing(current.number, device)
         if not self._is_wanted(standing, current.number):
@@ -405,6 +533,10 @@ class Rounds:
             training=self._policy.training,
             seconds_left=left,
         )
+
+    def _is_over(self, current: Round) -> bool:
+        """Whether all rounds have been run."""
+        return current.done >= self._policy.rounds
 
     def _is_wanted(self, standing: Standing, number: int) -> bool:
         """Whether an update of a device could still count in the open round."""
@@ -426,7 +558,7 @@ class Rounds:
 
     async def _undelivered(self) -> set[str]:
         """Participants of the last round that have not stored what came of it."""
-        last = self._state.aggregated_rounds()[-1]
+        last = self._state.last_aggregated()
         delivered = self._state.delivered(self._state.current().number)
         return self._state.participants(last) - delivered - self._state.revoked()
 
@@ -444,8 +576,8 @@ class Rounds:
         oldest = time.monotonic() - PRESENT_SECONDS
         return {device for device, heard in self._heard.items() if heard >= oldest}
 
-    def _is_finished(self) -> bool:
-        return len(self._state.aggregated_rounds()) >= self._policy.rounds
+    async def _is_finished(self) -> bool:
+        return self._is_over(self._state.current())
 
     def _start_clock(self) -> float:
         """The deadline of a round that opens or resumes now, in seconds since the epoch."""
@@ -460,9 +592,12 @@ class Rounds:
 
     async def _seconds_to_next(self) -> float | None:
         """Until the next step may be due though nothing happens; None if it cannot."""
+        current = self._state.current()
+        if current.paused:
+            return None
         if self._gathered_by is not None:
             return max(0.0, self._gathered_by - time.monotonic())
-        return self._seconds_left(self._state.current())
+        return self._seconds_left(current)
 
     def _notify(self) -> None:
         self._changed.set()

@@ -193,7 +193,13 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
         enrolment_port=bound_enrolment,
         authority=authority.der,
     )
-    admin = Admin(state=parts.state, callers=callers, address=address, report=parts.report)
+    admin = Admin(
+        state=parts.state,
+        rounds=parts.rounds,
+        callers=callers,
+        address=address,
+        report=parts.report,
+    )
     coordinator_pb2_grpc.add_CoordinatorServicer_to_server(parts.service(callers, authority), main)
     coordinator_pb2_grpc.add_AdminServicer_to_server(admin, main)
     coordinator_pb2_grpc.add_EnrolmentServicer_to_server(
@@ -280,22 +286,29 @@ def _stop_signals() -> asyncio.Event:
 
 async def _run(parts: _Parts, stopped: asyncio.Event) -> None:
     """Runs the rounds; returns when it is time to stop."""
-    course = asyncio.create_task(parts.rounds.run())
+    course = asyncio.create_task(_course(parts))
     waiting = asyncio.create_task(stopped.wait())
     try:
         await asyncio.wait({course, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if course.done():
             course.result()
-            traffic = parts.traffic
-            sizes = {"bytes_received": traffic.received, "bytes_sent": traffic.sent}
-            parts.report("finished", sizes)
-            if not parts.options.exit_when_done:
-                await waiting
     finally:
         parts.rounds.stop()
         for task in (course, waiting):
             task.cancel()
         await asyncio.gather(course, waiting, return_exceptions=True)
+
+
+async def _course(parts: _Parts) -> None:
+    """Runs the rounds, again after a roll-back; returns after the last one if that is asked for."""
+    while True:
+        await parts.rounds.run()
+        traffic = parts.traffic
+        sizes = {"bytes_received": traffic.received, "bytes_sent": traffic.sent}
+        parts.report("finished", sizes)
+        if parts.options.exit_when_done:
+            return
+        await parts.rounds.reopened()
 
 
 def _reached(host: str, names: Sequence[str]) -> str:

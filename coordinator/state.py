@@ -65,7 +65,7 @@ class Status(StrEnum):
     WAITING = "waiting"  # not begun: too few devices are here, or all rounds are over
     OPEN = "open"
     AGGREGATED = "aggregated"
-    ABANDONED = "abandoned"  # its deadline passed with too few updates
+    ABANDONED = "abandoned"  # it changed nothing; `Round.reason` says why
 
 
 class Base(DeclarativeBase):
@@ -130,6 +130,16 @@ class Round(Base):
     recipe: Mapped[str | None]
     """How it is aggregated, for people; None before it has begun."""
     closed_at: Mapped[float | None]
+    reason: Mapped[str | None]
+    """Why it was abandoned, for people."""
+    done: Mapped[int] = mapped_column(default=0)
+    """Aggregated rounds that went into the generalist that it starts from."""
+    paused: Mapped[bool] = mapped_column(default=False)
+    """By the administrator: it neither begins nor ends."""
+    rolled_back_to: Mapped[int | None]
+    """Round whose start it repeats, at the administrator's wish."""
+    command: Mapped[str | None] = mapped_column(unique=True)
+    """Id of the administrator's command that made it the current one."""
 
 
 def _of_a_round() -> ForeignKeyConstraint:
@@ -263,7 +273,16 @@ class State:
         with self._transaction() as session:
             known = session.get(Settings, self.cohort)
             if known is None:
-                session.add(self._round_from(1, Status.WAITING, generalist))
+                file, digest = self._write_generalist(1, generalist)
+                session.add(
+                    Round(
+                        cohort=self.cohort,
+                        number=1,
+                        status=Status.WAITING,
+                        generalist_file=file,
+                        generalist_sha256=digest,
+                    )
+                )
             elif known.contract_sha256 != settings.contract_sha256:
                 raise BundleError(
                     f"{self.directory} belongs to a bundle with another base or other shared "
@@ -393,20 +412,24 @@ class State:
     def current(self) -> Round:
         """The one round that is WAITING or OPEN."""
         with self._transaction() as session:
-            chosen = select(Round).where(Round.cohort == self.cohort, _ongoing())
-            return session.scalars(chosen).one()
+            return self._current(session)
 
     def round(self, number: int) -> Round | None:
         with self._transaction() as session:
             return session.get(Round, (self.cohort, number))
 
-    def aggregated_rounds(self) -> list[int]:
-        """Numbers of the rounds that ended in an average, in order."""
+    def commanded(self, command: str) -> Round | None:
+        """The round that the administrator's command of that id made the current one."""
         with self._transaction() as session:
-            aggregated = select(Round.number).where(
+            return session.scalar(select(Round).where(Round.command == command))
+
+    def last_aggregated(self) -> int:
+        """Number of the last round that ended in an average, 0 if none did."""
+        with self._transaction() as session:
+            aggregated = select(func.max(Round.number)).where(
                 Round.cohort == self.cohort, Round.status == Status.AGGREGATED
             )
-            return list(session.scalars(aggregated.order_by(Round.number)))
+            return session.scalar(aggregated) or 0
 
     def open(
         self, number: int, *, deadline: float, recipe: str, participants: Iterable[str]
@@ -427,27 +450,43 @@ class State:
             resumed.deadline = deadline
             resumed.recipe = recipe
 
+    def pause(self) -> None:
+        """Keeps the current round from beginning and from ending."""
+        with self._transaction() as session:
+            self._current(session).paused = True
+
+    def unpause(self, *, deadline: float) -> None:
+        """Ends a pause; a round that is open gets another deadline."""
+        with self._transaction() as session:
+            current = self._current(session)
+            current.paused = False
+            if current.status == Status.OPEN:
+                current.deadline = deadline
+
     def aggregate(self, number: int, generalist: bytes, memory: bytes | None) -> None:
         """Closes an open round. The next one, now waiting, starts from `generalist` and, with a
         server optimizer, from its `memory`."""
-        successor = self._round_from(number + 1, Status.WAITING, generalist)
-        if memory is not None:
-            digest = hashlib.sha256(memory).hexdigest()
-            successor.memory_file = f"{MEMORIES}/{number + 1}-{digest}.safetensors"
-            write_atomic(self.directory / successor.memory_file, memory)
+        file, digest = self._write_generalist(number + 1, generalist)
+        memory_file = None if memory is None else self._write_memory(number + 1, memory)
         with self._transaction() as session:
-            closed = session.get_one(Round, (self.cohort, number))
-            closed.status = Status.AGGREGATED
-            closed.closed_at = time.time()
-            session.add(successor)
+            closed = self._end(session, number, Status.AGGREGATED)
+            session.add(
+                Round(
+                    cohort=self.cohort,
+                    number=number + 1,
+                    status=Status.WAITING,
+                    generalist_file=file,
+                    generalist_sha256=digest,
+                    memory_file=memory_file,
+                    done=closed.done + 1,
+                )
+            )
         self._clean()
 
-    def abandon(self, number: int) -> None:
-        """Closes an open round; the next one, now waiting, starts from the same generalist."""
+    def abandon(self, number: int, reason: str, *, command: str | None = None) -> None:
+        """Ends the current round; the next one, now waiting, starts from the same generalist."""
         with self._transaction() as session:
-            abandoned = session.get_one(Round, (self.cohort, number))
-            abandoned.status = Status.ABANDONED
-            abandoned.closed_at = time.time()
+            abandoned = self._end(session, number, Status.ABANDONED, reason)
             session.add(
                 Round(
                     cohort=self.cohort,
@@ -456,6 +495,31 @@ class State:
                     generalist_file=abandoned.generalist_file,
                     generalist_sha256=abandoned.generalist_sha256,
                     memory_file=abandoned.memory_file,
+                    done=abandoned.done,
+                    paused=abandoned.paused,
+                    command=command,
+                )
+            )
+        self._clean()
+
+    def roll_back(self, to: int, reason: str, *, command: str) -> None:
+        """Abandons the current round; the next one, now waiting, starts from the generalist that
+        round `to` started from. The server optimizer begins anew."""
+        with self._transaction() as session:
+            number = self._current(session).number
+            abandoned = self._end(session, number, Status.ABANDONED, reason)
+            source = session.get_one(Round, (self.cohort, to))
+            session.add(
+                Round(
+                    cohort=self.cohort,
+                    number=number + 1,
+                    status=Status.WAITING,
+                    generalist_file=source.generalist_file,
+                    generalist_sha256=source.generalist_sha256,
+                    done=source.done,
+                    paused=abandoned.paused,
+                    rolled_back_to=to,
+                    command=command,
                 )
             )
         self._clean()
@@ -608,17 +672,30 @@ class State:
                     "one, or choose another --state"
                 )
 
-    def _round_from(self, number: int, status: Status, generalist: bytes) -> Round:
+    def _current(self, session: Session) -> Round:
+        chosen = select(Round).where(Round.cohort == self.cohort, _ongoing())
+        return session.scalars(chosen).one()
+
+    def _end(
+        self, session: Session, number: int, status: Status, reason: str | None = None
+    ) -> Round:
+        ended = session.get_one(Round, (self.cohort, number))
+        ended.status = status
+        ended.closed_at = time.time()
+        ended.reason = reason
+        return ended
+
+    def _write_generalist(self, number: int, generalist: bytes) -> tuple[str, str]:
+        """Path, below the state directory, and SHA-256 (hex) of what round `number` starts from."""
         digest = hashlib.sha256(generalist).hexdigest()
         relative = f"{GENERALISTS}/{number}-{digest}.safetensors"
         write_atomic(self.directory / relative, generalist)
-        return Round(
-            cohort=self.cohort,
-            number=number,
-            status=status,
-            generalist_file=relative,
-            generalist_sha256=digest,
-        )
+        return relative, digest
+
+    def _write_memory(self, number: int, memory: bytes) -> str:
+        relative = f"{MEMORIES}/{number}-{hashlib.sha256(memory).hexdigest()}.safetensors"
+        write_atomic(self.directory / relative, memory)
+        return relative
 
     def _in(self, rows: type[Participant | Update], number: int) -> ColumnElement[bool]:
         """Whether rows are of round `number`."""

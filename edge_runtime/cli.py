@@ -19,7 +19,10 @@ from edge_runtime.errors import ComigsError, MissingPartError
 # The commands of each entry point, and the extra that brings the packages that they need.
 COMMANDS = {
     "device": ("device", "predict", "plan", "doctor"),
-    "coordinator": ("serve", "rounds", "models", "audit", "invite", "revoke", "devices"),
+    "coordinator": (
+        *("serve", "rounds", "models", "audit", "invite", "revoke", "devices"),
+        *("pause", "resume", "abort", "rollback"),
+    ),
     "export": ("export",),
     "benchmarks": ("demo",),
 }

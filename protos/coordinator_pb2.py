@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/coordinator.proto\x12\tcomigs.v1\"p\n\nInvitation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\r\x12\x16\n\x0e\x65nrolment_port\x18\x05 \x01(\r\x12\x11\n\tauthority\x18\x06 \x01(\x0c\"\x83\x01\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.comigs.v1.SigningRequest\x12\x17\n\x0f\x63ontract_sha256\x18\x03 \x01(\t\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x10\n\x08protocol\x18\x05 \x01(\r\" \n\x0eSigningRequest\x12\x0e\n\x06pkcs10\x18\x01 \x01(\x0c\"\x1a\n\x0b\x43\x65rtificate\x12\x0b\n\x03pem\x18\x01 \x01(\t\"4\n\rInviteRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rvalid_seconds\x18\x02 \x01(\x01\"5\n\x0bInviteReply\x12\x12\n\ninvitation\x18\x01 \x01(\t\x12\x12\n\nexpires_at\x18\x02 \x01(\x01\"\x1d\n\rRevokeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\r\n\x0bRevokeReply\"\x14\n\x12ListDevicesRequest\";\n\x10ListDevicesReply\x12\'\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x16.comigs.v1.DeviceEntry\"\x86\x01\n\x0b\x44\x65viceEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x13\n\x0b\x65nrolled_at\x18\x03 \x01(\x01\x12\x13\n\x0bvalid_until\x18\x04 \x01(\x01\x12\x11\n\tlast_seen\x18\x05 \x01(\x01\x12\x12\n\nrevoked_at\x18\x06 \x01(\x01\x12\x0c\n\x04tier\x18\x07 \x01(\t\"N\n\x0e\x43heckInRequest\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x02\x12\x14\n\x0cstored_round\x18\x02 \x01(\r\x12\x10\n\x08protocol\x18\x03 \x01(\r\"\xfc\x01\n\x0c\x43heckInReply\x12.\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1e.comigs.v1.CheckInReply.Action\x12\r\n\x05round\x18\x02 \x01(\r\x12\x15\n\rretry_seconds\x18\x03 \x01(\x02\x12+\n\x08training\x18\x04 \x01(\x0b\x32\x19.comigs.v1.TrainingConfig\x12\x14\n\x0cseconds_left\x18\x05 \x01(\x02\x12\x10\n\x08protocol\x18\x06 \x01(\r\"A\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x08\n\x04WAIT\x10\x01\x12\t\n\x05TRAIN\x10\x02\x12\n\n\x06\x46INISH\x10\x03\"\xf4\x01\n\x0eTrainingConfig\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\x13\n\x0blocal_steps\x18\x02 \x01(\r\x12\x17\n\x0f\x62\x61tch_sequences\x18\x03 \x01(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x02\x12\x18\n\x10\x66inal_rate_share\x18\x05 \x01(\x02\x12\x1c\n\x14router_learning_rate\x18\x06 \x01(\x02\x12\x14\n\x0cweight_decay\x18\x07 \x01(\x02\x12\r\n\x05\x62\x65ta1\x18\x08 \x01(\x02\x12\r\n\x05\x62\x65ta2\x18\t \x01(\x02\x12\x0b\n\x03tau\x18\n \x01(\r\x12\x14\n\x0crouter_steps\x18\x0b \x01(\r\"0\n\x0f\x44ownloadRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\":\n\x05\x43hunk\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"b\n\x0cUploadHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"O\n\nUploadPart\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.comigs.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"#\n\x11UploadOffsetReply\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"/\n\x0bUploadReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t2G\n\tEnrolment\x12:\n\x06\x45nroll\x12\x18.comigs.v1.EnrollRequest\x1a\x16.comigs.v1.Certificate2\xc6\x02\n\x0b\x43oordinator\x12=\n\x07\x43heckIn\x12\x19.comigs.v1.CheckInRequest\x1a\x17.comigs.v1.CheckInReply\x12:\n\x08\x44ownload\x12\x1a.comigs.v1.DownloadRequest\x1a\x10.comigs.v1.Chunk0\x01\x12\x39\n\x06Upload\x12\x15.comigs.v1.UploadPart\x1a\x16.comigs.v1.UploadReply(\x01\x12\x45\n\x0cUploadOffset\x12\x17.comigs.v1.UploadHeader\x1a\x1c.comigs.v1.UploadOffsetReply\x12:\n\x05Renew\x12\x19.comigs.v1.SigningRequest\x1a\x16.comigs.v1.Certificate2\xca\x01\n\x05\x41\x64min\x12:\n\x06Invite\x12\x18.comigs.v1.InviteRequest\x1a\x16.comigs.v1.InviteReply\x12:\n\x06Revoke\x12\x18.comigs.v1.RevokeRequest\x1a\x16.comigs.v1.RevokeReply\x12I\n\x0bListDevices\x12\x1d.comigs.v1.ListDevicesRequest\x1a\x1b.comigs.v1.ListDevicesReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/coordinator.proto\x12\tcomigs.v1\"p\n\nInvitation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\r\x12\x16\n\x0e\x65nrolment_port\x18\x05 \x01(\r\x12\x11\n\tauthority\x18\x06 \x01(\x0c\"\x83\x01\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.comigs.v1.SigningRequest\x12\x17\n\x0f\x63ontract_sha256\x18\x03 \x01(\t\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x10\n\x08protocol\x18\x05 \x01(\r\" \n\x0eSigningRequest\x12\x0e\n\x06pkcs10\x18\x01 \x01(\x0c\"\x1a\n\x0b\x43\x65rtificate\x12\x0b\n\x03pem\x18\x01 \x01(\t\"4\n\rInviteRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rvalid_seconds\x18\x02 \x01(\x01\"5\n\x0bInviteReply\x12\x12\n\ninvitation\x18\x01 \x01(\t\x12\x12\n\nexpires_at\x18\x02 \x01(\x01\"\x1d\n\rRevokeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\r\n\x0bRevokeReply\"\x14\n\x12ListDevicesRequest\";\n\x10ListDevicesReply\x12\'\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x16.comigs.v1.DeviceEntry\"\x86\x01\n\x0b\x44\x65viceEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x13\n\x0b\x65nrolled_at\x18\x03 \x01(\x01\x12\x13\n\x0bvalid_until\x18\x04 \x01(\x01\x12\x11\n\tlast_seen\x18\x05 \x01(\x01\x12\x12\n\nrevoked_at\x18\x06 \x01(\x01\x12\x0c\n\x04tier\x18\x07 \x01(\t\"\x0e\n\x0cPauseRequest\"\x0c\n\nPauseReply\"\x0f\n\rResumeRequest\"\r\n\x0bResumeReply\"/\n\x0c\x41\x62ortRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x02 \x01(\t\"\x1b\n\nAbortReply\x12\r\n\x05round\x18\x01 \x01(\r\"1\n\x0fRollBackRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0f\n\x07\x63ommand\x18\x02 \x01(\t\"\x1e\n\rRollBackReply\x12\r\n\x05round\x18\x01 \x01(\r\"N\n\x0e\x43heckInRequest\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x02\x12\x14\n\x0cstored_round\x18\x02 \x01(\r\x12\x10\n\x08protocol\x18\x03 \x01(\r\"\xfc\x01\n\x0c\x43heckInReply\x12.\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1e.comigs.v1.CheckInReply.Action\x12\r\n\x05round\x18\x02 \x01(\r\x12\x15\n\rretry_seconds\x18\x03 \x01(\x02\x12+\n\x08training\x18\x04 \x01(\x0b\x32\x19.comigs.v1.TrainingConfig\x12\x14\n\x0cseconds_left\x18\x05 \x01(\x02\x12\x10\n\x08protocol\x18\x06 \x01(\r\"A\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x08\n\x04WAIT\x10\x01\x12\t\n\x05TRAIN\x10\x02\x12\n\n\x06\x46INISH\x10\x03\"\xf4\x01\n\x0eTrainingConfig\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\x13\n\x0blocal_steps\x18\x02 \x01(\r\x12\x17\n\x0f\x62\x61tch_sequences\x18\x03 \x01(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x02\x12\x18\n\x10\x66inal_rate_share\x18\x05 \x01(\x02\x12\x1c\n\x14router_learning_rate\x18\x06 \x01(\x02\x12\x14\n\x0cweight_decay\x18\x07 \x01(\x02\x12\r\n\x05\x62\x65ta1\x18\x08 \x01(\x02\x12\r\n\x05\x62\x65ta2\x18\t \x01(\x02\x12\x0b\n\x03tau\x18\n \x01(\r\x12\x14\n\x0crouter_steps\x18\x0b \x01(\r\"0\n\x0f\x44ownloadRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\":\n\x05\x43hunk\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"b\n\x0cUploadHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"O\n\nUploadPart\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.comigs.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"#\n\x11UploadOffsetReply\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"/\n\x0bUploadReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t2G\n\tEnrolment\x12:\n\x06\x45nroll\x12\x18.comigs.v1.EnrollRequest\x1a\x16.comigs.v1.Certificate2\xc6\x02\n\x0b\x43oordinator\x12=\n\x07\x43heckIn\x12\x19.comigs.v1.CheckInRequest\x1a\x17.comigs.v1.CheckInReply\x12:\n\x08\x44ownload\x12\x1a.comigs.v1.DownloadRequest\x1a\x10.comigs.v1.Chunk0\x01\x12\x39\n\x06Upload\x12\x15.comigs.v1.UploadPart\x1a\x16.comigs.v1.UploadReply(\x01\x12\x45\n\x0cUploadOffset\x12\x17.comigs.v1.UploadHeader\x1a\x1c.comigs.v1.UploadOffsetReply\x12:\n\x05Renew\x12\x19.comigs.v1.SigningRequest\x1a\x16.comigs.v1.Certificate2\xba\x03\n\x05\x41\x64min\x12:\n\x06Invite\x12\x18.comigs.v1.InviteRequest\x1a\x16.comigs.v1.InviteReply\x12:\n\x06Revoke\x12\x18.comigs.v1.RevokeRequest\x1a\x16.comigs.v1.RevokeReply\x12I\n\x0bListDevices\x12\x1d.comigs.v1.ListDevicesRequest\x1a\x1b.comigs.v1.ListDevicesReply\x12\x37\n\x05Pause\x12\x17.comigs.v1.PauseRequest\x1a\x15.comigs.v1.PauseReply\x12:\n\x06Resume\x12\x18.comigs.v1.ResumeRequest\x1a\x16.comigs.v1.ResumeReply\x12\x37\n\x05\x41\x62ort\x12\x17.comigs.v1.AbortRequest\x1a\x15.comigs.v1.AbortReply\x12@\n\x08RollBack\x12\x1a.comigs.v1.RollBackRequest\x1a\x18.comigs.v1.RollBackReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,30 +53,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTDEVICESREPLY']._serialized_end=585
   _globals['_DEVICEENTRY']._serialized_start=588
   _globals['_DEVICEENTRY']._serialized_end=722
-  _globals['_CHECKINREQUEST']._serialized_start=724
-  _globals['_CHECKINREQUEST']._serialized_end=802
-  _globals['_CHECKINREPLY']._serialized_start=805
-  _globals['_CHECKINREPLY']._serialized_end=1057
-  _globals['_CHECKINREPLY_ACTION']._serialized_start=992
-  _globals['_CHECKINREPLY_ACTION']._serialized_end=1057
-  _globals['_TRAININGCONFIG']._serialized_start=1060
-  _globals['_TRAININGCONFIG']._serialized_end=1304
-  _globals['_DOWNLOADREQUEST']._serialized_start=1306
-  _globals['_DOWNLOADREQUEST']._serialized_end=1354
-  _globals['_CHUNK']._serialized_start=1356
-  _globals['_CHUNK']._serialized_end=1414
-  _globals['_UPLOADHEADER']._serialized_start=1416
-  _globals['_UPLOADHEADER']._serialized_end=1514
-  _globals['_UPLOADPART']._serialized_start=1516
-  _globals['_UPLOADPART']._serialized_end=1595
-  _globals['_UPLOADOFFSETREPLY']._serialized_start=1597
-  _globals['_UPLOADOFFSETREPLY']._serialized_end=1632
-  _globals['_UPLOADREPLY']._serialized_start=1634
-  _globals['_UPLOADREPLY']._serialized_end=1681
-  _globals['_ENROLMENT']._serialized_start=1683
-  _globals['_ENROLMENT']._serialized_end=1754
-  _globals['_COORDINATOR']._serialized_start=1757
-  _globals['_COORDINATOR']._serialized_end=2083
-  _globals['_ADMIN']._serialized_start=2086
-  _globals['_ADMIN']._serialized_end=2288
+  _globals['_PAUSEREQUEST']._serialized_start=724
+  _globals['_PAUSEREQUEST']._serialized_end=738
+  _globals['_PAUSEREPLY']._serialized_start=740
+  _globals['_PAUSEREPLY']._serialized_end=752
+  _globals['_RESUMEREQUEST']._serialized_start=754
+  _globals['_RESUMEREQUEST']._serialized_end=769
+  _globals['_RESUMEREPLY']._serialized_start=771
+  _globals['_RESUMEREPLY']._serialized_end=784
+  _globals['_ABORTREQUEST']._serialized_start=786
+  _globals['_ABORTREQUEST']._serialized_end=833
+  _globals['_ABORTREPLY']._serialized_start=835
+  _globals['_ABORTREPLY']._serialized_end=862
+  _globals['_ROLLBACKREQUEST']._serialized_start=864
+  _globals['_ROLLBACKREQUEST']._serialized_end=913
+  _globals['_ROLLBACKREPLY']._serialized_start=915
+  _globals['_ROLLBACKREPLY']._serialized_end=945
+  _globals['_CHECKINREQUEST']._serialized_start=947
+  _globals['_CHECKINREQUEST']._serialized_end=1025
+  _globals['_CHECKINREPLY']._serialized_start=1028
+  _globals['_CHECKINREPLY']._serialized_end=1280
+  _globals['_CHECKINREPLY_ACTION']._serialized_start=1215
+  _globals['_CHECKINREPLY_ACTION']._serialized_end=1280
+  _globals['_TRAININGCONFIG']._serialized_start=1283
+  _globals['_TRAININGCONFIG']._serialized_end=1527
+  _globals['_DOWNLOADREQUEST']._serialized_start=1529
+  _globals['_DOWNLOADREQUEST']._serialized_end=1577
+  _globals['_CHUNK']._serialized_start=1579
+  _globals['_CHUNK']._serialized_end=1637
+  _globals['_UPLOADHEADER']._serialized_start=1639
+  _globals['_UPLOADHEADER']._serialized_end=1737
+  _globals['_UPLOADPART']._serialized_start=1739
+  _globals['_UPLOADPART']._serialized_end=1818
+  _globals['_UPLOADOFFSETREPLY']._serialized_start=1820
+  _globals['_UPLOADOFFSETREPLY']._serialized_end=1855
+  _globals['_UPLOADREPLY']._serialized_start=1857
+  _globals['_UPLOADREPLY']._serialized_end=1904
+  _globals['_ENROLMENT']._serialized_start=1906
+  _globals['_ENROLMENT']._serialized_end=1977
+  _globals['_COORDINATOR']._serialized_start=1980
+  _globals['_COORDINATOR']._serialized_end=2306
+  _globals['_ADMIN']._serialized_start=2309
+  _globals['_ADMIN']._serialized_end=2751
 # @@protoc_insertion_point(module_scope)

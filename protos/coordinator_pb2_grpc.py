@@ -383,6 +383,26 @@ class AdminStub:
                 request_serializer=protos_dot_coordinator__pb2.ListDevicesRequest.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.ListDevicesReply.FromString,
                 _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/comigs.v1.Admin/Pause',
+                request_serializer=protos_dot_coordinator__pb2.PauseRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.PauseReply.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/comigs.v1.Admin/Resume',
+                request_serializer=protos_dot_coordinator__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.ResumeReply.FromString,
+                _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/comigs.v1.Admin/Abort',
+                request_serializer=protos_dot_coordinator__pb2.AbortRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.AbortReply.FromString,
+                _registered_method=True)
+        self.RollBack = channel.unary_unary(
+                '/comigs.v1.Admin/RollBack',
+                request_serializer=protos_dot_coordinator__pb2.RollBackRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.RollBackReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -411,6 +431,37 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pause(self, request, context):
+        """From now on no round begins or ends, and no device is sent to train. Updates of the open round
+        are still accepted. Nothing happens if that is so already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Ends a pause; the clock of the open round starts again. Nothing happens if there is no pause.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abort(self, request, context):
+        """Abandons the open round and drops its updates. FAILED_PRECONDITION if no round is open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBack(self, request, context):
+        """Abandons the current round and drops its updates; the next one starts from an earlier
+        generalist. NOT_FOUND if there is no such round, FAILED_PRECONDITION if it is the current one
+        or its generalist is missing or damaged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -428,6 +479,26 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ListDevices,
                     request_deserializer=protos_dot_coordinator__pb2.ListDevicesRequest.FromString,
                     response_serializer=protos_dot_coordinator__pb2.ListDevicesReply.SerializeToString,
+            ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=protos_dot_coordinator__pb2.PauseRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.PauseReply.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=protos_dot_coordinator__pb2.ResumeRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.ResumeReply.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=protos_dot_coordinator__pb2.AbortRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.AbortReply.SerializeToString,
+            ),
+            'RollBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBack,
+                    request_deserializer=protos_dot_coordinator__pb2.RollBackRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.RollBackReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -512,6 +583,114 @@ class Admin:
             '/comigs.v1.Admin/ListDevices',
             protos_dot_coordinator__pb2.ListDevicesRequest.SerializeToString,
             protos_dot_coordinator__pb2.ListDevicesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/comigs.v1.Admin/Pause',
+            protos_dot_coordinator__pb2.PauseRequest.SerializeToString,
+            protos_dot_coordinator__pb2.PauseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/comigs.v1.Admin/Resume',
+            protos_dot_coordinator__pb2.ResumeRequest.SerializeToString,
+            protos_dot_coordinator__pb2.ResumeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/comigs.v1.Admin/Abort',
+            protos_dot_coordinator__pb2.AbortRequest.SerializeToString,
+            protos_dot_coordinator__pb2.AbortReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/comigs.v1.Admin/RollBack',
+            protos_dot_coordinator__pb2.RollBackRequest.SerializeToString,
+            protos_dot_coordinator__pb2.RollBackReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -185,6 +185,19 @@ class AdminStub:
     """
     ListDevices: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ListDevicesRequest, _coordinator_pb2.ListDevicesReply]
     """All devices that ever enrolled, in the order of their names."""
+    Pause: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PauseRequest, _coordinator_pb2.PauseReply]
+    """From now on no round begins or ends, and no device is sent to train. Updates of the open round
+    are still accepted. Nothing happens if that is so already.
+    """
+    Resume: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ResumeRequest, _coordinator_pb2.ResumeReply]
+    """Ends a pause; the clock of the open round starts again. Nothing happens if there is no pause."""
+    Abort: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.AbortRequest, _coordinator_pb2.AbortReply]
+    """Abandons the open round and drops its updates. FAILED_PRECONDITION if no round is open."""
+    RollBack: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RollBackRequest, _coordinator_pb2.RollBackReply]
+    """Abandons the current round and drops its updates; the next one starts from an earlier
+    generalist. NOT_FOUND if there is no such round, FAILED_PRECONDITION if it is the current one
+    or its generalist is missing or damaged.
+    """
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -199,6 +212,19 @@ class AdminAsyncStub(AdminStub):
     """
     ListDevices: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ListDevicesRequest, _coordinator_pb2.ListDevicesReply]  # type: ignore[assignment]
     """All devices that ever enrolled, in the order of their names."""
+    Pause: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PauseRequest, _coordinator_pb2.PauseReply]  # type: ignore[assignment]
+    """From now on no round begins or ends, and no device is sent to train. Updates of the open round
+    are still accepted. Nothing happens if that is so already.
+    """
+    Resume: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ResumeRequest, _coordinator_pb2.ResumeReply]  # type: ignore[assignment]
+    """Ends a pause; the clock of the open round starts again. Nothing happens if there is no pause."""
+    Abort: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.AbortRequest, _coordinator_pb2.AbortReply]  # type: ignore[assignment]
+    """Abandons the open round and drops its updates. FAILED_PRECONDITION if no round is open."""
+    RollBack: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RollBackRequest, _coordinator_pb2.RollBackReply]  # type: ignore[assignment]
+    """Abandons the current round and drops its updates; the next one starts from an earlier
+    generalist. NOT_FOUND if there is no such round, FAILED_PRECONDITION if it is the current one
+    or its generalist is missing or damaged.
+    """
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     """For administrators: their certificate is required."""
@@ -228,5 +254,42 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.ListDevicesReply, _abc.Awaitable[_coordinator_pb2.ListDevicesReply]]:
         """All devices that ever enrolled, in the order of their names."""
+
+    @_abc_1.abstractmethod
+    def Pause(
+        self,
+        request: _coordinator_pb2.PauseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.PauseReply, _abc.Awaitable[_coordinator_pb2.PauseReply]]:
+        """From now on no round begins or ends, and no device is sent to train. Updates of the open round
+        are still accepted. Nothing happens if that is so already.
+        """
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _coordinator_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ResumeReply, _abc.Awaitable[_coordinator_pb2.ResumeReply]]:
+        """Ends a pause; the clock of the open round starts again. Nothing happens if there is no pause."""
+
+    @_abc_1.abstractmethod
+    def Abort(
+        self,
+        request: _coordinator_pb2.AbortRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.AbortReply, _abc.Awaitable[_coordinator_pb2.AbortReply]]:
+        """Abandons the open round and drops its updates. FAILED_PRECONDITION if no round is open."""
+
+    @_abc_1.abstractmethod
+    def RollBack(
+        self,
+        request: _coordinator_pb2.RollBackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.RollBackReply, _abc.Awaitable[_coordinator_pb2.RollBackReply]]:
+        """Abandons the current round and drops its updates; the next one starts from an earlier
+        generalist. NOT_FOUND if there is no such round, FAILED_PRECONDITION if it is the current one
+        or its generalist is missing or damaged.
+        """
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -35,7 +35,8 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
         "accepted": 0,
         "refused": 0,
     }
-    assert rows(state) == [waiting | {"seconds": None, "aggregation": None}]
+    quiet = {"paused": False, "rolled_back_to": None, "reason": None}
+    assert rows(state) == [waiting | {"seconds": None, "aggregation": None} | quiet]
 
     join_round(*trio)
     start = trio[0].download(1)
@@ -44,7 +45,7 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
     (one,) = rows(state)
     counts = {"participants": 3, "accepted": 1, "refused": 1}
     how = {"aggregation": "median, clipped to 9"}
-    opened = waiting | {"status": "open", "seconds": None} | counts | how
+    opened = waiting | {"status": "open", "seconds": None} | counts | how | quiet
     assert one | {"seconds": None} == opened
     assert one["seconds"] > 0
     assert trio[1].upload(header(1), train(bundle, start, 1, 1)).accepted
@@ -63,6 +64,7 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
     assert abandoned["status"] == "abandoned"
     assert abandoned["aggregation"] == "mean", "as it was started the last time"
     assert abandoned["seconds"] > 0.5
+    assert abandoned["reason"] == "too few updates at its deadline"
     assert third["status"] == "waiting"
 
     text = listed(state)
@@ -75,6 +77,7 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
         *("default", "1", "aggregated", "3", "2", "1", f"{first['seconds']:.1f}"),
         *("median,", "clipped", "to", "9"),
     ]
+    assert lines[2].endswith("mean; too few updates at its deadline")
     assert lines[3].split() == ["default", "3", "waiting", "0", "0", "0"]
 
 
