@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
     bench = typer.Typer(no_args_is_help=True, help="Measure programs beside what else there is.")
     bench.command("train")(bench_train)
+    bench.command("decode")(bench_decode)
     bench.command("coordinator")(bench_coordinator)
     app.add_typer(bench, name="bench")
 
@@ -107,6 +108,49 @@ def bench_train(
         emit(dict(result))
     else:
         messages.print(train_step.table(result))
+
+
+def bench_decode(
+    base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2",
+    weights: Annotated[str, typer.Option(help="random or pretrained.")] = "random",
+    prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 64,
+    engines: EnginesOption = "onnxruntime,onnxruntime:int8,executorch",
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Beside other engines; see benchmarks/peers/README.md.")
+    ] = False,
+    peers_python: Annotated[
+        Path, typer.Option(help="Python of the environment that has them.")
+    ] = Path(".venv-peers/bin/python"),
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    turns: Annotated[int, typer.Option(min=4, help="Timed turns, and starts, of each.")] = 10,
+    cache: CacheOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Time suggestions, taking turns: prefill, decode, first suggestion, cost of adapters."""
+    check_weights(weights)
+    contestants = _contestants(engines)
+    from benchmarks import decode
+
+    with messages.status("loading the base") as status, _wrong_usage("--prompt"):
+        result = decode.run(
+            base_name=base,
+            random_weights=weights == "random",
+            prompt=prompt,
+            tokens=tokens,
+            contestants=contestants,
+            peers_python=peers_python if peers else None,
+            threads=threads,
+            count=turns,
+            cache=cache,
+            progress=status.update,
+        )
+    if output is Format.JSON:
+        emit(dict(result))
+        return
+    messages.print(decode.table(result))
+    for lack in result["missing"]:
+        messages.print(f"without {lack['engine']} {lack['weights']}: {lack['why']}", markup=False)
 
 
 def bench_coordinator(
