@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Headings of `comigs serve --help`.
 AGGREGATION = "Aggregation"
 SELECTION = "Selection"
+PRIVACY = "Privacy"
 
 
 def _device_names(names: list[str]) -> list[str]:
@@ -149,6 +150,30 @@ def serve(
         int | None,
         typer.Option(help="Of the selection; drawn if not given.", rich_help_panel=SELECTION),
     ] = None,
+    secure_aggregation: Annotated[
+        bool,
+        typer.Option(
+            "--secure-aggregation",
+            help="Only the sum of all updates can be read, by nobody any single one.",
+            rich_help_panel=PRIVACY,
+        ),
+    ] = False,
+    secure_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the devices that has to stay until the sum is known.",
+            show_default="0.75",
+            rich_help_panel=PRIVACY,
+        ),
+    ] = None,
+    stage_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Longest stage of secure aggregation, after training.",
+            show_default="60",
+            rich_help_panel=PRIVACY,
+        ),
+    ] = None,
     training: Annotated[
         Path | None, typer.Option(help="How devices train: TrainingConfig as JSON.")
     ] = None,
@@ -177,6 +202,7 @@ def serve(
 ) -> None:
     """Runs rounds in which devices exchange the generalist, and nothing else."""
     # Imported here: the other commands must not wait for gRPC and SQLAlchemy.
+    from coordinator import privacy
     from coordinator.aggregation import choose
     from coordinator.rounds import Policy
     from coordinator.selection import select
@@ -198,6 +224,15 @@ def serve(
             },
         )
         selection = select(devices_per_round, over_selection, seed, min_devices=min_devices)
+        masking = privacy.mask(
+            secure_aggregation,
+            staying=secure_threshold,
+            stage_seconds=stage_seconds,
+            recipe=recipe,
+            selection=selection,
+            min_devices=min_devices,
+            insecure=insecure,
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:
@@ -215,6 +250,7 @@ def serve(
             deadline_seconds=deadline,
             recipe=recipe,
             selection=selection,
+            masking=masking,
             training=config,
         ),
         enrolment_port=enrolment_port,
@@ -515,6 +551,7 @@ TEXTS = {
     "update_accepted": "round {round}: {device} reported ({bytes} bytes)",
     "update_refused": "round {round}: refused an update of {device}: {reason}",
     "upload_broken": "round {round}: an upload of {device} broke: {reason}",
+    "masking_began": "round {round}: {devices} devices mask their updates",
     "round_closed": "round {round}: aggregated {updates} updates{clipping} after {seconds:.1f} s",
     "round_abandoned": "round {round}: abandoned with {updates} updates: {reason}",
     "storage_failed": "nothing can be stored for now, and devices try again: {reason}",

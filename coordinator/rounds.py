@@ -40,9 +40,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from coordinator.aggregation import AggregationError, Contribution, Outcome, Recipe, aggregate
+from coordinator.aggregation import (
+    AggregationError,
+    Contribution,
+    Outcome,
+    Recipe,
+    aggregate,
+    conclude_sum,
+)
+from coordinator.secure_aggregation import Masking, SecureAggregation, over
 from coordinator.selection import Selection
-from coordinator.state import Device, Round, Standing, State, Status, Update
+from coordinator.state import Device, MaskingMember, Round, Standing, State, Status, Update
 from edge_runtime import wire
 from edge_runtime.errors import AdapterError, StorageError
 from protos import coordinator_pb2 as pb
@@ -86,6 +94,8 @@ class Policy:
     recipe: Recipe
     selection: Selection | None
     """None: every device takes part."""
+    masking: Masking | None
+    """None: updates come as they are."""
     training: pb.TrainingConfig
 
 
@@ -98,6 +108,7 @@ class Reason(StrEnum):
     ANOTHER = "another"  # of the same device was accepted before
     NO_PART = "no_part"
     FULL = "full"
+    MASKING = "masking"  # no masked step of this device was asked for then
 
 
 class RefusedCommandError(Exception):
@@ -120,12 +131,23 @@ class Rounds:
     """The course of the rounds. One event loop, one instance per State."""
 
     def __init__(
-        self, *, state: State, manifest: manifest_pb2.Manifest, policy: Policy, report: Report
+        self,
+        *,
+        state: State,
+        manifest: manifest_pb2.Manifest,
+        policy: Policy,
+        report: Report,
+        masked: SecureAggregation | None = None,
     ) -> None:
+        """
+        Args:
+            masked: None: updates come as they are.
+        """
         self._state = state
         self._manifest = manifest
         self._policy = policy
         self._report = report
+        self._masked = masked
         self._stopping = False
         self._closing: int | None = None
         # When the open round's deadline is, by the monotonic clock.
@@ -189,8 +211,14 @@ class Rounds:
         if current.status == Status.OPEN:
             deadline = self._start_clock()
             self._state.resume(current.number, deadline=deadline, recipe=str(self._policy.recipe))
-            updates = len(self._state.updates(current.number))
-            self._report("round_resumed", {"round": current.number, "updates": updates})
+            updates = self._state.updates(current.number)
+            fields = {"round": current.number, "updates": len(updates)}
+            self._report("round_resumed", fields)
+            group = self._state.masking_group(current.number)
+            masked = self._masked is not None
+            if masked != (group is not None) and (group or updates):
+                reason = "it began with another --secure-aggregation than it was resumed with"
+                self._abandon(current, updates, reason)
 
     async def _advance(self) -> bool:
         """Takes the next step if it is due. Returns whether there may be another one."""
@@ -199,6 +227,8 @@ class Rounds:
             return False
         if current.status == Status.WAITING:
             return self._open(current)
+        if self._masked is not None:
+            return await self._advance_masked(self._masked, current)
         due = self._seconds_left(current) == 0
         enough = self._state.count_updates(current.number) >= self._policy.min_devices
         if enough and (due or self._is_complete(current.number)):
@@ -209,6 +239,36 @@ class Rounds:
             self._abandon(current, updates, "too few updates at its deadline")
             return True
         return False
+
+    async def _advance_masked(self, masked: SecureAggregation, current: Round) -> bool:
+        """Likewise, with secure aggregation: it begins when training is over."""
+        number = current.number
+        gone = self._state.unreliable(number)
+        group = self._state.masking_group(number)
+        try:
+            if group is None:
+                return self._settle(masked, current)
+            if not masked.is_unmasked(group, gone):
+                return masked.advance(group, gone)
+        except AggregationError as error:
+            self._abandon(current, self._state.updates(number), str(error))
+            return True
+        await self._aggregate(current, self._state.updates(number))
+        return True
+
+    def _settle(self, masked: SecureAggregation, current: Round) -> bool:
+        """Lets those who have trained begin with secure aggregation, if it is time."""
+        number = current.number
+        trained = masked.advertised(number) - self._state.revoked()
+        due = self._seconds_left(current) == 0
+        enough = len(trained) >= self._policy.min_devices
+        if enough and (due or self._is_complete(number)):
+            masked.settle(number, trained)
+            self._report("masking_began", {"round": number, "devices": len(trained)})
+            return True
+        if due:
+            self._abandon(current, [], "too few devices had trained at its deadline")
+        return due
 
     def _open(self, waiting: Round) -> bool:
         participants = self._gather(waiting.number)
@@ -272,12 +332,22 @@ class Rounds:
     def _close(self, current: Round, updates: list[Update]) -> Outcome:
         directory = self._state.directory
         memory = current.memory_file
+        incoming = wire.decode(self._manifest, (directory / current.generalist_file).read_bytes())
+        if self._masked is not None:
+            summed = self._masked.total(current.number, updates)
+            return conclude_sum(
+                self._manifest,
+                self._policy.recipe,
+                incoming=incoming,
+                total=summed.total,
+                divisor=summed.devices,
+                clipped=summed.clipped,
+                memory=None if memory is None else (directory / memory).read_bytes(),
+            )
         return aggregate(
             self._manifest,
             self._policy.recipe,
-            incoming=wire.decode(
-                self._manifest, (directory / current.generalist_file).read_bytes()
-            ),
+            incoming=incoming,
             contributions=[
                 Contribution(
                     device=update.device, path=directory / update.file, tokens=update.tokens
@@ -330,6 +400,8 @@ class Rounds:
         """Ends a pause."""
         if self._state.current().paused:
             self._state.unpause(deadline=self._start_clock())
+            if self._masked is not None:
+                self._masked.start_clock()
             self._report("resumed", {})
             self._wake()
 
@@ -455,7 +527,11 @@ class Rounds:
             raise RefusedUpdateError(
                 f"this device takes no part in round {header.round}", Reason.NO_PART
             )
-        if self._is_full(header.round):
+        if self._masked is not None:
+            problem = self._masked.check_upload(device, header.round, header.total_bytes)
+            if problem is not None:
+                raise RefusedUpdateError(problem, Reason.MASKING)
+        elif self._is_full(header.round):
             raise RefusedUpdateError(
                 f"round {header.round} has all the updates that it wanted", Reason.FULL
             )
@@ -483,6 +559,27 @@ class Rounds:
             {"round": header.round, "device": device.name, "bytes": header.total_bytes},
         )
         self._nudged.set()
+
+    async def aggregate(self, device: Device, request: pb.AggregateRequest) -> pb.AggregateReply:
+        """A step of `device` in secure aggregation; held back while the reply is to wait.
+
+        Raises:
+            RefusedStepError: the step is not what was asked for; the round goes on without it.
+        """
+        assert self._masked is not None, "the service refuses it otherwise"
+        end = time.monotonic() + min(max(0.0, request.wait_seconds), MAX_WAIT_SECONDS)
+        if self._takes_part(device.id, request.round):
+            self._masked.take(device, request)
+            self._nudged.set()
+        while True:
+            changed = self._changed
+            if not self._takes_part(device.id, request.round):
+                return over()
+            reply = self._masked.answer(device.id, request)
+            left = end - time.monotonic()
+            if not reply.HasField("wait") or left <= 0 or self._stopping:
+                return reply
+            await _wait(changed, left)
 
     def refuse(self, device: Device, number: int, error: RefusedUpdateError) -> None:
         """Records a refused update; the round goes on without it."""
@@ -532,6 +629,16 @@ class Rounds:
             retry_seconds=RETRY_SECONDS,
             training=self._policy.training,
             seconds_left=left,
+            secure_aggregation=self._masked is not None,
+        )
+
+    def _takes_part(self, device: str, number: int) -> bool:
+        """Whether the round is open, not being closed, and `device` is one of its participants."""
+        current = self._state.current()
+        return (
+            number == current.number != self._closing
+            and current.status == Status.OPEN
+            and device in self._state.participants(number)
         )
 
     def _is_over(self, current: Round) -> bool:
@@ -544,17 +651,26 @@ class Rounds:
             return False
         if self._policy.selection and not standing.participates:
             return False
+        if self._state.masking_group(number) is not None:
+            return False
         return standing.sha256 is None and not standing.refused
 
     def _is_full(self, number: int) -> bool:
         """Whether the round has as many updates as it wants."""
         selection = self._policy.selection
-        return selection is not None and self._state.count_updates(number) >= selection.wanted
+        if selection is None:
+            return False
+        if self._masked is not None:
+            return len(self._masked.advertised(number)) >= selection.wanted
+        return self._state.count_updates(number) >= selection.wanted
 
     def _is_complete(self, number: int) -> bool:
         """Whether the round has the updates that it should have before it closes early."""
         returning = self._policy.selection is None
-        return self._is_full(number) or not self._state.misses_any(number, returning=returning)
+        done = Update if self._masked is None else MaskingMember
+        return self._is_full(number) or not self._state.misses_any(
+            number, returning=returning, done=done
+        )
 
     async def _undelivered(self) -> set[str]:
         """Participants of the last round that have not stored what came of it."""
@@ -597,6 +713,9 @@ class Rounds:
             return None
         if self._gathered_by is not None:
             return max(0.0, self._gathered_by - time.monotonic())
+        group = self._state.masking_group(current.number)
+        if group is not None and self._masked is not None:
+            return self._masked.seconds_left(group)
         return self._seconds_left(current)
 
     def _notify(self) -> None:

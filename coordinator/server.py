@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography import x509
 from google.protobuf import json_format
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from coordinator import cohorts
 from coordinator.admin import Address, Admin
+from coordinator.aggregation.updates import Layout
 from coordinator.audit import COORDINATOR, AuditLog, Auditor
 from coordinator.callers import Callers
 from coordinator.calls import Calls
 from coordinator.enrolment import Enrolment
 from coordinator.rounds import Policy, Report, Rounds, to_all
+from coordinator.secure_aggregation import SecureAggregation
 from coordinator.service import Service
 from coordinator.state import Settings, State
 from coordinator.tls import ADMIN_FILE, Authority, administrator, subject_of
@@ -90,7 +93,13 @@ async def serve(options: Options, report: Report) -> None:
         report = to_all(report, auditor.observe)
         state = whole.of(cohorts.name_of(bundle.manifest))
         state.begin(_settings(options.policy, contract_sha256(bundle.manifest)), generalist)
-        rounds = Rounds(state=state, manifest=bundle.manifest, policy=options.policy, report=report)
+        rounds = Rounds(
+            state=state,
+            manifest=bundle.manifest,
+            policy=options.policy,
+            report=report,
+            masked=_masked(options, state, bundle.manifest),
+        )
         parts = _Parts(
             options=options,
             host=host,
@@ -125,6 +134,20 @@ def _settings(policy: Policy, contract: str) -> Settings:
     )
 
 
+def _masked(
+    options: Options, state: State, manifest: manifest_pb2.Manifest
+) -> SecureAggregation | None:
+    if options.policy.masking is None:
+        return None
+    authority = Authority.open(options.state, options.certificate_lifetime)
+    return SecureAggregation(
+        state=state,
+        masking=options.policy.masking,
+        size=Layout(manifest).size,
+        authority=x509.load_der_x509_certificate(authority.der),
+    )
+
+
 @dataclass(frozen=True)
 class _Parts:
     """What the services are made of."""
@@ -154,6 +177,7 @@ class _Parts:
             callers=callers,
             authority=authority,
             manifest=self.manifest,
+            masked=self.options.policy.masking is not None,
             traffic=self.traffic,
             report=self.report,
         )

@@ -12,6 +12,7 @@ import grpc
 
 from coordinator.callers import Callers, common_protocol, storage_errors
 from coordinator.rounds import RefusedUpdateError, Report, Rounds
+from coordinator.secure_aggregation import RefusedStepError
 from coordinator.state import State
 from coordinator.tls import Authority, RefusedRequestError, requested_key
 from coordinator.uploads import BrokenUploadError, Uploads
@@ -41,17 +42,23 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         callers: Callers,
         authority: Authority | None,
         manifest: manifest_pb2.Manifest,
+        masked: bool,
         traffic: Traffic,
         report: Report,
     ) -> None:
+        """
+        Args:
+            masked: whether updates come by secure aggregation only.
+        """
         self._state = state
         self._rounds = rounds
         self._callers = callers
         self._authority = authority
         self._manifest = manifest
+        self._masked = masked
         self._traffic = traffic
         self._report = report
-        self._uploads = Uploads(state=state, manifest=manifest, traffic=traffic)
+        self._uploads = Uploads(state=state, manifest=manifest, traffic=traffic, masked=masked)
 
     async def CheckIn(self, request: pb.CheckInRequest, context: Context) -> pb.CheckInReply:  # noqa: N802
         self._traffic.receive(request)
@@ -124,6 +131,21 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             else:
                 offset = self._uploads.offset(device.id, request)
             return self._traffic.send(pb.UploadOffsetReply(offset=offset))
+
+    async def Aggregate(  # noqa: N802
+        self, request: pb.AggregateRequest, context: Context
+    ) -> pb.AggregateReply:
+        self._traffic.receive(request)
+        async with storage_errors(context, self._report), self._callers.device(context) as device:
+            if not self._masked:
+                await context.abort(
+                    grpc.StatusCode.FAILED_PRECONDITION, "rounds are without secure aggregation"
+                )
+            try:
+                return self._traffic.send(await self._rounds.aggregate(device, request))
+            except RefusedStepError as error:
+                self._rounds.refuse(device, request.round, RefusedUpdateError(str(error)))
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     async def Renew(self, request: pb.SigningRequest, context: Context) -> pb.Certificate:  # noqa: N802
         self._traffic.receive(request)

@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -27,6 +27,7 @@ from sqlalchemy import (
     ColumnElement,
     ForeignKey,
     ForeignKeyConstraint,
+    Select,
     create_engine,
     delete,
     event,
@@ -193,6 +194,45 @@ class Refusal(Base):
     device: Mapped[str] = mapped_column(ForeignKey(Device.id))
     reason: Mapped[str]
     time: Mapped[float]
+
+
+class MaskingStage(StrEnum):
+    SHARE = "share"
+    MASK = "mask"
+    UNMASK = "unmask"
+
+
+class MaskingGroup(Base):
+    """Who takes part in a round's secure aggregation, once that is settled."""
+
+    __tablename__ = "masking_groups"
+    __table_args__ = (_of_a_round(),)
+
+    cohort: Mapped[str] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    stage: Mapped[str]
+    """A MaskingStage."""
+    degree: Mapped[int]
+    """Of the graph of neighbours."""
+    terms: Mapped[bytes]
+    """What all are told: a MaskingGroup of protos/ without `index` and `neighbours`."""
+
+
+class MaskingMember(Base):
+    """A device that advertised keys. Deleted once the round is over, like MaskingGroup."""
+
+    __tablename__ = "masking_members"
+    __table_args__ = (_of_a_round(),)
+
+    cohort: Mapped[str] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    device: Mapped[str] = mapped_column(ForeignKey(Device.id), primary_key=True)
+    number: Mapped[int | None]
+    """In the group; None before it is settled."""
+    keys: Mapped[bytes]
+    """KeyAdvertisement; below: OutgoingShares and RevealedShares, None before they came."""
+    shares: Mapped[bytes | None]
+    revealed: Mapped[bytes | None]
 
 
 class Settings(Base):
@@ -549,18 +589,25 @@ class State:
             refused, sha256 = session.execute(both).one()
         return Standing(participates=refused is not None, refused=bool(refused), sha256=sha256)
 
-    def misses_any(self, number: int, *, returning: bool) -> bool:
+    def misses_any(
+        self,
+        number: int,
+        *,
+        returning: bool,
+        done: type[Update | MaskingMember] = Update,
+    ) -> bool:
         """Whether a participant of the round is yet to report or, if they are `returning`, a device
         that reported in the previous round and that round was aggregated.
 
         Devices are not missed that had an update refused, or are revoked or in another cohort now.
+
+        Args:
+            done: what there is of a device that is not missed.
         """
 
         def missed(device: InstrumentedAttribute[str]) -> ColumnElement[bool]:
             here = Device.revoked_at.is_(None) & (Device.cohort == self.cohort)
-            reported = select(Update.device).where(
-                self._in(Update, number), Update.device == device
-            )
+            reported = select(done.device).where(self._in(done, number), done.device == device)
             refused = select(Participant.device).where(
                 self._in(Participant, number), Participant.device == device, Participant.refused
             )
@@ -658,6 +705,89 @@ class State:
             if participant is not None:
                 participant.refused = True
 
+    # Secure aggregation
+
+    def unreliable(self, number: int) -> set[str]:
+        """Devices that the round does not wait for: revoked, or something of them was refused."""
+        refused = select(Participant.device).where(
+            self._in(Participant, number), Participant.refused
+        )
+        with self._transaction() as session:
+            return set(session.scalars(refused)) | self.revoked()
+
+    def advertise(self, number: int, device: str, keys: bytes) -> None:
+        """Notes a device's keys for the round, in the place of earlier ones."""
+        with self._transaction() as session:
+            session.merge(MaskingMember(cohort=self.cohort, round=number, device=device, keys=keys))
+
+    def masking_group(self, number: int) -> MaskingGroup | None:
+        """None while the round's group is not settled."""
+        with self._transaction() as session:
+            return session.get(MaskingGroup, (self.cohort, number))
+
+    def masking_members(self, number: int) -> list[MaskingMember]:
+        """Those who advertised keys, in the order of device ids."""
+        with self._transaction() as session:
+            chosen = self._masking_members(number).order_by(MaskingMember.device)
+            return list(session.scalars(chosen))
+
+    def masking_numbers(self, number: int, *, said: str = "keys") -> dict[str, int | None]:
+        """Device -> its number in the group, None before it is settled.
+
+        Args:
+            said: which devices: those that sent "keys", "shares" or "revealed" shares.
+        """
+        column = getattr(MaskingMember, said)
+        with self._transaction() as session:
+            chosen = self._masking_members(number).where(column.is_not(None))
+            columns = chosen.with_only_columns(MaskingMember.device, MaskingMember.number)
+            return {device: given for device, given in session.execute(columns)}
+
+    def settle(
+        self,
+        number: int,
+        numbers: Mapping[str, int],
+        *,
+        degree: int,
+        terms: bytes,
+    ) -> None:
+        """Begins secure aggregation with the devices in `numbers`; forgets others' keys."""
+        with self._transaction() as session:
+            session.add(
+                MaskingGroup(
+                    cohort=self.cohort,
+                    round=number,
+                    stage=MaskingStage.SHARE,
+                    degree=degree,
+                    terms=terms,
+                )
+            )
+            for member in session.scalars(self._masking_members(number)):
+                if member.device in numbers:
+                    member.number = numbers[member.device]
+                else:
+                    session.delete(member)
+
+    def set_masking_stage(self, number: int, stage: MaskingStage) -> None:
+        with self._transaction() as session:
+            session.get_one(MaskingGroup, (self.cohort, number)).stage = stage
+
+    def add_masking_shares(self, number: int, device: str, shares: bytes) -> None:
+        with self._transaction() as session:
+            session.get_one(MaskingMember, (self.cohort, number, device)).shares = shares
+
+    def add_revealed_shares(self, number: int, device: str, revealed: bytes) -> None:
+        with self._transaction() as session:
+            session.get_one(MaskingMember, (self.cohort, number, device)).revealed = revealed
+
+    def _masking_members(self, number: int) -> Select[MaskingMember]:
+        return select(MaskingMember).where(self._in(MaskingMember, number))
+
+    def _forget_masking(self, session: Session, number: int) -> None:
+        """Deletes what secure aggregation of a round that is over has left."""
+        session.execute(delete(MaskingMember).where(self._in(MaskingMember, number)))
+        session.execute(delete(MaskingGroup).where(self._in(MaskingGroup, number)))
+
     # The inside
 
     def _check_schema(self) -> None:
@@ -683,6 +813,7 @@ class State:
         ended.status = status
         ended.closed_at = time.time()
         ended.reason = reason
+        self._forget_masking(session, number)
         return ended
 
     def _write_generalist(self, number: int, generalist: bytes) -> tuple[str, str]:
@@ -697,7 +828,9 @@ class State:
         write_atomic(self.directory / relative, memory)
         return relative
 
-    def _in(self, rows: type[Participant | Update], number: int) -> ColumnElement[bool]:
+    def _in(
+        self, rows: type[Participant | Update | MaskingMember | MaskingGroup], number: int
+    ) -> ColumnElement[bool]:
         """Whether rows are of round `number`."""
         return (rows.cohort == self.cohort) & (rows.round == number)
 

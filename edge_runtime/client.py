@@ -227,6 +227,19 @@ class Client(Closing):
 
         return self.traffic.receive(self._connection.retry(attempt))
 
+    def aggregate(self, request: pb.AggregateRequest) -> pb.AggregateReply:
+        """A step of secure aggregation; the coordinator may take `request.wait_seconds` (at most
+        30) to answer. Repeating one is harmless."""
+
+        def attempt() -> pb.AggregateReply:
+            return self._stub.Aggregate(
+                self.traffic.send(request),
+                timeout=CALL_SECONDS + request.wait_seconds,
+                metadata=self._metadata,
+            )
+
+        return self.traffic.receive(self._connection.retry(attempt))
+
     def _upload_offset(self, header: pb.UploadHeader) -> int:
         reply = self._stub.UploadOffset(
             self.traffic.send(header), timeout=CALL_SECONDS, metadata=self._metadata

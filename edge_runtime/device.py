@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edge_runtime import planner, wire
+from edge_runtime.adapters import Vectors
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 from edge_runtime.data import Batches, Tokens, load_tokenizer, read_splits, tokenize
@@ -23,6 +26,7 @@ from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
 from edge_runtime.identity import Identity
 from edge_runtime.measure import peak_bytes
 from edge_runtime.planner import Plan
+from edge_runtime.secure_aggregation import Session
 from edge_runtime.store import DeviceConfig, Home, Progress
 from edge_runtime.training import Evaluator, Trainer, TrainingState
 from protos import coordinator_pb2 as pb
@@ -30,6 +34,8 @@ from protos import coordinator_pb2 as pb
 # Held-out text looked at after each round for the learning curve, in tokens.
 CURVE_TOKENS = 2048
 CHECK_IN_SECONDS = 10.0
+# How long a call of secure aggregation is held open at most.
+MASKING_WAIT_SECONDS = 20.0
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -59,6 +65,8 @@ class Device:
     state: TrainingState = field(init=False)
     progress: Progress = field(init=False)
     tokens: dict[str, Tokens] = field(init=False)
+    # Round, and the generalist that it started from, if this process has received it.
+    _incoming: tuple[int, Vectors] | None = field(init=False, default=None)
     _trainer: Trainer | None = field(init=False, default=None)
     _evaluator: Evaluator | None = field(init=False, default=None)
     _step_seconds: list[float] = field(init=False, default_factory=list)
@@ -131,14 +139,72 @@ class Device:
             round=reply.round,
             tokens=steps * reply.training.batch_sequences * self._length,
         )
-        answer = client.upload(header, wire.encode(self.bundle.manifest, self.state.vectors))
+        if reply.secure_aggregation:
+            accepted, reason = self._report_masked(client, header)
+        else:
+            answer = client.upload(header, wire.encode(self.bundle.manifest, self.state.vectors))
+            accepted, reason = answer.accepted, answer.reason
         self.progress.uploaded = True
         self._save()
-        event = "uploaded" if answer.accepted else "refused"
-        self.report({"event": event, "round": reply.round, "reason": answer.reason})
+        event = "uploaded" if accepted else "refused"
+        self.report({"event": event, "round": reply.round, "reason": reason})
+
+    def _report_masked(self, client: Client, header: pb.UploadHeader) -> tuple[bool, str]:
+        """Reports the round's step by secure aggregation.
+
+        Returns:
+            Whether it was accepted and, if not, why.
+
+        Raises:
+            RefusedError: the coordinator does not keep to the protocol.
+        """
+        if not isinstance(client.who, Identity):
+            raise RefusedError(
+                "the coordinator wants secure aggregation, for which devices must be known to each "
+                "other; enrol with an invitation instead of --insecure"
+            )
+        number = header.round
+        incoming = self._incoming
+        if incoming is None or incoming[0] != number:  # this process did not receive it
+            incoming = number, self._download(client, number)
+        roles = wire.shared_roles(self.bundle.manifest)
+        step = np.concatenate([self.state.vectors[role] - incoming[1][role] for role in roles])
+        session = Session(client.who, number)
+        request = pb.AggregateRequest(round=number, keys=session.advertisement)
+        accepted = False
+        while True:
+            request.wait_seconds = MASKING_WAIT_SECONDS
+            reply = client.aggregate(request)
+            request = pb.AggregateRequest(round=number)
+            match reply.WhichOneof("next"):
+                case "share":
+                    request.shares.CopyFrom(session.share(reply.share))
+                case "mask":
+                    try:
+                        payload = session.mask(reply.mask, step)
+                    except ValueError as error:
+                        return False, str(error)
+                    answer = client.upload(header, payload)
+                    if not answer.accepted:
+                        return False, answer.reason
+                    accepted = True
+                    self.report({"event": "masked", "round": number})
+                case "unmask":
+                    request.revealed.CopyFrom(session.unmask(reply.unmask))
+                case "wait":
+                    time.sleep(0.2)  # a coordinator that is stopping answers at once
+                case _:
+                    return accepted, reply.over.reason
 
     def _receive(self, client: Client, number: int) -> None:
         """Takes over the generalist that round `number` starts from."""
+        received = self._download(client, number)
+        for role, vector in received.items():
+            # In place: the programs are bound to this memory.
+            self.state.vectors[role][...] = vector
+        self._incoming = number, received
+
+    def _download(self, client: Client, number: int) -> Vectors:
         payload = client.download(
             number,
             self.home.path / "download.partial",
@@ -148,10 +214,8 @@ class Device:
             received = wire.decode(self.bundle.manifest, payload)
         except AdapterError as error:
             raise RefusedError(f"the coordinator sent an unusable generalist: {error}") from error
-        for role, vector in received.items():
-            # In place: the programs are bound to this memory.
-            self.state.vectors[role][...] = vector
         self.report({"event": "downloaded", "round": number, "bytes": len(payload)})
+        return received
 
     def _start_round(self, number: int, config: pb.TrainingConfig) -> None:
         if not self.progress.curve:

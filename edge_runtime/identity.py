@@ -84,6 +84,11 @@ def public_key_of(key: str) -> ec.EllipticCurvePublicKey:
     return _private(key).public_key()
 
 
+def sign(key: str, message: bytes) -> bytes:
+    """ECDSA with SHA-256, DER."""
+    return _private(key).sign(message, ec.ECDSA(hashes.SHA256()))
+
+
 def signing_request(key: str, name: str) -> bytes:
     """PKCS #10 request (DER) for a certificate of `key` under `name`."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])

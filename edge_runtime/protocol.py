@@ -35,6 +35,8 @@ MOST_BYTES = {
     "UploadOffsetReply": KIB,
     "UploadPart": CHUNK_BYTES + KIB,
     "UploadReply": 4 * KIB,
+    "AggregateRequest": 64 * KIB,
+    "AggregateReply": CHUNK_BYTES + KIB,
     "InviteRequest": KIB,
     "InviteReply": 16 * KIB,
     "RevokeRequest": KIB,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/coordinator.proto\x12\tcomigs.v1\"p\n\nInvitation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\r\x12\x16\n\x0e\x65nrolment_port\x18\x05 \x01(\r\x12\x11\n\tauthority\x18\x06 \x01(\x0c\"\x83\x01\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.comigs.v1.SigningRequest\x12\x17\n\x0f\x63ontract_sha256\x18\x03 \x01(\t\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x10\n\x08protocol\x18\x05 \x01(\r\" \n\x0eSigningRequest\x12\x0e\n\x06pkcs10\x18\x01 \x01(\x0c\"\x1a\n\x0b\x43\x65rtificate\x12\x0b\n\x03pem\x18\x01 \x01(\t\"4\n\rInviteRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rvalid_seconds\x18\x02 \x01(\x01\"5\n\x0bInviteReply\x12\x12\n\ninvitation\x18\x01 \x01(\t\x12\x12\n\nexpires_at\x18\x02 \x01(\x01\"\x1d\n\rRevokeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\r\n\x0bRevokeReply\"\x14\n\x12ListDevicesRequest\";\n\x10ListDevicesReply\x12\'\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x16.comigs.v1.DeviceEntry\"\x86\x01\n\x0b\x44\x65viceEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x13\n\x0b\x65nrolled_at\x18\x03 \x01(\x01\x12\x13\n\x0bvalid_until\x18\x04 \x01(\x01\x12\x11\n\tlast_seen\x18\x05 \x01(\x01\x12\x12\n\nrevoked_at\x18\x06 \x01(\x01\x12\x0c\n\x04tier\x18\x07 \x01(\t\"\x0e\n\x0cPauseRequest\"\x0c\n\nPauseReply\"\x0f\n\rResumeRequest\"\r\n\x0bResumeReply\"/\n\x0c\x41\x62ortRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x02 \x01(\t\"\x1b\n\nAbortReply\x12\r\n\x05round\x18\x01 \x01(\r\"1\n\x0fRollBackRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0f\n\x07\x63ommand\x18\x02 \x01(\t\"\x1e\n\rRollBackReply\x12\r\n\x05round\x18\x01 \x01(\r\"N\n\x0e\x43heckInRequest\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x02\x12\x14\n\x0cstored_round\x18\x02 \x01(\r\x12\x10\n\x08protocol\x18\x03 \x01(\r\"\xfc\x01\n\x0c\x43heckInReply\x12.\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1e.comigs.v1.CheckInReply.Action\x12\r\n\x05round\x18\x02 \x01(\r\x12\x15\n\rretry_seconds\x18\x03 \x01(\x02\x12+\n\x08training\x18\x04 \x01(\x0b\x32\x19.comigs.v1.TrainingConfig\x12\x14\n\x0cseconds_left\x18\x05 \x01(\x02\x12\x10\n\x08protocol\x18\x06 \x01(\r\"A\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x08\n\x04WAIT\x10\x01\x12\t\n\x05TRAIN\x10\x02\x12\n\n\x06\x46INISH\x10\x03\"\xf4\x01\n\x0eTrainingConfig\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\x13\n\x0blocal_steps\x18\x02 \x01(\r\x12\x17\n\x0f\x62\x61tch_sequences\x18\x03 \x01(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x02\x12\x18\n\x10\x66inal_rate_share\x18\x05 \x01(\x02\x12\x1c\n\x14router_learning_rate\x18\x06 \x01(\x02\x12\x14\n\x0cweight_decay\x18\x07 \x01(\x02\x12\r\n\x05\x62\x65ta1\x18\x08 \x01(\x02\x12\r\n\x05\x62\x65ta2\x18\t \x01(\x02\x12\x0b\n\x03tau\x18\n \x01(\r\x12\x14\n\x0crouter_steps\x18\x0b \x01(\r\"0\n\x0f\x44ownloadRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\":\n\x05\x43hunk\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"b\n\x0cUploadHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"O\n\nUploadPart\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.comigs.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"#\n\x11UploadOffsetReply\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"/\n\x0bUploadReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t2G\n\tEnrolment\x12:\n\x06\x45nroll\x12\x18.comigs.v1.EnrollRequest\x1a\x16.comigs.v1.Certificate2\xc6\x02\n\x0b\x43oordinator\x12=\n\x07\x43heckIn\x12\x19.comigs.v1.CheckInRequest\x1a\x17.comigs.v1.CheckInReply\x12:\n\x08\x44ownload\x12\x1a.comigs.v1.DownloadRequest\x1a\x10.comigs.v1.Chunk0\x01\x12\x39\n\x06Upload\x12\x15.comigs.v1.UploadPart\x1a\x16.comigs.v1.UploadReply(\x01\x12\x45\n\x0cUploadOffset\x12\x17.comigs.v1.UploadHeader\x1a\x1c.comigs.v1.UploadOffsetReply\x12:\n\x05Renew\x12\x19.comigs.v1.SigningRequest\x1a\x16.comigs.v1.Certificate2\xba\x03\n\x05\x41\x64min\x12:\n\x06Invite\x12\x18.comigs.v1.InviteRequest\x1a\x16.comigs.v1.InviteReply\x12:\n\x06Revoke\x12\x18.comigs.v1.RevokeRequest\x1a\x16.comigs.v1.RevokeReply\x12I\n\x0bListDevices\x12\x1d.comigs.v1.ListDevicesRequest\x1a\x1b.comigs.v1.ListDevicesReply\x12\x37\n\x05Pause\x12\x17.comigs.v1.PauseRequest\x1a\x15.comigs.v1.PauseReply\x12:\n\x06Resume\x12\x18.comigs.v1.ResumeRequest\x1a\x16.comigs.v1.ResumeReply\x12\x37\n\x05\x41\x62ort\x12\x17.comigs.v1.AbortRequest\x1a\x15.comigs.v1.AbortReply\x12@\n\x08RollBack\x12\x1a.comigs.v1.RollBackRequest\x1a\x18.comigs.v1.RollBackReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/coordinator.proto\x12\tcomigs.v1\"p\n\nInvitation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\r\x12\x16\n\x0e\x65nrolment_port\x18\x05 \x01(\r\x12\x11\n\tauthority\x18\x06 \x01(\x0c\"\x83\x01\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.comigs.v1.SigningRequest\x12\x17\n\x0f\x63ontract_sha256\x18\x03 \x01(\t\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x10\n\x08protocol\x18\x05 \x01(\r\" \n\x0eSigningRequest\x12\x0e\n\x06pkcs10\x18\x01 \x01(\x0c\"\x1a\n\x0b\x43\x65rtificate\x12\x0b\n\x03pem\x18\x01 \x01(\t\"4\n\rInviteRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rvalid_seconds\x18\x02 \x01(\x01\"5\n\x0bInviteReply\x12\x12\n\ninvitation\x18\x01 \x01(\t\x12\x12\n\nexpires_at\x18\x02 \x01(\x01\"\x1d\n\rRevokeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\r\n\x0bRevokeReply\"\x14\n\x12ListDevicesRequest\";\n\x10ListDevicesReply\x12\'\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x16.comigs.v1.DeviceEntry\"\x86\x01\n\x0b\x44\x65viceEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x13\n\x0b\x65nrolled_at\x18\x03 \x01(\x01\x12\x13\n\x0bvalid_until\x18\x04 \x01(\x01\x12\x11\n\tlast_seen\x18\x05 \x01(\x01\x12\x12\n\nrevoked_at\x18\x06 \x01(\x01\x12\x0c\n\x04tier\x18\x07 \x01(\t\"\x0e\n\x0cPauseRequest\"\x0c\n\nPauseReply\"\x0f\n\rResumeRequest\"\r\n\x0bResumeReply\"/\n\x0c\x41\x62ortRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x02 \x01(\t\"\x1b\n\nAbortReply\x12\r\n\x05round\x18\x01 \x01(\r\"1\n\x0fRollBackRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0f\n\x07\x63ommand\x18\x02 \x01(\t\"\x1e\n\rRollBackReply\x12\r\n\x05round\x18\x01 \x01(\r\"N\n\x0e\x43heckInRequest\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x02\x12\x14\n\x0cstored_round\x18\x02 \x01(\r\x12\x10\n\x08protocol\x18\x03 \x01(\r\"\x98\x02\n\x0c\x43heckInReply\x12.\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1e.comigs.v1.CheckInReply.Action\x12\r\n\x05round\x18\x02 \x01(\r\x12\x15\n\rretry_seconds\x18\x03 \x01(\x02\x12+\n\x08training\x18\x04 \x01(\x0b\x32\x19.comigs.v1.TrainingConfig\x12\x14\n\x0cseconds_left\x18\x05 \x01(\x02\x12\x10\n\x08protocol\x18\x06 \x01(\r\x12\x1a\n\x12secure_aggregation\x18\x07 \x01(\x08\"A\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x08\n\x04WAIT\x10\x01\x12\t\n\x05TRAIN\x10\x02\x12\n\n\x06\x46INISH\x10\x03\"\xf4\x01\n\x0eTrainingConfig\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\x13\n\x0blocal_steps\x18\x02 \x01(\r\x12\x17\n\x0f\x62\x61tch_sequences\x18\x03 \x01(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x02\x12\x18\n\x10\x66inal_rate_share\x18\x05 \x01(\x02\x12\x1c\n\x14router_learning_rate\x18\x06 \x01(\x02\x12\x14\n\x0cweight_decay\x18\x07 \x01(\x02\x12\r\n\x05\x62\x65ta1\x18\x08 \x01(\x02\x12\r\n\x05\x62\x65ta2\x18\t \x01(\x02\x12\x0b\n\x03tau\x18\n \x01(\r\x12\x14\n\x0crouter_steps\x18\x0b \x01(\r\"0\n\x0f\x44ownloadRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\":\n\x05\x43hunk\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"b\n\x0cUploadHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"O\n\nUploadPart\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.comigs.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"#\n\x11UploadOffsetReply\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"\xc8\x01\n\x10\x41ggregateRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x14\n\x0cwait_seconds\x18\x02 \x01(\x02\x12+\n\x04keys\x18\x03 \x01(\x0b\x32\x1b.comigs.v1.KeyAdvertisementH\x00\x12+\n\x06shares\x18\x04 \x01(\x0b\x32\x19.comigs.v1.OutgoingSharesH\x00\x12-\n\x08revealed\x18\x05 \x01(\x0b\x32\x19.comigs.v1.RevealedSharesH\x00\x42\x06\n\x04step\"\xe9\x01\n\x0e\x41ggregateReply\x12(\n\x04wait\x18\x01 \x01(\x0b\x32\x18.comigs.v1.AggregateWaitH\x00\x12(\n\x05share\x18\x02 \x01(\x0b\x32\x17.comigs.v1.MaskingGroupH\x00\x12)\n\x04mask\x18\x03 \x01(\x0b\x32\x19.comigs.v1.IncomingSharesH\x00\x12&\n\x06unmask\x18\x04 \x01(\x0b\x32\x14.comigs.v1.UnmaskingH\x00\x12(\n\x04over\x18\x05 \x01(\x0b\x32\x18.comigs.v1.AggregateOverH\x00\x42\x06\n\x04next\"\x0f\n\rAggregateWait\"\x1f\n\rAggregateOver\x12\x0e\n\x06reason\x18\x01 \x01(\t\"d\n\x10KeyAdvertisement\x12\x16\n\x0e\x65ncryption_key\x18\x01 \x01(\x0c\x12\x10\n\x08mask_key\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"\xb1\x01\n\x0cMaskingGroup\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\nneighbours\x18\x02 \x03(\x0b\x32\x14.comigs.v1.Neighbour\x12\x11\n\tthreshold\x18\x03 \x01(\r\x12\x0f\n\x07\x64\x65vices\x18\x04 \x01(\r\x12\x15\n\rleast_devices\x18\x05 \x01(\r\x12-\n\x0cquantization\x18\x06 \x01(\x0b\x32\x17.comigs.v1.Quantization\"E\n\tNeighbour\x12\r\n\x05index\x18\x01 \x01(\r\x12)\n\x04keys\x18\x02 \x01(\x0b\x32\x1b.comigs.v1.KeyAdvertisement\"Z\n\x0cQuantization\x12\r\n\x05\x62ound\x18\x01 \x01(\x01\x12\x0e\n\x06levels\x18\x02 \x01(\r\x12\x11\n\tclip_norm\x18\x03 \x01(\x08\x12\x18\n\x10noise_multiplier\x18\x04 \x01(\x01\"P\n\x0eOutgoingShares\x12\x12\n\ncommitment\x18\x01 \x01(\x0c\x12*\n\x06shares\x18\x02 \x03(\x0b\x32\x1a.comigs.v1.EncryptedShares\"0\n\x0f\x45ncryptedShares\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06sealed\x18\x02 \x01(\x0c\"<\n\x0eIncomingShares\x12*\n\x06shares\x18\x01 \x03(\x0b\x32\x1a.comigs.v1.EncryptedShares\",\n\tUnmasking\x12\x0e\n\x06summed\x18\x01 \x03(\r\x12\x0f\n\x07\x64ropped\x18\x02 \x03(\r\"a\n\x0eRevealedShares\x12\'\n\x05seeds\x18\x01 \x03(\x0b\x32\x18.comigs.v1.RevealedShare\x12&\n\x04keys\x18\x02 \x03(\x0b\x32\x18.comigs.v1.RevealedShare\"-\n\rRevealedShare\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05share\x18\x02 \x01(\x0c\"/\n\x0bUploadReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t2G\n\tEnrolment\x12:\n\x06\x45nroll\x12\x18.comigs.v1.EnrollRequest\x1a\x16.comigs.v1.Certificate2\x8b\x03\n\x0b\x43oordinator\x12=\n\x07\x43heckIn\x12\x19.comigs.v1.CheckInRequest\x1a\x17.comigs.v1.CheckInReply\x12:\n\x08\x44ownload\x12\x1a.comigs.v1.DownloadRequest\x1a\x10.comigs.v1.Chunk0\x01\x12\x39\n\x06Upload\x12\x15.comigs.v1.UploadPart\x1a\x16.comigs.v1.UploadReply(\x01\x12\x45\n\x0cUploadOffset\x12\x17.comigs.v1.UploadHeader\x1a\x1c.comigs.v1.UploadOffsetReply\x12\x43\n\tAggregate\x12\x1b.comigs.v1.AggregateRequest\x1a\x19.comigs.v1.AggregateReply\x12:\n\x05Renew\x12\x19.comigs.v1.SigningRequest\x1a\x16.comigs.v1.Certificate2\xba\x03\n\x05\x41\x64min\x12:\n\x06Invite\x12\x18.comigs.v1.InviteRequest\x1a\x16.comigs.v1.InviteReply\x12:\n\x06Revoke\x12\x18.comigs.v1.RevokeRequest\x1a\x16.comigs.v1.RevokeReply\x12I\n\x0bListDevices\x12\x1d.comigs.v1.ListDevicesRequest\x1a\x1b.comigs.v1.ListDevicesReply\x12\x37\n\x05Pause\x12\x17.comigs.v1.PauseRequest\x1a\x15.comigs.v1.PauseReply\x12:\n\x06Resume\x12\x18.comigs.v1.ResumeRequest\x1a\x16.comigs.v1.ResumeReply\x12\x37\n\x05\x41\x62ort\x12\x17.comigs.v1.AbortRequest\x1a\x15.comigs.v1.AbortReply\x12@\n\x08RollBack\x12\x1a.comigs.v1.RollBackRequest\x1a\x18.comigs.v1.RollBackReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -72,27 +72,55 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKINREQUEST']._serialized_start=947
   _globals['_CHECKINREQUEST']._serialized_end=1025
   _globals['_CHECKINREPLY']._serialized_start=1028
-  _globals['_CHECKINREPLY']._serialized_end=1280
-  _globals['_CHECKINREPLY_ACTION']._serialized_start=1215
-  _globals['_CHECKINREPLY_ACTION']._serialized_end=1280
-  _globals['_TRAININGCONFIG']._serialized_start=1283
-  _globals['_TRAININGCONFIG']._serialized_end=1527
-  _globals['_DOWNLOADREQUEST']._serialized_start=1529
-  _globals['_DOWNLOADREQUEST']._serialized_end=1577
-  _globals['_CHUNK']._serialized_start=1579
-  _globals['_CHUNK']._serialized_end=1637
-  _globals['_UPLOADHEADER']._serialized_start=1639
-  _globals['_UPLOADHEADER']._serialized_end=1737
-  _globals['_UPLOADPART']._serialized_start=1739
-  _globals['_UPLOADPART']._serialized_end=1818
-  _globals['_UPLOADOFFSETREPLY']._serialized_start=1820
-  _globals['_UPLOADOFFSETREPLY']._serialized_end=1855
-  _globals['_UPLOADREPLY']._serialized_start=1857
-  _globals['_UPLOADREPLY']._serialized_end=1904
-  _globals['_ENROLMENT']._serialized_start=1906
-  _globals['_ENROLMENT']._serialized_end=1977
-  _globals['_COORDINATOR']._serialized_start=1980
-  _globals['_COORDINATOR']._serialized_end=2306
-  _globals['_ADMIN']._serialized_start=2309
-  _globals['_ADMIN']._serialized_end=2751
+  _globals['_CHECKINREPLY']._serialized_end=1308
+  _globals['_CHECKINREPLY_ACTION']._serialized_start=1243
+  _globals['_CHECKINREPLY_ACTION']._serialized_end=1308
+  _globals['_TRAININGCONFIG']._serialized_start=1311
+  _globals['_TRAININGCONFIG']._serialized_end=1555
+  _globals['_DOWNLOADREQUEST']._serialized_start=1557
+  _globals['_DOWNLOADREQUEST']._serialized_end=1605
+  _globals['_CHUNK']._serialized_start=1607
+  _globals['_CHUNK']._serialized_end=1665
+  _globals['_UPLOADHEADER']._serialized_start=1667
+  _globals['_UPLOADHEADER']._serialized_end=1765
+  _globals['_UPLOADPART']._serialized_start=1767
+  _globals['_UPLOADPART']._serialized_end=1846
+  _globals['_UPLOADOFFSETREPLY']._serialized_start=1848
+  _globals['_UPLOADOFFSETREPLY']._serialized_end=1883
+  _globals['_AGGREGATEREQUEST']._serialized_start=1886
+  _globals['_AGGREGATEREQUEST']._serialized_end=2086
+  _globals['_AGGREGATEREPLY']._serialized_start=2089
+  _globals['_AGGREGATEREPLY']._serialized_end=2322
+  _globals['_AGGREGATEWAIT']._serialized_start=2324
+  _globals['_AGGREGATEWAIT']._serialized_end=2339
+  _globals['_AGGREGATEOVER']._serialized_start=2341
+  _globals['_AGGREGATEOVER']._serialized_end=2372
+  _globals['_KEYADVERTISEMENT']._serialized_start=2374
+  _globals['_KEYADVERTISEMENT']._serialized_end=2474
+  _globals['_MASKINGGROUP']._serialized_start=2477
+  _globals['_MASKINGGROUP']._serialized_end=2654
+  _globals['_NEIGHBOUR']._serialized_start=2656
+  _globals['_NEIGHBOUR']._serialized_end=2725
+  _globals['_QUANTIZATION']._serialized_start=2727
+  _globals['_QUANTIZATION']._serialized_end=2817
+  _globals['_OUTGOINGSHARES']._serialized_start=2819
+  _globals['_OUTGOINGSHARES']._serialized_end=2899
+  _globals['_ENCRYPTEDSHARES']._serialized_start=2901
+  _globals['_ENCRYPTEDSHARES']._serialized_end=2949
+  _globals['_INCOMINGSHARES']._serialized_start=2951
+  _globals['_INCOMINGSHARES']._serialized_end=3011
+  _globals['_UNMASKING']._serialized_start=3013
+  _globals['_UNMASKING']._serialized_end=3057
+  _globals['_REVEALEDSHARES']._serialized_start=3059
+  _globals['_REVEALEDSHARES']._serialized_end=3156
+  _globals['_REVEALEDSHARE']._serialized_start=3158
+  _globals['_REVEALEDSHARE']._serialized_end=3203
+  _globals['_UPLOADREPLY']._serialized_start=3205
+  _globals['_UPLOADREPLY']._serialized_end=3252
+  _globals['_ENROLMENT']._serialized_start=3254
+  _globals['_ENROLMENT']._serialized_end=3325
+  _globals['_COORDINATOR']._serialized_start=3328
+  _globals['_COORDINATOR']._serialized_end=3723
+  _globals['_ADMIN']._serialized_start=3726
+  _globals['_ADMIN']._serialized_end=4168
 # @@protoc_insertion_point(module_scope)

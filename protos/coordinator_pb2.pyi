@@ -542,6 +542,7 @@ class CheckInReply(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     PROTOCOL_FIELD_NUMBER: _builtins.int
+    SECURE_AGGREGATION_FIELD_NUMBER: _builtins.int
     action: Global___CheckInReply.Action.ValueType
     round: _builtins.int
     """Round to take part in, from 1; with FINISH, the round whose generalist is final."""
@@ -551,6 +552,8 @@ class CheckInReply(_message.Message):
     """Time left until the round closes, in seconds; 0 if it has no deadline yet."""
     protocol: _builtins.int
     """Version to speak from here on, the newest that both do; 0 means 1."""
+    secure_aggregation: _builtins.bool
+    """With TRAIN: the update is only to be sent by secure aggregation, masked."""
     @_builtins.property
     def training(self) -> Global___TrainingConfig:
         """How to train. Set with TRAIN."""
@@ -564,10 +567,11 @@ class CheckInReply(_message.Message):
         training: Global___TrainingConfig | None = ...,
         seconds_left: _builtins.float = ...,
         protocol: _builtins.int = ...,
+        secure_aggregation: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "protocol", b"protocol", "retry_seconds", b"retry_seconds", "round", b"round", "seconds_left", b"seconds_left", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "protocol", b"protocol", "retry_seconds", b"retry_seconds", "round", b"round", "seconds_left", b"seconds_left", "secure_aggregation", b"secure_aggregation", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -691,6 +695,11 @@ Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 
 @_typing.final
 class UploadHeader(_message.Message):
+    """With secure aggregation the payload is not safetensors but the masked step: little-endian integers
+    modulo 2^32, one per coordinate and, without differential privacy, two more: how many coordinates
+    of the step were clipped, and 1 if its norm was.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUND_FIELD_NUMBER: _builtins.int
@@ -774,6 +783,437 @@ class UploadOffsetReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UploadOffsetReply: _TypeAlias = UploadOffsetReply  # noqa: Y015
+
+@_typing.final
+class AggregateRequest(_message.Message):
+    """Secure aggregation (Bonawitz et al. 2017, CCS; Bell et al. 2020, CCS), semi-honest variant. After
+    training a device advertises keys; once enough have, they are the round's group, and
+
+      SHARE   each gives its neighbours encrypted shares of its two secrets;
+      MASK    each uploads its masked step, as integers modulo 2^32 (see UploadHeader);
+      UNMASK  for those whose step came, neighbours reveal shares of their own masks' seeds; for those
+              who dropped out since SHARE, shares of the keys of their pairwise masks. Never both.
+
+    Who is late in one stage has dropped out; the sum is over those who uploaded, and exact.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    REVEALED_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    """Of the TRAIN that the device answers."""
+    wait_seconds: _builtins.float
+    """How long the coordinator may hold the call open, in seconds, at most 30."""
+    @_builtins.property
+    def keys(self) -> Global___KeyAdvertisement: ...
+    @_builtins.property
+    def shares(self) -> Global___OutgoingShares: ...
+    @_builtins.property
+    def revealed(self) -> Global___RevealedShares: ...
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        wait_seconds: _builtins.float = ...,
+        keys: Global___KeyAdvertisement | None = ...,
+        shares: Global___OutgoingShares | None = ...,
+        revealed: Global___RevealedShares | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "revealed", b"revealed", "shares", b"shares", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "revealed", b"revealed", "round", b"round", "shares", b"shares", "step", b"step", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["keys", "shares", "revealed"]  # noqa: Y015
+    _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
+
+Global___AggregateRequest: _TypeAlias = AggregateRequest  # noqa: Y015
+
+@_typing.final
+class AggregateReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAIT_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    UNMASK_FIELD_NUMBER: _builtins.int
+    OVER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def wait(self) -> Global___AggregateWait:
+        """Nothing yet: ask again. Also the reply to keys, until the group is complete."""
+
+    @_builtins.property
+    def share(self) -> Global___MaskingGroup:
+        """Share secrets with these."""
+
+    @_builtins.property
+    def mask(self) -> Global___IncomingShares:
+        """Mask the step and upload it, then ask again."""
+
+    @_builtins.property
+    def unmask(self) -> Global___Unmasking:
+        """Reveal shares of these."""
+
+    @_builtins.property
+    def over(self) -> Global___AggregateOver:
+        """There is nothing more to do for this device in this round."""
+
+    def __init__(
+        self,
+        *,
+        wait: Global___AggregateWait | None = ...,
+        share: Global___MaskingGroup | None = ...,
+        mask: Global___IncomingShares | None = ...,
+        unmask: Global___Unmasking | None = ...,
+        over: Global___AggregateOver | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask", "next", b"next", "over", b"over", "share", b"share", "unmask", b"unmask", "wait", b"wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask", "next", b"next", "over", b"over", "share", b"share", "unmask", b"unmask", "wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_next: _TypeAlias = _typing.Literal["wait", "share", "mask", "unmask", "over"]  # noqa: Y015
+    _WhichOneofArgType_next: _TypeAlias = _typing.Literal["next", b"next"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_next) -> _WhichOneofReturnType_next | None: ...
+
+Global___AggregateReply: _TypeAlias = AggregateReply  # noqa: Y015
+
+@_typing.final
+class AggregateWait(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AggregateWait: _TypeAlias = AggregateWait  # noqa: Y015
+
+@_typing.final
+class AggregateOver(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, if the device's step does not count; for a person to read."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AggregateOver: _TypeAlias = AggregateOver  # noqa: Y015
+
+@_typing.final
+class KeyAdvertisement(_message.Message):
+    """Fresh keys of one device for one round."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENCRYPTION_KEY_FIELD_NUMBER: _builtins.int
+    MASK_KEY_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    encryption_key: _builtins.bytes
+    """X25519 (RFC 7748), 32 bytes: others encrypt shares for the device with it."""
+    mask_key: _builtins.bytes
+    """X25519, 32 bytes: pairwise masks come from it."""
+    certificate: _builtins.bytes
+    """The device's certificate (X.509, DER), from the coordinator's authority."""
+    signature: _builtins.bytes
+    """By the certificate's key (ECDSA, SHA-256, DER), of "comigs secure aggregation", the round as
+    4 bytes (big-endian), and the two keys.
+    """
+    def __init__(
+        self,
+        *,
+        encryption_key: _builtins.bytes = ...,
+        mask_key: _builtins.bytes = ...,
+        certificate: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "encryption_key", b"encryption_key", "mask_key", b"mask_key", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyAdvertisement: _TypeAlias = KeyAdvertisement  # noqa: Y015
+
+@_typing.final
+class MaskingGroup(_message.Message):
+    """Those who have advertised keys, as one of them sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    NEIGHBOURS_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    LEAST_DEVICES_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """The device's own number, from 1 to `devices`; masks of a pair are added by the lower one."""
+    threshold: _builtins.int
+    """Shares that restore a secret; more than half of those who hold one, the device among them."""
+    devices: _builtins.int
+    """Size of the group."""
+    least_devices: _builtins.int
+    """Fewest steps that are summed up. With fewer the round is abandoned."""
+    @_builtins.property
+    def neighbours(self) -> _containers.RepeatedCompositeFieldContainer[Global___Neighbour]:
+        """Its neighbours: all others, or in a large group some, drawn at random. At most 300."""
+
+    @_builtins.property
+    def quantization(self) -> Global___Quantization:
+        """How steps become integers."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        neighbours: _abc.Iterable[Global___Neighbour] | None = ...,
+        threshold: _builtins.int = ...,
+        devices: _builtins.int = ...,
+        least_devices: _builtins.int = ...,
+        quantization: Global___Quantization | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quantization", b"quantization"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "index", b"index", "least_devices", b"least_devices", "neighbours", b"neighbours", "quantization", b"quantization", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskingGroup: _TypeAlias = MaskingGroup  # noqa: Y015
+
+@_typing.final
+class Neighbour(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Its number in the group."""
+    @_builtins.property
+    def keys(self) -> Global___KeyAdvertisement: ...
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        keys: Global___KeyAdvertisement | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Neighbour: _TypeAlias = Neighbour  # noqa: Y015
+
+@_typing.final
+class Quantization(_message.Message):
+    """The step is x - x0: the shared roles, one after the other in the manifest's order, less the
+    generalist that the round started from.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOUND_FIELD_NUMBER: _builtins.int
+    LEVELS_FIELD_NUMBER: _builtins.int
+    CLIP_NORM_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    bound: _builtins.float
+    """The largest magnitude of a coordinate."""
+    levels: _builtins.int
+    """The integer that stands for it; times the devices, with room for noise, less than 2^31."""
+    clip_norm: _builtins.bool
+    """Whether the step is clipped to an L2 norm of `bound`, else coordinate by coordinate."""
+    noise_multiplier: _builtins.float
+    """Differential privacy: standard deviation of the noise of `least_devices` devices together, as
+    a multiple of `bound`. Each adds discrete Gaussian noise of this times
+    `levels` / sqrt(`least_devices`). 0: no noise.
+    """
+    def __init__(
+        self,
+        *,
+        bound: _builtins.float = ...,
+        levels: _builtins.int = ...,
+        clip_norm: _builtins.bool = ...,
+        noise_multiplier: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "clip_norm", b"clip_norm", "levels", b"levels", "noise_multiplier", b"noise_multiplier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quantization: _TypeAlias = Quantization  # noqa: Y015
+
+@_typing.final
+class OutgoingShares(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMITMENT_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    commitment: _builtins.bytes
+    """SHA-256 of "comigs self mask " and the seed of the device's own mask."""
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___EncryptedShares]:
+        """One per neighbour."""
+
+    def __init__(
+        self,
+        *,
+        commitment: _builtins.bytes = ...,
+        shares: _abc.Iterable[Global___EncryptedShares] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commitment", b"commitment", "shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutgoingShares: _TypeAlias = OutgoingShares  # noqa: Y015
+
+@_typing.final
+class EncryptedShares(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Number of the receiver; in IncomingShares, of the sender."""
+    sealed: _builtins.bytes
+    """ChaCha20-Poly1305, behind its nonce of 12 bytes, of two shares of 33 bytes (edge_runtime/
+    shamir.py): of the own mask's seed, then of the pairwise masks' private key.
+    """
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        sealed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "sealed", b"sealed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncryptedShares: _TypeAlias = EncryptedShares  # noqa: Y015
+
+@_typing.final
+class IncomingShares(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___EncryptedShares]:
+        """From the neighbours that sent any: with them, and no others, the device has pairwise masks."""
+
+    def __init__(
+        self,
+        *,
+        shares: _abc.Iterable[Global___EncryptedShares] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IncomingShares: _TypeAlias = IncomingShares  # noqa: Y015
+
+@_typing.final
+class Unmasking(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMMED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def summed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of those, of the device's neighbours and itself, whose masked steps are summed up."""
+
+    @_builtins.property
+    def dropped(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of the other neighbours of IncomingShares."""
+
+    def __init__(
+        self,
+        *,
+        summed: _abc.Iterable[_builtins.int] | None = ...,
+        dropped: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "summed", b"summed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Unmasking: _TypeAlias = Unmasking  # noqa: Y015
+
+@_typing.final
+class RevealedShares(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEEDS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def seeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevealedShare]:
+        """Of the seeds of `summed`."""
+
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevealedShare]:
+        """Of the private keys of `dropped`."""
+
+    def __init__(
+        self,
+        *,
+        seeds: _abc.Iterable[Global___RevealedShare] | None = ...,
+        keys: _abc.Iterable[Global___RevealedShare] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "seeds", b"seeds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevealedShares: _TypeAlias = RevealedShares  # noqa: Y015
+
+@_typing.final
+class RevealedShare(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Whose secret it is a share of."""
+    share: _builtins.bytes
+    """33 bytes."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        share: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevealedShare: _TypeAlias = RevealedShare  # noqa: Y015
 
 @_typing.final
 class UploadReply(_message.Message):

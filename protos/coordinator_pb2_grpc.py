@@ -133,6 +133,11 @@ class CoordinatorStub:
                 request_serializer=protos_dot_coordinator__pb2.UploadHeader.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.UploadOffsetReply.FromString,
                 _registered_method=True)
+        self.Aggregate = channel.unary_unary(
+                '/comigs.v1.Coordinator/Aggregate',
+                request_serializer=protos_dot_coordinator__pb2.AggregateRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.AggregateReply.FromString,
+                _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/comigs.v1.Coordinator/Renew',
                 request_serializer=protos_dot_coordinator__pb2.SigningRequest.SerializeToString,
@@ -175,6 +180,16 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Aggregate(self, request, context):
+        """One step of secure aggregation, after training: the device says what the last reply asked for,
+        and is told what comes next. May be held open for up to `wait_seconds` until that is known.
+        Repeating a step is harmless. FAILED_PRECONDITION if rounds have no secure aggregation,
+        INVALID_ARGUMENT if the step is not what was asked for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Renew(self, request, context):
         """A new certificate for the same device. The present one stays valid until it lapses.
         """
@@ -204,6 +219,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.UploadOffset,
                     request_deserializer=protos_dot_coordinator__pb2.UploadHeader.FromString,
                     response_serializer=protos_dot_coordinator__pb2.UploadOffsetReply.SerializeToString,
+            ),
+            'Aggregate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Aggregate,
+                    request_deserializer=protos_dot_coordinator__pb2.AggregateRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.AggregateReply.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
@@ -320,6 +340,33 @@ class Coordinator:
             '/comigs.v1.Coordinator/UploadOffset',
             protos_dot_coordinator__pb2.UploadHeader.SerializeToString,
             protos_dot_coordinator__pb2.UploadOffsetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Aggregate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/comigs.v1.Coordinator/Aggregate',
+            protos_dot_coordinator__pb2.AggregateRequest.SerializeToString,
+            protos_dot_coordinator__pb2.AggregateReply.FromString,
             options,
             channel_credentials,
             insecure,

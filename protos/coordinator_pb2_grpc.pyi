@@ -98,6 +98,12 @@ class CoordinatorStub:
     """
     UploadOffset: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.UploadHeader, _coordinator_pb2.UploadOffsetReply]
     """How much of an upload that broke is at the coordinator."""
+    Aggregate: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.AggregateRequest, _coordinator_pb2.AggregateReply]
+    """One step of secure aggregation, after training: the device says what the last reply asked for,
+    and is told what comes next. May be held open for up to `wait_seconds` until that is known.
+    Repeating a step is harmless. FAILED_PRECONDITION if rounds have no secure aggregation,
+    INVALID_ARGUMENT if the step is not what was asked for.
+    """
     Renew: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SigningRequest, _coordinator_pb2.Certificate]
     """A new certificate for the same device. The present one stays valid until it lapses."""
 
@@ -118,6 +124,12 @@ class CoordinatorAsyncStub(CoordinatorStub):
     """
     UploadOffset: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.UploadHeader, _coordinator_pb2.UploadOffsetReply]  # type: ignore[assignment]
     """How much of an upload that broke is at the coordinator."""
+    Aggregate: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.AggregateRequest, _coordinator_pb2.AggregateReply]  # type: ignore[assignment]
+    """One step of secure aggregation, after training: the device says what the last reply asked for,
+    and is told what comes next. May be held open for up to `wait_seconds` until that is known.
+    Repeating a step is harmless. FAILED_PRECONDITION if rounds have no secure aggregation,
+    INVALID_ARGUMENT if the step is not what was asked for.
+    """
     Renew: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SigningRequest, _coordinator_pb2.Certificate]  # type: ignore[assignment]
     """A new certificate for the same device. The present one stays valid until it lapses."""
 
@@ -159,6 +171,18 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.UploadOffsetReply, _abc.Awaitable[_coordinator_pb2.UploadOffsetReply]]:
         """How much of an upload that broke is at the coordinator."""
+
+    @_abc_1.abstractmethod
+    def Aggregate(
+        self,
+        request: _coordinator_pb2.AggregateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.AggregateReply, _abc.Awaitable[_coordinator_pb2.AggregateReply]]:
+        """One step of secure aggregation, after training: the device says what the last reply asked for,
+        and is told what comes next. May be held open for up to `wait_seconds` until that is known.
+        Repeating a step is harmless. FAILED_PRECONDITION if rounds have no secure aggregation,
+        INVALID_ARGUMENT if the step is not what was asked for.
+        """
 
     @_abc_1.abstractmethod
     def Renew(

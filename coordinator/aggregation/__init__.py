@@ -17,8 +17,16 @@ order of device ids, `aggregate` once. Whatever the order in which the updates a
 often a round is closed, the bytes are the same.
 """
 
-from coordinator.aggregation.closing import AggregationError, Outcome, aggregate
+from coordinator.aggregation.closing import AggregationError, Outcome, aggregate, conclude_sum
 from coordinator.aggregation.recipe import Recipe, choose
 from coordinator.aggregation.updates import Contribution
 
-__all__ = ["AggregationError", "Contribution", "Outcome", "Recipe", "aggregate", "choose"]
+__all__ = [
+    "AggregationError",
+    "Contribution",
+    "Outcome",
+    "Recipe",
+    "aggregate",
+    "choose",
+    "conclude_sum",
+]

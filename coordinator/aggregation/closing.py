@@ -14,7 +14,7 @@ from coordinator.aggregation.clipping import Clipped
 from coordinator.aggregation.optimizers import Memory, ServerOptimizer
 from coordinator.aggregation.ranks import Fitted
 from coordinator.aggregation.recipe import Recipe
-from coordinator.aggregation.updates import Contribution, Layout, StoredUpdate, Update
+from coordinator.aggregation.updates import Contribution, Flat, Layout, StoredUpdate, Update
 from edge_runtime.adapters import Vectors
 from edge_runtime.errors import AdapterError
 from protos import manifest_pb2 as pb
@@ -70,6 +70,36 @@ def aggregate(
         for contribution in ordered:
             strategy.accept(updates.read(contribution))
         flat = strategy.aggregate()
+    clipped = strategy.clipped if isinstance(strategy, Clipped) else 0
+    return _conclude(layout, recipe, start, flat, memory, clipped)
+
+
+def conclude_sum(
+    manifest: pb.Manifest,
+    recipe: Recipe,
+    *,
+    incoming: Vectors,
+    total: Flat,
+    divisor: int,
+    clipped: int,
+    memory: bytes | None = None,
+) -> Outcome:
+    """Closes a round of which only the sum of the steps is known; else like `aggregate`.
+
+    Args:
+        total: sum of the steps from `incoming`, (D,).
+        divisor: what makes a mean of it.
+        clipped: steps that were longer than the recipe's norm.
+    """
+    layout = Layout(manifest)
+    start = layout.flatten(incoming)
+    return _conclude(layout, recipe, start, start + total / divisor, memory, clipped)
+
+
+def _conclude(
+    layout: Layout, recipe: Recipe, start: Flat, flat: Flat, memory: bytes | None, clipped: int
+) -> Outcome:
+    """From what the updates amount to, `flat`, to the next generalist."""
     kept = None
     if recipe.optimizer is not None:
         moments = _restore(recipe.optimizer, memory, start.size)
@@ -80,7 +110,6 @@ def aggregate(
         result = flat.astype(np.float32)
     if not np.isfinite(result).all():
         raise AggregationError("the result has numbers beyond float32")
-    clipped = strategy.clipped if isinstance(strategy, Clipped) else 0
     return Outcome(generalist=layout.split(result), memory=kept, clipped=clipped)
 
 

@@ -1,0 +1,478 @@
+"""The coordinator's part in secure aggregation: it passes messages on and learns the sum.
+
+A round's updates are masked; `edge_runtime/secure_aggregation.py` has the devices' part and
+`protos/coordinator.proto` the messages. Everything that devices say is durable before they are
+answered, and who is summed up is durable before anyone is asked to reveal a share, so a coordinator
+that is killed goes on where it was and never asks for a device's other secret.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from cryptography import x509
+
+from coordinator.aggregation import AggregationError
+from coordinator.aggregation.updates import Flat
+from coordinator.neighbours import Graph, graph_for, least_devices
+from coordinator.state import Device, MaskingGroup, MaskingMember, MaskingStage, State, Update
+from edge_runtime import masking, shamir
+from edge_runtime.errors import AdapterError
+from edge_runtime.quantization import Grid, Integers, grid_for, signed
+from edge_runtime.secure_aggregation import COUNTERS, LEAST_DEVICES, payload_numbers, verify
+from protos import coordinator_pb2 as pb
+
+# The bound of a coordinate where no norm is clipped. A generalist's numbers are smaller, and so is
+# what AdamW makes of them in a round.
+COORDINATE_BOUND = 1.0
+STAGE_SECONDS = 60.0
+STAYING = 0.75
+_SEALED_BYTES = masking.NONCE_BYTES + 2 * shamir.SHARE_BYTES + 16
+_COMMITMENT_BYTES = 32
+
+
+class RefusedStepError(Exception):
+    """A device's step is not what was asked for; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How rounds are masked."""
+
+    staying: float
+    """Share of a group, more than a half, that has to stay until the sum is known."""
+    stage_seconds: float
+    """The longest that one of the stages after training takes."""
+    min_devices: int
+    clip_norm: float | None
+    noise_multiplier: float
+    """0: no differential privacy."""
+
+    def least(self, devices: int) -> int:
+        """Fewest of `devices` that are summed up."""
+        return max(least_devices(devices, self.staying), self.min_devices, LEAST_DEVICES)
+
+    def terms(self, devices: int) -> tuple[Graph, pb.MaskingGroup]:
+        """For a group of so many; what all of them are told.
+
+        Raises:
+            ValueError: they are too many.
+        """
+        graph = graph_for(devices, self.staying)
+        least = self.least(devices)
+        noise = self.noise_multiplier * math.sqrt(devices / least)
+        grid = grid_for(self.clip_norm or COORDINATE_BOUND, devices, noise)
+        return graph, pb.MaskingGroup(
+            threshold=graph.threshold,
+            devices=devices,
+            least_devices=least,
+            quantization=pb.Quantization(
+                bound=grid.bound,
+                levels=grid.levels,
+                clip_norm=self.clip_norm is not None,
+                noise_multiplier=self.noise_multiplier,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What the coordinator learns in a round."""
+
+    total: Flat
+    """Of the steps of `devices` devices, (D,)."""
+    devices: int
+    clipped: int
+    """Steps whose norm was clipped; 0 with differential privacy, which does not count them."""
+    clipped_coordinates: int
+    """Likewise."""
+    noise_multiplier: float
+
+
+class SecureAggregation:
+    """Secure aggregation of one coordinator's rounds, of which one is open at a time."""
+
+    def __init__(
+        self, *, state: State, masking: Masking, size: int, authority: x509.Certificate
+    ) -> None:
+        """
+        Args:
+            size: D, coordinates of a step.
+            authority: that certified the devices.
+        """
+        self._state = state
+        self._masking = masking
+        self._size = size
+        self._authority = authority
+        # The stage, as round and name, and when it ends by the monotonic clock.
+        self._clock: tuple[tuple[int, str], float] = ((0, ""), 0.0)
+        # Of the open round; what does not change any more.
+        self._keys: tuple[int, dict[int, bytes]] = (0, {})
+        self._inboxes: tuple[int, dict[int, pb.IncomingShares]] = (0, {})
+
+    # The course of a round
+
+    def advertised(self, number: int) -> set[str]:
+        """Devices that have advertised keys for the round, and so have trained."""
+        return set(self._state.masking_numbers(number))
+
+    def settle(self, number: int, devices: set[str]) -> None:
+        """Makes `devices`, which have advertised keys, the round's group.
+
+        Raises:
+            AggregationError: they are too many.
+        """
+        try:
+            graph, terms = self._masking.terms(len(devices))
+        except ValueError as error:
+            raise AggregationError(str(error)) from error
+        order = sorted(devices)
+        random.SystemRandom().shuffle(order)
+        self._state.settle(
+            number,
+            {device: index for index, device in enumerate(order, 1)},
+            degree=graph.degree,
+            terms=terms.SerializeToString(),
+        )
+
+    def seconds_left(self, group: MaskingGroup) -> float:
+        """Until the end of the present stage, at least 0. Its time begins anew with a restart:
+        nobody could report while the coordinator was down."""
+        stage = (group.round, group.stage)
+        if self._clock[0] != stage:
+            self._clock = stage, time.monotonic() + self._masking.stage_seconds
+        return max(0.0, self._clock[1] - time.monotonic())
+
+    def start_clock(self) -> None:
+        """Gives the present stage its time again."""
+        self._clock = (0, ""), 0.0
+
+    def advance(self, group: MaskingGroup, gone: set[str]) -> bool:
+        """Ends the present stage if it is over, or the deadline has passed. Returns whether.
+
+        Args:
+            gone: devices that are not waited for.
+
+        Raises:
+            AggregationError: too few devices are left; nothing can be learnt of their steps.
+        """
+        number = group.round
+        due = not self.seconds_left(group)
+        members = _numbered(self._state.masking_numbers(number))
+        sharers = _numbered(self._state.masking_numbers(number, said="shares"))
+        least = pb.MaskingGroup.FromString(group.terms).least_devices
+        if group.stage == MaskingStage.SHARE:
+            if not due and members.keys() - gone - sharers.keys():
+                return False
+            _require(len(sharers), least, "shared their secrets")
+            self._state.set_masking_stage(number, MaskingStage.MASK)
+            return True
+        summed = {update.device for update in self._state.updates(number)}
+        if group.stage == MaskingStage.MASK:
+            if not due and sharers.keys() - gone - summed:
+                return False
+            _require(len(summed), least, "sent their masked steps")
+            numbers = {sharers[device] for device in summed}
+            dropped = set(sharers.values()) - numbers
+            if not _graph(group).can_unmask(numbers, dropped):
+                raise AggregationError("too many neighbours of one device dropped out")
+            self._state.set_masking_stage(number, MaskingStage.UNMASK)
+            return True
+        return False
+
+    def is_unmasked(self, group: MaskingGroup, gone: set[str]) -> bool:
+        """Whether enough shares were revealed, in the last stage.
+
+        Raises:
+            AggregationError: they were not, and will not be.
+        """
+        if group.stage != MaskingStage.UNMASK:
+            return False
+        graph = _graph(group)
+        sharers = _numbered(self._state.masking_numbers(group.round, said="shares"))
+        revealed = _numbered(self._state.masking_numbers(group.round, said="revealed"))
+        holders = set(revealed.values())
+        enough = all(
+            len(holders & {number, *graph.neighbours(number)}) >= graph.threshold
+            for number in sharers.values()
+        )
+        if enough:
+            return True
+        summed = {update.device for update in self._state.updates(group.round)}
+        if not self.seconds_left(group) or not summed - gone - revealed.keys():
+            raise AggregationError(
+                f"{len(revealed)} of {len(summed)} devices stayed to reveal shares of the masks, "
+                "which is too few"
+            )
+        return False
+
+    def total(self, number: int, updates: list[Update]) -> Sum:
+        """The sum of the steps behind `updates`, all of the round's, without their masks.
+
+        Only sums are ever unmasked: masks are taken from the total of all masked steps.
+
+        Raises:
+            AggregationError: what was revealed is not what was shared.
+            AdapterError: a step's file is missing or damaged.
+        """
+        group = self._state.masking_group(number)
+        if group is None:
+            raise AdapterError(f"round {number} was ended while its steps were summed up")
+        graph = _graph(group)
+        terms = pb.MaskingGroup.FromString(group.terms)
+        members = {
+            m.number: m for m in self._state.masking_members(number) if m.number and m.shares
+        }
+        by_device = {member.device: index for index, member in members.items()}
+        summed = {by_device[update.device] for update in updates}
+        numbers = payload_numbers(self._size, terms.quantization)
+        total = np.zeros(numbers, np.uint32)
+        for update in updates:
+            path = self._state.directory / update.file
+            try:
+                total += np.fromfile(path, "<u4")
+            except (OSError, ValueError) as error:
+                raise AdapterError(
+                    f"{path} is missing or damaged, though it was accepted"
+                ) from error
+        seeds, keys = _revealed(members)
+        for index, member in members.items():
+            if index in summed:
+                shared = pb.OutgoingShares.FromString(member.shares or b"")
+                seed = _restored(seeds.get(index, {}), graph.threshold)
+                if masking.commitment(seed) != shared.commitment:
+                    raise AggregationError("a share that was revealed is of another secret")
+                total -= masking.expand(seed, numbers)
+                continue
+            key = _restored(keys.get(index, {}), graph.threshold)
+            advertised = pb.KeyAdvertisement.FromString(member.keys)
+            if masking.public_key(key) != advertised.mask_key:
+                raise AggregationError("a share that was revealed is of another key")
+            # What its neighbours added for it, it would have taken away.
+            public = {
+                other: pb.KeyAdvertisement.FromString(members[other].keys).mask_key
+                for other in summed.intersection(graph.neighbours(index))
+            }
+            pairwise = {
+                other: masking.pairwise_seed(key, mask_key, number)
+                for other, mask_key in public.items()
+            }
+            masking.add_masks(total, pairwise=pairwise, index=index)
+        return self._sum(signed(total), len(updates), terms.quantization)
+
+    def _sum(self, total: Integers, devices: int, quantization: pb.Quantization) -> Sum:
+        grid = Grid(quantization.bound, quantization.levels)
+        coordinates, clipped = 0, 0
+        if not quantization.noise_multiplier:
+            coordinates, clipped = total[-COUNTERS:].tolist()
+        return Sum(
+            total=total[: self._size].astype(np.float64) * grid.unit,
+            devices=devices,
+            clipped=clipped,
+            clipped_coordinates=coordinates,
+            noise_multiplier=quantization.noise_multiplier,
+        )
+
+    # What devices say
+
+    def check_upload(self, device: str, number: int, total_bytes: int) -> str | None:
+        """Why a masked step of `device` cannot count now; None if it can."""
+        group = self._state.masking_group(number)
+        if group is None or group.stage == MaskingStage.SHARE:
+            return "no masked steps are asked for yet"
+        if device not in self._state.masking_numbers(number, said="shares"):
+            return "this device shared no secrets in this round"
+        if group.stage != MaskingStage.MASK:
+            return "the masked step came too late: the round goes on without it"
+        terms = pb.MaskingGroup.FromString(group.terms)
+        expected = 4 * payload_numbers(self._size, terms.quantization)
+        if total_bytes != expected:
+            return f"a masked step has {expected} bytes, not {total_bytes}"
+        return None
+
+    def take(self, device: Device, request: pb.AggregateRequest) -> None:
+        """Notes what a participant of the open round says; durable on return. What comes too late
+        is passed over.
+
+        Raises:
+            RefusedStepError: it is not what was asked for.
+        """
+        number = request.round
+        group = self._state.masking_group(number)
+        step = request.WhichOneof("step")
+        if step == "keys" and group is None:
+            self._check_keys(device, number, request.keys)
+            self._state.advertise(number, device.id, request.keys.SerializeToString())
+        elif step == "shares" and group is not None and group.stage == MaskingStage.SHARE:
+            self._check_shares(device, group, request.shares)
+            if device.id not in self._state.masking_numbers(number, said="shares"):
+                shares = request.shares.SerializeToString(deterministic=True)
+                self._state.add_masking_shares(number, device.id, shares)
+        elif step == "revealed" and group is not None and group.stage == MaskingStage.UNMASK:
+            self._check_revealed(device, group, request.revealed)
+            if device.id not in self._state.masking_numbers(number, said="revealed"):
+                revealed = request.revealed.SerializeToString(deterministic=True)
+                self._state.add_revealed_shares(number, device.id, revealed)
+
+    def answer(self, device: str, request: pb.AggregateRequest) -> pb.AggregateReply:
+        """What a participant of the open round is to do next."""
+        number = request.round
+        group = self._state.masking_group(number)
+        members = self._state.masking_numbers(number)
+        if group is None:
+            if device in members:
+                return pb.AggregateReply(wait=pb.AggregateWait())
+            return over("this device has advertised no keys")
+        if device not in members:
+            return over(f"round {number} goes on without this device: its keys came too late")
+        index = members[device]
+        assert index is not None, "the group is settled"
+        if request.HasField("keys") and not self._has_keys(number, index, request.keys):
+            return over(f"round {number} goes on with other keys of this device")
+        return self._next(device, index, group)
+
+    def _next(self, device: str, index: int, group: MaskingGroup) -> pb.AggregateReply:
+        """What a member of a settled group is to do in the present stage."""
+        number = group.round
+        wait = pb.AggregateReply(wait=pb.AggregateWait())
+        lost = f"round {number} goes on without this device"
+        shared = device in self._state.masking_numbers(number, said="shares")
+        if group.stage == MaskingStage.SHARE:
+            return wait if shared else pb.AggregateReply(share=self._seen_by(group, index))
+        if not shared:
+            return over(f"{lost}: its shares came too late")
+        masked = self._state.update(number, device) is not None
+        if group.stage == MaskingStage.MASK:
+            return wait if masked else pb.AggregateReply(mask=self._inbox(group, index))
+        if not masked:
+            return over(f"{lost}: its step came too late")
+        if device in self._state.masking_numbers(number, said="revealed"):
+            return over()
+        return pb.AggregateReply(unmask=self._unmasking(group, index))
+
+    # The inside
+
+    def _check_keys(self, device: Device, number: int, keys: pb.KeyAdvertisement) -> None:
+        try:
+            enrolment = verify(keys, number, self._authority)
+        except ValueError as error:
+            raise RefusedStepError(str(error)) from error
+        if enrolment != device.enrolment:
+            raise RefusedStepError("the keys are another device's")
+
+    def _check_shares(self, device: Device, group: MaskingGroup, shares: pb.OutgoingShares) -> None:
+        index = self._state.masking_numbers(group.round).get(device.id)
+        if index is None:
+            raise RefusedStepError("this device is not in the round's group")
+        receivers = [share.index for share in shares.shares]
+        if sorted(receivers) != _graph(group).neighbours(index):
+            raise RefusedStepError("the shares are not one for each neighbour")
+        if any(len(share.sealed) != _SEALED_BYTES for share in shares.shares):
+            raise RefusedStepError(f"a sealed share has {_SEALED_BYTES} bytes")
+        if len(shares.commitment) != _COMMITMENT_BYTES:
+            raise RefusedStepError(f"a commitment has {_COMMITMENT_BYTES} bytes")
+
+    def _check_revealed(
+        self, device: Device, group: MaskingGroup, revealed: pb.RevealedShares
+    ) -> None:
+        if self._state.update(group.round, device.id) is None:
+            raise RefusedStepError("this device was not asked to reveal anything")
+        index = self._state.masking_numbers(group.round)[device.id]
+        assert index is not None, "the group is settled"
+        asked = self._unmasking(group, index)
+        for shares, numbers in ((revealed.seeds, asked.summed), (revealed.keys, asked.dropped)):
+            told = [share.index for share in shares]
+            if len(set(told)) != len(told) or not set(told) <= set(numbers):
+                raise RefusedStepError("shares were revealed that were not asked for")
+            if any(len(share.share) != shamir.SHARE_BYTES for share in shares):
+                raise RefusedStepError(f"a share has {shamir.SHARE_BYTES} bytes")
+
+    def _keys_of(self, number: int) -> dict[int, bytes]:
+        """Number -> KeyAdvertisement of a settled group."""
+        if self._keys[0] != number:
+            members = self._state.masking_members(number)
+            self._keys = number, {m.number: m.keys for m in members if m.number}
+        return self._keys[1]
+
+    def _has_keys(self, number: int, index: int, keys: pb.KeyAdvertisement) -> bool:
+        known = pb.KeyAdvertisement.FromString(self._keys_of(number)[index])
+        return (known.encryption_key, known.mask_key) == (keys.encryption_key, keys.mask_key)
+
+    def _seen_by(self, group: MaskingGroup, index: int) -> pb.MaskingGroup:
+        seen = pb.MaskingGroup.FromString(group.terms)
+        seen.index = index
+        keys = self._keys_of(group.round)
+        for other in _graph(group).neighbours(index):
+            neighbour = seen.neighbours.add(index=other)
+            neighbour.keys.ParseFromString(keys[other])
+        return seen
+
+    def _inbox(self, group: MaskingGroup, index: int) -> pb.IncomingShares:
+        """What was sent to a device, after the stage in which it was."""
+        if self._inboxes[0] != group.round:
+            inboxes: dict[int, pb.IncomingShares] = {}
+            for member in self._state.masking_members(group.round):
+                if member.number is None or member.shares is None:
+                    continue
+                for share in pb.OutgoingShares.FromString(member.shares).shares:
+                    inbox = inboxes.setdefault(share.index, pb.IncomingShares())
+                    inbox.shares.add(index=member.number, sealed=share.sealed)
+            self._inboxes = group.round, inboxes
+        return self._inboxes[1].get(index, pb.IncomingShares())
+
+    def _unmasking(self, group: MaskingGroup, index: int) -> pb.Unmasking:
+        sharers = _numbered(self._state.masking_numbers(group.round, said="shares"))
+        summed = {sharers[update.device] for update in self._state.updates(group.round)}
+        near = {index, *_graph(group).neighbours(index)}.intersection(sharers.values())
+        return pb.Unmasking(summed=sorted(near & summed), dropped=sorted(near - summed))
+
+
+def over(reason: str = "") -> pb.AggregateReply:
+    """There is nothing more for the device to do in the round."""
+    return pb.AggregateReply(over=pb.AggregateOver(reason=reason))
+
+
+def _graph(group: MaskingGroup) -> Graph:
+    terms = pb.MaskingGroup.FromString(group.terms)
+    return Graph(terms.devices, group.degree, terms.threshold)
+
+
+def _numbered(numbers: Mapping[str, int | None]) -> dict[str, int]:
+    return {device: number for device, number in numbers.items() if number is not None}
+
+
+def _require(have: int, least: int, did: str) -> None:
+    if have < least:
+        raise AggregationError(f"{have} devices {did}, and {least} are needed")
+
+
+Shares = dict[int, dict[int, bytes]]
+"""Whose secret -> who held the share -> the share."""
+
+
+def _revealed(members: Mapping[int, MaskingMember]) -> tuple[Shares, Shares]:
+    """Shares of seeds and of keys."""
+    seeds: Shares = {}
+    keys: Shares = {}
+    for holder, member in members.items():
+        if member.revealed is not None:
+            told = pb.RevealedShares.FromString(member.revealed)
+            for share in told.seeds:
+                seeds.setdefault(share.index, {})[holder] = share.share
+            for share in told.keys:
+                keys.setdefault(share.index, {})[holder] = share.share
+    return seeds, keys
+
+
+def _restored(shares: Mapping[int, bytes], threshold: int) -> bytes:
+    if len(shares) < threshold:
+        raise AggregationError("a device revealed fewer shares than it was asked for")
+    try:
+        return shamir.combine(dict(sorted(shares.items())[:threshold]))
+    except ValueError as error:
+        raise AggregationError(str(error)) from error

@@ -1,0 +1,318 @@
+"""A device's part in secure aggregation; the messages are in protos/coordinator.proto.
+
+The coordinator is held to the protocol as far as a device can see it: keys of others must be signed
+by certified devices, it must take more than half of the holders of shares to restore a secret, and
+of each neighbour one secret at most is revealed. All secrets are in memory only and made for one
+round: a device that is killed has dropped out, and can reveal nothing after.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from edge_runtime import masking, shamir
+from edge_runtime.adapters import Vector
+from edge_runtime.errors import RefusedError
+from edge_runtime.identity import Identity, sign
+from edge_runtime.noise import discrete_gaussian
+from edge_runtime.quantization import (
+    TAIL,
+    Grid,
+    Integers,
+    quantize,
+    quantize_clipped,
+    residues,
+)
+from protos import coordinator_pb2 as pb
+
+LEAST_DEVICES = 3
+"""With two, each knows the other's step from the sum."""
+COUNTERS = 2
+"""Numbers behind a step's coordinates: coordinates clipped, and whether its norm was."""
+# Clocks of devices differ.
+CLOCK_SKEW = datetime.timedelta(days=1)
+
+
+def advertisement(
+    identity: Identity, number: int, encryption: bytes, mask: bytes
+) -> pb.KeyAdvertisement:
+    """The public keys of a device, bound to its certificate and to round `number`."""
+    certificate = x509.load_pem_x509_certificate(identity.certificate.encode())
+    return pb.KeyAdvertisement(
+        encryption_key=encryption,
+        mask_key=mask,
+        certificate=certificate.public_bytes(Encoding.DER),
+        signature=sign(identity.key, _signed(number, encryption, mask)),
+    )
+
+
+def verify(keys: pb.KeyAdvertisement, number: int, authority: x509.Certificate) -> str:
+    """The enrolment of the device that advertises `keys` for round `number`.
+
+    Raises:
+        ValueError: they are not signed by a device that `authority` certified; one line says why.
+    """
+    if {len(keys.encryption_key), len(keys.mask_key)} != {masking.KEY_BYTES}:
+        raise ValueError("keys have 32 bytes each")
+    try:
+        certificate = x509.load_der_x509_certificate(keys.certificate)
+        certificate.verify_directly_issued_by(authority)
+        key = certificate.public_key()
+        subject = certificate.subject
+        (role,) = subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)
+        (enrolment,) = subject.get_attributes_for_oid(NameOID.SERIAL_NUMBER)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise ValueError("the keys come without a certificate of this coordinator") from error
+    if role.value != "device" or not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ValueError("the keys come with a certificate that is not a device's")
+    if datetime.datetime.now(datetime.UTC) > certificate.not_valid_after_utc + CLOCK_SKEW:
+        raise ValueError("the keys come with a certificate that has lapsed")
+    try:
+        message = _signed(number, keys.encryption_key, keys.mask_key)
+        key.verify(keys.signature, message, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature as error:
+        raise ValueError("the keys are not signed for this round by whom they are from") from error
+    return str(enrolment.value)
+
+
+def _signed(number: int, encryption: bytes, mask: bytes) -> bytes:
+    return b"comigs secure aggregation" + number.to_bytes(4, "big") + encryption + mask
+
+
+@dataclass(frozen=True)
+class _Secrets:
+    """Of one device in one round; each has 32 bytes."""
+
+    encryption: bytes
+    mask: bytes
+    """Pairwise masks come from it."""
+    own: bytes
+    """Seed of the mask of its own."""
+
+
+class Session:
+    """One device in one round. Methods are called in their order, each with what the coordinator
+    sent; with the same once more they give the same again.
+
+    Every method raises RefusedError if the coordinator does not keep to the protocol. The device
+    then takes no further part in the round.
+    """
+
+    def __init__(self, identity: Identity, number: int) -> None:
+        self._identity = identity
+        self._authority = x509.load_pem_x509_certificate(identity.ca.encode())
+        self._number = number
+        self._secrets = _Secrets(*(os.urandom(masking.KEY_BYTES) for _ in range(3)))
+        secrets = self._secrets
+        public = (masking.public_key(key) for key in (secrets.encryption, secrets.mask))
+        self.advertisement = advertisement(identity, number, *public)
+        """Its public keys, the first that it says."""
+        self._group: pb.MaskingGroup | None = None
+        self._outgoing = pb.OutgoingShares()
+        self._incoming: dict[int, bytes] | None = None
+        self._payload = b""
+        self._request: pb.Unmasking | None = None
+
+    def share(self, group: pb.MaskingGroup) -> pb.OutgoingShares:
+        """Shares of the two secrets, for each neighbour; the device keeps one of its own."""
+        if self._group is not None:
+            _require(self._group == group, "it changed the group of a round")
+            return self._outgoing
+        _check(group)
+        enrolments = {self._verified(neighbour.keys) for neighbour in group.neighbours}
+        _require(len(enrolments) == len(group.neighbours), "one device is two neighbours")
+        self._group = group
+        holders = [neighbour.index for neighbour in group.neighbours] + [group.index]
+        seeds = shamir.split(self._secrets.own, group.threshold, holders)
+        keys = shamir.split(self._secrets.mask, group.threshold, holders)
+        self._own_share = seeds[group.index]
+        self._outgoing = pb.OutgoingShares(
+            commitment=masking.commitment(self._secrets.own),
+            shares=[
+                pb.EncryptedShares(
+                    index=receiver.index,
+                    sealed=masking.seal(
+                        self._channel(receiver),
+                        seeds[receiver.index] + keys[receiver.index],
+                        self._context(group.index, receiver.index),
+                    ),
+                )
+                for receiver in group.neighbours
+            ],
+        )
+        return self._outgoing
+
+    def mask(self, incoming: pb.IncomingShares, step: Vector) -> bytes:
+        """The payload to upload: `step`, (D,) float32, as masked integers.
+
+        Args:
+            incoming: with its senders, and no others, the device has pairwise masks.
+
+        Raises:
+            ValueError: the step holds no finite numbers, or its grid is too coarse.
+        """
+        group = self._known_group()
+        received = {share.index: share.sealed for share in incoming.shares}
+        if self._incoming is not None:
+            _require(self._incoming == received, "it asked for a second masked step")
+            return self._payload
+        public = {n.index: n.keys.mask_key for n in group.neighbours}
+        _require(len(received) == len(incoming.shares), "it passed on shares twice")
+        _require(received.keys() <= public.keys(), "it passed on shares of a stranger")
+        _require(len(received) + 1 >= group.threshold, "it goes on with too few devices")
+        masked = residues(prepared(step, group))
+        masking.add_masks(
+            masked,
+            own=[self._secrets.own],
+            pairwise={
+                index: masking.pairwise_seed(self._secrets.mask, public[index], self._number)
+                for index in received
+            },
+            index=group.index,
+        )
+        self._incoming = received
+        self._payload = masked.astype("<u4").tobytes()
+        return self._payload
+
+    def unmask(self, request: pb.Unmasking) -> pb.RevealedShares:
+        """Shares of one secret of each neighbour: the seed of its own mask if its step is summed
+        up, else the key of its pairwise masks."""
+        group = self._known_group()
+        incoming = self._incoming
+        _require(incoming is not None, "it unmasks before anything was masked")
+        assert incoming is not None
+        if self._request is not None:
+            _require(
+                self._request == request,
+                "it asked for both secrets of a device, which would show that device's step",
+            )
+        summed, dropped = set(request.summed), set(request.dropped)
+        _require(
+            not summed & dropped,
+            "it asked for both secrets of a device, which would show that device's step",
+        )
+        _require(summed | dropped == {*incoming, group.index}, "it unmasks others than it masked")
+        _require(group.index in summed, "it left this device's step out")
+        _require(len(summed) >= group.threshold, "it sums up too few devices")
+        self._request = request
+        revealed = pb.RevealedShares()
+        revealed.seeds.add(index=group.index, share=self._own_share)
+        for neighbour in group.neighbours:
+            index = neighbour.index
+            if index not in incoming:
+                continue
+            try:
+                context = self._context(index, group.index)
+                shares = masking.unseal(self._channel(neighbour), incoming[index], context)
+            except ValueError:
+                continue  # that device sent nonsense; others may hold shares of its secrets
+            seed, key = shares[: shamir.SHARE_BYTES], shares[shamir.SHARE_BYTES :]
+            if index in summed:
+                revealed.seeds.add(index=index, share=seed)
+            else:
+                revealed.keys.add(index=index, share=key)
+        return revealed
+
+    def _known_group(self) -> pb.MaskingGroup:
+        _require(self._group is not None, "it skipped a stage")
+        assert self._group is not None
+        return self._group
+
+    def _verified(self, keys: pb.KeyAdvertisement) -> str:
+        try:
+            return verify(keys, self._number, self._authority)
+        except ValueError as error:
+            raise RefusedError(_refusal(str(error))) from error
+
+    def _channel(self, neighbour: pb.Neighbour) -> bytes:
+        """The key that encrypts what goes to and comes from a neighbour."""
+        context = b"comigs shares %d" % self._number
+        try:
+            return masking.agree(self._secrets.encryption, neighbour.keys.encryption_key, context)
+        except ValueError as error:
+            raise RefusedError(_refusal("a neighbour's key is none")) from error
+
+    def _context(self, sender: int, receiver: int) -> bytes:
+        return b"comigs shares %d from %d to %d" % (self._number, sender, receiver)
+
+
+def prepared(step: Vector, group: pb.MaskingGroup) -> Integers:
+    """What is masked: the step (D,) as integers, with noise or with COUNTERS more numbers.
+
+    The numbers of clipped coordinates and steps are summed up like the rest, so that the
+    coordinator learns of all devices together how many there were.
+
+    Raises:
+        ValueError: see `quantize` and `quantize_clipped`.
+    """
+    quantization = group.quantization
+    grid = Grid(quantization.bound, quantization.levels)
+    if quantization.clip_norm:
+        integers, shortened = quantize_clipped(step, grid)
+        beyond = 0
+    else:
+        integers, beyond = quantize(step, grid)
+        shortened = False
+    if quantization.noise_multiplier:
+        # A count would tell without noise what the noise hides.
+        sigma = quantization.noise_multiplier * grid.levels / math.sqrt(group.least_devices)
+        integers += discrete_gaussian(sigma, integers.size)
+        return integers
+    return np.append(integers, [min(beyond, grid.levels), int(shortened)])
+
+
+def payload_numbers(size: int, quantization: pb.Quantization) -> int:
+    """Integers in a masked payload for a step of `size` coordinates."""
+    return size if quantization.noise_multiplier else size + COUNTERS
+
+
+def _check(group: pb.MaskingGroup) -> None:
+    """Refuses a group in which the secrets would be safe with fewer than they should."""
+    holders = {neighbour.index for neighbour in group.neighbours} | {group.index}
+    quantization = group.quantization
+    reach = quantization.noise_multiplier * math.sqrt(group.devices / max(group.least_devices, 1))
+    for kept, complaint in (
+        (len(holders) == len(group.neighbours) + 1, "a number in the group is there twice"),
+        (0 not in holders and max(holders) <= group.devices, "a number is not in the group"),
+        (
+            LEAST_DEVICES <= group.least_devices <= group.devices,
+            f"it sums up fewer than {LEAST_DEVICES} devices",
+        ),
+        (group.threshold <= len(holders) < 2 * group.threshold, "its threshold is too low"),
+        (
+            0 < quantization.bound < math.inf and 0 <= reach < math.inf,
+            "its quantization has no bound",
+        ),
+        (
+            0 < quantization.levels * (group.devices + TAIL * reach) < 2**31,
+            "sums on its grid could wrap",
+        ),
+        (
+            quantization.clip_norm or not quantization.noise_multiplier,
+            "it adds noise to steps of any length",
+        ),
+    ):
+        _require(kept, complaint)
+
+
+def _require(kept: bool, complaint: str) -> None:
+    if not kept:
+        raise RefusedError(_refusal(complaint))
+
+
+def _refusal(complaint: str) -> str:
+    return (
+        f"the coordinator does not keep to secure aggregation: {complaint}; nothing more was told "
+        "to it in this round; ask who runs it"
+    )

@@ -1,0 +1,95 @@
+"""Devices that take part in secure aggregation, and what the coordinator should make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from coordinator_help import check_in_until, header
+
+from edge_runtime import wire
+from edge_runtime.bundle import Bundle
+from edge_runtime.client import Client
+from edge_runtime.quantization import grid_for
+from edge_runtime.secure_aggregation import Session
+from protos import coordinator_pb2 as pb
+
+STAGES = ("keys", "share", "mask", "unmask")
+
+
+def vector(bundle: Bundle, payload: bytes) -> np.ndarray:
+    return wire.decode(bundle.manifest, payload)["generalist"]
+
+
+def step_of(bundle: Bundle, device: int, number: int) -> np.ndarray:
+    """How far device `device` goes in round `number`; the same each time."""
+    size = next(role.size for role in bundle.manifest.roles if role.name == "generalist")
+    noise = np.random.default_rng([device, number]).normal(size=size)
+    return (0.01 * noise).astype(np.float32)
+
+
+def say(client: Client, number: int, wait: float = 20, **step: Any) -> pb.AggregateReply:
+    return client.aggregate(pb.AggregateRequest(round=number, wait_seconds=wait, **step))
+
+
+class Masked:
+    """A device's part in one round, as `edge_runtime.device` plays it, up to a stage."""
+
+    def __init__(self, client: Client, number: int) -> None:
+        self.client, self.number = client, number
+        self.session = Session(client.who, number)
+        self.group = pb.MaskingGroup()
+        self.payload = b""
+
+    def run(self, step: np.ndarray, *, until: str | None = None) -> str:
+        """Takes part; vanishes instead of saying what belongs to the stage `until`.
+
+        Returns:
+            Why it was over, empty if the device did all it was asked for.
+        """
+        if until == "keys":
+            return "gone"
+        reply = say(self.client, self.number, keys=self.session.advertisement)
+        while True:
+            asked = reply.WhichOneof("next")
+            if asked == until:
+                return "gone"
+            if asked == "share":
+                self.group.CopyFrom(reply.share)
+                shares = self.session.share(reply.share)
+                reply = say(self.client, self.number, shares=shares)
+            elif asked == "mask":
+                self.payload = self.session.mask(reply.mask, step)
+                answer = self.client.upload(header(self.number), self.payload)
+                if not answer.accepted:
+                    return answer.reason
+                reply = say(self.client, self.number)
+            elif asked == "unmask":
+                revealed = self.session.unmask(reply.unmask)
+                reply = say(self.client, self.number, revealed=revealed)
+            elif asked == "wait":
+                reply = say(self.client, self.number)
+            else:
+                return reply.over.reason
+
+
+def joined(clients: Collection[Client]) -> int:
+    """The round that all of them are to train in."""
+    numbers = {check_in_until(client, pb.CheckInReply.TRAIN).round for client in clients}
+    assert len(numbers) == 1
+    return numbers.pop()
+
+
+def expected(
+    start: np.ndarray, steps: list[np.ndarray], *, group: int, bound: float = 1.0
+) -> np.ndarray:
+    """The next generalist if `steps` were summed up out of a group of so many, in whole numbers."""
+    grid = grid_for(bound, group)
+    total = [0] * len(start)
+    for step in steps:
+        for index, x in enumerate(step.astype(float)):
+            total[index] += round(max(-bound, min(bound, x)) / grid.unit)
+    assert max(map(abs, total)) < 2**31
+    mean = np.array(total, np.float64) * grid.unit / len(steps)
+    return (start.astype(np.float64) + mean).astype(np.float32)
