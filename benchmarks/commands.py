@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import sys
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +24,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(no_args_is_help=True, help="Measure programs beside what else there is.")
     bench.command("train")(bench_train)
     bench.command("decode")(bench_decode)
+    bench.command("tier")(bench_tier)
     bench.command("coordinator")(bench_coordinator)
     app.add_typer(bench, name="bench")
 
@@ -69,6 +73,15 @@ def demo(
         messages.print(f"took {result['seconds']:.0f} s; the whole story: {page.resolve()}")
 
 
+class TableFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+    CSV = "csv"
+
+
+TableFormatOption = Annotated[
+    TableFormat, typer.Option("--format", help="For people, for programs, or the rows as CSV.")
+]
 EnginesOption = Annotated[str, typer.Option(help="Comma-separated: engine or engine:precision.")]
 CacheOption = Annotated[
     Path | None,
@@ -85,7 +98,7 @@ def bench_train(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     steps: Annotated[int, typer.Option(min=4, help="Timed steps of each.")] = 10,
     cache: CacheOption = None,
-    output: FormatOption = Format.TEXT,
+    output: TableFormatOption = TableFormat.TEXT,
 ) -> None:
     """Time a training step beside PyTorch eager, taking turns; memory, gradients, share of peak."""
     check_weights(weights)
@@ -104,9 +117,7 @@ def bench_train(
             cache=cache,
             progress=status.update,
         )
-    if output is Format.JSON:
-        emit(dict(result))
-    else:
+    if not _emitted(dict(result), output):
         messages.print(train_step.table(result))
 
 
@@ -125,7 +136,7 @@ def bench_decode(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     turns: Annotated[int, typer.Option(min=4, help="Timed turns, and starts, of each.")] = 10,
     cache: CacheOption = None,
-    output: FormatOption = Format.TEXT,
+    output: TableFormatOption = TableFormat.TEXT,
 ) -> None:
     """Time suggestions, taking turns: prefill, decode, first suggestion, cost of adapters."""
     check_weights(weights)
@@ -145,12 +156,52 @@ def bench_decode(
             cache=cache,
             progress=status.update,
         )
-    if output is Format.JSON:
-        emit(dict(result))
+    if _emitted(dict(result), output):
         return
     messages.print(decode.table(result))
     for lack in result["missing"]:
         messages.print(f"without {lack['engine']} {lack['weights']}: {lack['why']}", markup=False)
+
+
+def bench_tier(
+    base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2",
+    weights: Annotated[str, typer.Option(help="random or pretrained.")] = "random",
+    names: Annotated[
+        str, typer.Option("--tiers", help="Comma-separated (default: all of export/tiers.json).")
+    ] = "",
+    engines: EnginesOption = "onnxruntime:int8",
+    turns: Annotated[int, typer.Option(min=2, help="Starts, and training steps, of each.")] = 10,
+    cache: CacheOption = None,
+    output: TableFormatOption = TableFormat.TEXT,
+) -> None:
+    """Run every tier's own bundle within its memory, on its threads."""
+    check_weights(weights)
+    contestants = _contestants(engines)
+    from benchmarks import tier
+    from export.tiers import tiers
+
+    known = list(tiers())
+    chosen = [name.strip() for name in names.split(",") if name.strip()] or known
+    if unknown := [name for name in chosen if name not in known]:
+        raise typer.BadParameter(
+            f"{unknown[0]} is none of {', '.join(known)}", param_hint="--tiers"
+        )
+    with messages.status("loading the base") as status:
+        result = tier.run(
+            base_name=base,
+            random_weights=weights == "random",
+            names=chosen,
+            contestants=contestants,
+            count=turns,
+            cache=cache,
+            progress=status.update,
+        )
+    if _emitted(dict(result), output):
+        return
+    messages.print(tier.table(result))
+    for row in result["rows"]:
+        for why in row["refused"]:
+            messages.print(f"{row['tier']}: {why}", markup=False)
 
 
 def bench_coordinator(
@@ -171,6 +222,32 @@ def bench_coordinator(
         return
     for line in load.table(result):
         messages.print(line, highlight=False)
+
+
+def _emitted(result: dict[str, Any], output: TableFormat) -> bool:
+    """Prints a result for programs if that is asked for."""
+    if output is TableFormat.JSON:
+        emit(result)
+    elif output is TableFormat.CSV:
+        rows = [_flat(row) for row in [*result["rows"], *result.get("peers", [])]]
+        columns = dict.fromkeys(column for row in rows for column in row)
+        writer = csv.DictWriter(sys.stdout, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
+    return output is not TableFormat.TEXT
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of one level: `a.b` for what is in `a`, `a.low` and `a.high` for a spread."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": each for inner, each in _flat(value).items()}
+        elif isinstance(value, tuple):
+            flat[f"{key}.low"], flat[f"{key}.high"] = value
+        else:
+            flat[key] = "; ".join(value) if isinstance(value, list) else value
+    return flat
 
 
 def _contestants(engines: str) -> list[tuple[str, str]]:

@@ -95,12 +95,10 @@ class Contestant:
     def _receive(self) -> Any:
         assert self._process.stdout is not None
         while self.limit and not select.select([self._process.stdout], [], [], WATCH_SECONDS)[0]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if psutil.Process(self._process.pid).memory_info().rss > self.limit:
-                    raise BudgetError(
-                        f"{self.name} needs more than {self.limit // 2**20} MiB and was ended"
-                    )
+            check_memory(self.name, self._process.pid, self.limit)
         line = self._process.stdout.readline()
+        if self.limit:
+            check_memory(self.name, self._process.pid, self.limit)
         if not line:
             self._process.wait()
             self._errors.seek(0)
@@ -128,6 +126,16 @@ class Contestant:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def check_memory(name: str, process: int, limit: int) -> None:
+    """
+    Raises:
+        BudgetError: the process's resident set is larger than `limit` bytes.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if psutil.Process(process).memory_info().rss > limit:
+            raise BudgetError(f"{name} needs more than {limit // 2**20} MiB and was ended")
 
 
 def turns(count: int, progress: Callable[[str], None], *, warm_up: int = 2) -> Iterator[bool]:

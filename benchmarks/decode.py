@@ -25,7 +25,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from benchmarks.compiled import Compiler, kept_in
-from benchmarks.contest import ROOT, Contestant, quartiles, turns
+from benchmarks.contest import ROOT, Contestant, ContestError, quartiles, turns
 from benchmarks.machine import Machine, machine
 from export.base import Base, load_base
 from export.mixture import Mixture
@@ -47,11 +47,16 @@ BARE_LLAMA = replace(BARE, targets=("self_attn.o_proj",))
 Spread = tuple[float, float]
 
 
-class Speed(TypedDict):
-    """What is measured of every contestant; spreads are first and third quartile over turns."""
+class Who(TypedDict):
+    """A contestant."""
 
     engine: str
     weights: str
+
+
+class Speed(Who):
+    """What is measured of every contestant; spreads are first and third quartile over turns."""
+
     decode_tokens_per_second: float
     decode_spread: Spread
     prefill_tokens_per_second: float
@@ -85,11 +90,9 @@ class Peer(Speed):
     settings: str
 
 
-class Missing(TypedDict):
+class Missing(Who):
     """A peer that could not take part."""
 
-    engine: str
-    weights: str
     why: str
 
 
@@ -171,6 +174,12 @@ def run(
         commands |= theirs
         del base  # half a gigabyte that is not needed beside the contestants
         progress("loading")
+        for name in list(theirs):
+            try:
+                Contestant(name, theirs[name]).close()
+            except ContestError as error:
+                missing.append({**_who(name), "why": str(error)})
+                del theirs[name], commands[name]
         measured = _measure(commands, prompt, tokens, count, progress, stack)
         limits = stack.enter_context(
             Contestant("limits", [sys.executable, "-m", "benchmarks.limits", str(threads)])
@@ -343,14 +352,17 @@ def _measure(
     return measured
 
 
-def _speed(name: str, measured: dict[str, Measured]) -> Speed:
+def _who(name: str) -> Who:
     engine, weights = name.split()
+    return {"engine": engine, "weights": weights}
+
+
+def _speed(name: str, measured: dict[str, Measured]) -> Speed:
     own = measured[name]
     exact = next((m["chosen"] for n, m in measured.items() if n.endswith(" float32")), None)
     same = None if exact is None else sum(map(int.__eq__, exact, own["chosen"]))
     return {
-        "engine": engine,
-        "weights": weights,
+        **_who(name),
         "decode_tokens_per_second": median(own["speeds"]["decode"]),
         "decode_spread": quartiles(own["speeds"]["decode"]),
         "prefill_tokens_per_second": median(own["speeds"]["prefill"]),

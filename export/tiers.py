@@ -1,6 +1,6 @@
-"""Device tiers: the static shapes of a bundle's programs.
+"""Device tiers: the static shapes of a bundle's programs, and the class of devices they are for.
 
-The tiers are data (`tiers.json`), each with the device class that it stands for.
+The tiers are data (`tiers.json`), each with the reasons for its figures.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from importlib.resources import files
+from typing import Any
 
 from protos import manifest_pb2 as pb
 
@@ -38,14 +39,42 @@ class Tier:
         return pb.Tier(**{field.name: getattr(self, field.name) for field in fields(self)})
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeviceClass:
+    """What a tier stands for: the threads and the resident memory that the app may take."""
+
+    device: str
+    why: str
+    threads: int
+    memory_mib: int
+
+
 def tiers() -> dict[str, Tier]:
     """All tiers by name."""
-    data = json.loads((files("export") / "tiers.json").read_text(encoding="utf-8"))
     return {
         name: Tier(
             name=name,
+            **{
+                field.name: value[field.name]
+                for field in fields(Tier)
+                if field.name not in ("name", "micro_batches")
+            },
             micro_batches=tuple(value["micro_batches"]),
-            **{k: v for k, v in value.items() if k not in ("micro_batches", "device")},
         )
-        for name, value in data.items()
+        for name, value in _data().items()
     }
+
+
+def device_classes() -> dict[str, DeviceClass]:
+    """The devices of all tiers, by the tier's name."""
+    return {
+        name: DeviceClass(**{field.name: value[field.name] for field in fields(DeviceClass)})
+        for name, value in _data().items()
+    }
+
+
+def _data() -> dict[str, dict[str, Any]]:
+    data: dict[str, dict[str, Any]] = json.loads(
+        (files("export") / "tiers.json").read_text(encoding="utf-8")
+    )
+    return data
