@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 AGGREGATION = "Aggregation"
 SELECTION = "Selection"
 PRIVACY = "Privacy"
+QUALITY = "Quality gate"
+QUALITY_TOLERANCE = 0.01
 
 
 def _device_names(names: list[str]) -> list[str]:
@@ -174,6 +176,23 @@ def serve(
             rich_help_panel=PRIVACY,
         ),
     ] = None,
+    quality_gate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out text, a file or a directory: refuse a generalist that does worse on it "
+            "than the one before.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    quality_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="By which share the perplexity may rise.",
+            show_default="0.01",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
     training: Annotated[
         Path | None, typer.Option(help="How devices train: TrainingConfig as JSON.")
     ] = None,
@@ -204,6 +223,7 @@ def serve(
     # Imported here: the other commands must not wait for gRPC and SQLAlchemy.
     from coordinator import privacy
     from coordinator.aggregation import choose
+    from coordinator.quality import QualityGate
     from coordinator.rounds import Policy
     from coordinator.selection import select
     from coordinator.server import Options
@@ -235,6 +255,12 @@ def serve(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if quality_tolerance is not None and quality_gate is None:
+        raise typer.BadParameter("--quality-tolerance means nothing without --quality-gate")
+    gate = None
+    if quality_gate is not None:
+        tolerance = QUALITY_TOLERANCE if quality_tolerance is None else quality_tolerance
+        gate = QualityGate(bundle=bundle, text=quality_gate, tolerance=tolerance)
     try:
         config = training_config.load(training)
     except ValueError as error:
@@ -251,6 +277,7 @@ def serve(
             recipe=recipe,
             selection=selection,
             masking=masking,
+            gate=gate,
             training=config,
         ),
         enrolment_port=enrolment_port,
@@ -552,7 +579,12 @@ TEXTS = {
     "update_refused": "round {round}: refused an update of {device}: {reason}",
     "upload_broken": "round {round}: an upload of {device} broke: {reason}",
     "masking_began": "round {round}: {devices} devices mask their updates",
-    "round_closed": "round {round}: aggregated {updates} updates{clipping} after {seconds:.1f} s",
+    "update_damaged": "round {round}: goes on without the update of {device}: {reason}",
+    "settings_changed": "going on with other settings than before: {changed}",
+    "quality_measured": "round {round}: starts from perplexity {perplexity:.2f}",
+    "round_closed": (
+        "round {round}: aggregated {updates} updates{clipping} after {seconds:.1f} s{measured}"
+    ),
     "round_abandoned": "round {round}: abandoned with {updates} updates: {reason}",
     "storage_failed": "nothing can be stored for now, and devices try again: {reason}",
     "storage_recovered": "the state can be written again",
@@ -575,6 +607,14 @@ def _readable(fields: dict[str, Any]) -> dict[str, str]:
     if "clipped" in fields:
         clipped = fields["clipped"]
         words["clipping"] = f", {clipped} of them clipped," if clipped else ""
+        quality = fields.get("perplexity")
+        words["measured"] = (
+            "; perplexity {incoming:.2f} to {candidate:.2f}".format(**quality) if quality else ""
+        )
+    if "changes" in fields:
+        words["changed"] = "; ".join(
+            f"{name} {new}, was {old}" for name, (old, new) in fields["changes"].items()
+        )
     return words
 
 

@@ -38,6 +38,10 @@ class Row:
     """Round whose start it repeats; None if it starts from what the previous one came to."""
     reason: str | None
     """Why it was abandoned; None if it was not."""
+    incoming_perplexity: float | None
+    """On the quality gate's text, of what it started from; None without a gate."""
+    candidate_perplexity: float | None
+    """Likewise, of what came of it."""
 
 
 def rounds(state: Path) -> list[Row]:
@@ -105,6 +109,8 @@ def _row(found: Round, participants: int, accepted: int, refused: int) -> Row:
         paused=found.paused and found.closed_at is None,
         rolled_back_to=found.rolled_back_to,
         reason=found.reason,
+        incoming_perplexity=found.incoming_perplexity,
+        candidate_perplexity=found.candidate_perplexity,
     )
 
 
@@ -134,5 +140,8 @@ def _remarks(row: Row) -> str:
         remarks.append(f"from the start of round {row.rolled_back_to}")
     if row.paused:
         remarks.append("paused")
+    if row.incoming_perplexity is not None and row.reason is None:
+        measured = f"{row.incoming_perplexity:.2f} to {row.candidate_perplexity:.2f}"
+        remarks.append(f"perplexity {measured}")
     remarks.append(row.reason or "")
     return "; ".join(remark for remark in remarks if remark)

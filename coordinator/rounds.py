@@ -9,7 +9,8 @@
   that reported in the previous round and have not come back yet. A device that had an update
   refused is not waited for, nor sent to train again in that round; a revoked one neither.
 * At the deadline with fewer updates the round is abandoned and its number is used up; so is a round
-  whose updates amount to no usable generalist.
+  whose updates amount to no usable generalist, or to one that the quality gate refuses. An update
+  whose file got damaged is dropped, as if it had been refused.
 * With a Selection, a round takes only some devices. It opens when as many are there as it selects,
   counting those that reported in the previous round, since they are about to come back; or, after
   GATHER_SECONDS more, with as many as it wants updates of. Who takes part is settled then; others
@@ -38,21 +39,24 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from coordinator.aggregation import (
     AggregationError,
     Contribution,
+    DamagedUpdateError,
     Outcome,
     Recipe,
     aggregate,
     conclude_sum,
 )
+from coordinator.quality import Quality, QualityGate
 from coordinator.secure_aggregation import Masking, SecureAggregation, over
 from coordinator.selection import Selection
 from coordinator.state import Device, MaskingMember, Round, Standing, State, Status, Update
 from edge_runtime import wire
-from edge_runtime.errors import AdapterError, StorageError
+from edge_runtime.errors import AdapterError, ComigsError, StorageError
 from protos import coordinator_pb2 as pb
 from protos import manifest_pb2
 
@@ -96,6 +100,8 @@ class Policy:
     """None: every device takes part."""
     masking: Masking | None
     """None: updates come as they are."""
+    gate: QualityGate | None
+    """None: what comes of a round is not looked at."""
     training: pb.TrainingConfig
 
 
@@ -303,20 +309,22 @@ class Rounds:
 
     async def _aggregate(self, current: Round, updates: list[Update]) -> None:
         self._closing = current.number
+        quality = None
         try:
             outcome = await asyncio.to_thread(self._close, current, updates)
+            generalist = wire.encode(self._manifest, outcome.generalist)
+            if self._policy.gate is not None:
+                quality = await self._measure(self._policy.gate, current, generalist)
             if not self._is_still(current):
                 return
-            generalist = wire.encode(self._manifest, outcome.generalist)
-            self._state.aggregate(current.number, generalist, outcome.memory)
-        except AggregationError as error:
-            if self._is_still(current):
-                self._abandon(current, updates, str(error))
+            if (objection := self._objection(quality)) is not None:
+                self._abandon(current, updates, objection, quality=quality)
+                return
+            self._state.aggregate(current.number, generalist, outcome.memory, quality)
+        except (AggregationError, AdapterError) as error:
+            if self._is_still(current):  # else its files may have been deleted meanwhile
+                self._give_up(current, updates, error)
             return
-        except AdapterError:
-            if self._is_still(current):
-                raise
-            return  # its files were deleted meanwhile
         finally:
             self._closing = None
         self._report(
@@ -326,13 +334,49 @@ class Rounds:
                 "updates": len(updates),
                 "clipped": outcome.clipped,
                 "seconds": round(max(0.0, time.time() - (current.opened_at or 0)), 3),
+                **_perplexities(quality),
             },
         )
+
+    async def _measure(self, gate: QualityGate, current: Round, generalist: bytes) -> Quality:
+        try:
+            return await gate.compare(self._start_of(current), generalist)
+        except ComigsError as error:
+            raise AggregationError(f"what came of it could not be measured: {error}") from error
+
+    def _objection(self, quality: Quality | None) -> str | None:
+        gate = self._policy.gate
+        return None if gate is None or quality is None else gate.objection(quality)
+
+    def _give_up(self, current: Round, updates: list[Update], error: Exception) -> None:
+        """What there is to do when a round could not be closed."""
+        if isinstance(error, DamagedUpdateError):
+            self._drop(current, error)
+        elif isinstance(error, AdapterError):
+            raise error
+        else:
+            self._abandon(current, updates, str(error))
+
+    def _drop(self, current: Round, damage: DamagedUpdateError) -> None:
+        """Goes on without an accepted update."""
+        name = self._state.drop_update(current.number, damage.device, str(damage))
+        fields = {"round": current.number, "device": name, "reason": str(damage)}
+        self._report("update_damaged", fields)
+
+    def _start_of(self, current: Round) -> Path:
+        return self._state.directory / current.generalist_file
 
     def _close(self, current: Round, updates: list[Update]) -> Outcome:
         directory = self._state.directory
         memory = current.memory_file
-        incoming = wire.decode(self._manifest, (directory / current.generalist_file).read_bytes())
+        try:
+            payload = self._start_of(current).read_bytes()
+        except OSError as error:
+            raise AdapterError(
+                f"cannot read {self._start_of(current)}, the generalist of round {current.number}: "
+                f"{error.strerror}; restore the state directory from a copy"
+            ) from error
+        incoming = wire.decode(self._manifest, payload)
         if self._masked is not None:
             summed = self._masked.total(current.number, updates)
             return conclude_sum(
@@ -363,16 +407,22 @@ class Rounds:
         return current.number == closing.number and not current.paused
 
     def _abandon(
-        self, current: Round, updates: list[Update], reason: str, command: str | None = None
+        self,
+        current: Round,
+        updates: list[Update],
+        reason: str,
+        *,
+        command: str | None = None,
+        quality: Quality | None = None,
     ) -> None:
-        self._state.abandon(current.number, reason, command=command)
-        self._report_abandoned(current, updates, reason)
+        self._state.abandon(current.number, reason, command=command, quality=quality)
+        self._report_abandoned(current, updates, reason, quality)
 
-    def _report_abandoned(self, current: Round, updates: list[Update], reason: str) -> None:
-        self._report(
-            "round_abandoned",
-            {"round": current.number, "updates": len(updates), "reason": reason},
-        )
+    def _report_abandoned(
+        self, current: Round, updates: list[Update], reason: str, quality: Quality | None = None
+    ) -> None:
+        fields = {"round": current.number, "updates": len(updates), "reason": reason}
+        self._report("round_abandoned", fields | _perplexities(quality))
 
     async def _deliver(self) -> bool:
         """Waits until the last round's participants have the final generalist.
@@ -421,7 +471,8 @@ class Rounds:
             raise RefusedCommandError("no round is open, so there is none to abort")
         words = "aborted by the administrator"
         updates = self._state.updates(current.number)
-        self._abandon(current, updates, f"{words}: {reason}" if reason else words, command)
+        reason = f"{words}: {reason}" if reason else words
+        self._abandon(current, updates, reason, command=command)
         self._wake()
         return current.number
 
@@ -724,6 +775,11 @@ class Rounds:
 
     async def _wait_for_nudge(self, seconds: float | None) -> None:
         await _wait(self._nudged, seconds)
+
+
+def _perplexities(quality: Quality | None) -> dict[str, Any]:
+    """An event's fields about what the quality gate measured; none without it."""
+    return {} if quality is None else {"perplexity": vars(quality)}
 
 
 async def _wait(event: asyncio.Event, seconds: float | None) -> None:

@@ -92,7 +92,14 @@ async def serve(options: Options, report: Report) -> None:
     ):
         report = to_all(report, auditor.observe)
         state = whole.of(cohorts.name_of(bundle.manifest))
-        state.begin(_settings(options.policy, contract_sha256(bundle.manifest)), generalist)
+        settings = _settings(options.policy, contract_sha256(bundle.manifest))
+        changed = state.begin(settings, generalist)
+        if changed:
+            report("settings_changed", {"changes": changed})
+        if (gate := options.policy.gate) is not None:
+            current = state.current()
+            measured = await gate.check(options.state / current.generalist_file)
+            report("quality_measured", {"round": current.number, "perplexity": measured})
         rounds = Rounds(
             state=state,
             manifest=bundle.manifest,
@@ -130,6 +137,7 @@ def _settings(policy: Policy, contract: str) -> Settings:
         deadline_seconds=policy.deadline_seconds,
         recipe=str(policy.recipe),
         selection=None if policy.selection is None else str(policy.selection),
+        gate=None if policy.gate is None else str(policy.gate),
         training=json_format.MessageToJson(policy.training, preserving_proto_field_name=True),
     )
 

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -45,6 +46,7 @@ from sqlalchemy.orm import (
     mapped_column,
 )
 
+from coordinator.quality import Quality
 from edge_runtime.errors import BundleError, StorageError
 from edge_runtime.files import (
     remove_leftovers,
@@ -141,6 +143,10 @@ class Round(Base):
     """Round whose start it repeats, at the administrator's wish."""
     command: Mapped[str | None] = mapped_column(unique=True)
     """Id of the administrator's command that made it the current one."""
+    incoming_perplexity: Mapped[float | None]
+    """On the quality gate's text; None without one."""
+    candidate_perplexity: Mapped[float | None]
+    """Likewise, of what came of it."""
 
 
 def _of_a_round() -> ForeignKeyConstraint:
@@ -247,6 +253,7 @@ class Settings(Base):
     deadline_seconds: Mapped[float]
     recipe: Mapped[str]
     selection: Mapped[str | None]
+    gate: Mapped[str | None]
     training: Mapped[str]
     """TrainingConfig in proto3 JSON."""
 
@@ -304,8 +311,11 @@ class State:
             begun = session.execute(select(Settings.cohort, Settings.contract_sha256))
             return {cohort: contract for cohort, contract in begun}
 
-    def begin(self, settings: Settings, generalist: bytes) -> None:
+    def begin(self, settings: Settings, generalist: bytes) -> dict[str, tuple[Any, Any]]:
         """Starts round 1 from `generalist` in a new cohort; in an old one, takes new settings.
+
+        Returns:
+            Name -> old and new value of the settings that are not as they were.
 
         Raises:
             BundleError: the state belongs to a bundle with another contract.
@@ -329,7 +339,9 @@ class State:
                     "tensors; serve that bundle, or choose another --state"
                 )
             settings.cohort = self.cohort
+            changed = {} if known is None else _changes(known, settings)
             session.merge(settings)
+            return changed
 
     # Devices
 
@@ -503,13 +515,19 @@ class State:
             if current.status == Status.OPEN:
                 current.deadline = deadline
 
-    def aggregate(self, number: int, generalist: bytes, memory: bytes | None) -> None:
+    def aggregate(
+        self,
+        number: int,
+        generalist: bytes,
+        memory: bytes | None,
+        quality: Quality | None = None,
+    ) -> None:
         """Closes an open round. The next one, now waiting, starts from `generalist` and, with a
         server optimizer, from its `memory`."""
         file, digest = self._write_generalist(number + 1, generalist)
         memory_file = None if memory is None else self._write_memory(number + 1, memory)
         with self._transaction() as session:
-            closed = self._end(session, number, Status.AGGREGATED)
+            closed = self._end(session, number, Status.AGGREGATED, quality=quality)
             session.add(
                 Round(
                     cohort=self.cohort,
@@ -523,10 +541,17 @@ class State:
             )
         self._clean()
 
-    def abandon(self, number: int, reason: str, *, command: str | None = None) -> None:
+    def abandon(
+        self,
+        number: int,
+        reason: str,
+        *,
+        command: str | None = None,
+        quality: Quality | None = None,
+    ) -> None:
         """Ends the current round; the next one, now waiting, starts from the same generalist."""
         with self._transaction() as session:
-            abandoned = self._end(session, number, Status.ABANDONED, reason)
+            abandoned = self._end(session, number, Status.ABANDONED, reason, quality)
             session.add(
                 Round(
                     cohort=self.cohort,
@@ -690,6 +715,14 @@ class State:
         with self._transaction() as session:
             session.add(update)
 
+    def drop_update(self, number: int, device: str, reason: str) -> str:
+        """Refuses an accepted update after all. Returns the device's name."""
+        with self._transaction() as session:
+            session.delete(session.get_one(Update, (self.cohort, number, device)))
+            name = session.get_one(Device, device).name
+        self.add_refusal(number, device, reason)
+        return name
+
     def add_refusal(self, number: int, device: str, reason: str) -> None:
         with self._transaction() as session:
             session.add(
@@ -807,13 +840,21 @@ class State:
         return session.scalars(chosen).one()
 
     def _end(
-        self, session: Session, number: int, status: Status, reason: str | None = None
+        self,
+        session: Session,
+        number: int,
+        status: Status,
+        reason: str | None = None,
+        quality: Quality | None = None,
     ) -> Round:
         ended = session.get_one(Round, (self.cohort, number))
         ended.status = status
         ended.closed_at = time.time()
         ended.reason = reason
         self._forget_masking(session, number)
+        if quality is not None:
+            ended.incoming_perplexity = quality.incoming
+            ended.candidate_perplexity = quality.candidate
         return ended
 
     def _write_generalist(self, number: int, generalist: bytes) -> tuple[str, str]:
@@ -876,6 +917,22 @@ class State:
                 f"cannot use {self.directory / DATABASE}: {error.orig}; free some space or check "
                 "the file, then start again: what was acknowledged before is intact"
             ) from error
+
+
+def _changes(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
+    """Name -> values, of the settings that differ; those of the training one by one, of which zeros
+    are left out in its JSON."""
+    known, wanted = (
+        {column.key: getattr(settings, column.key) for column in Settings.__table__.columns}
+        | {f"training.{key}": value for key, value in json.loads(settings.training).items()}
+        for settings in (old, new)
+    )
+    beside = {"training", "training.rounds"}
+    return {
+        name: (known.get(name, 0), wanted.get(name, 0))
+        for name in sorted((known.keys() | wanted.keys()) - beside)
+        if known.get(name, 0) != wanted.get(name, 0)
+    }
 
 
 def _named(session: Session, name: str) -> Device:

@@ -18,7 +18,7 @@ from edge_runtime.errors import ComigsError, MissingPartError
 
 # The commands of each entry point, and the extra that brings the packages that they need.
 COMMANDS = {
-    "device": ("device", "predict", "plan", "doctor"),
+    "device": ("device", "predict", "perplexity", "plan", "doctor"),
     "coordinator": (
         *("serve", "rounds", "models", "audit", "invite", "revoke", "devices"),
         *("pause", "resume", "abort", "rollback"),

@@ -1,4 +1,5 @@
-"""The device's commands: `comigs device run | evaluate`, `predict`, `plan`, `doctor`."""
+"""The device's commands: `comigs device run | evaluate`, `predict`, `perplexity`, `plan`,
+`doctor`."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +15,12 @@ import typer
 from rich.markup import escape
 from rich.text import Text
 
-from edge_runtime import adapters, planner, training_config
-from edge_runtime.bundle import contract_sha256, open_bundle
+from edge_runtime import adapters, planner, training_config, wire
+from edge_runtime.bundle import Bundle, contract_sha256, open_bundle
 from edge_runtime.cli import Format, FormatOption, emit, messages
 from edge_runtime.client import Client
 from edge_runtime.connection import Patience, Traffic, Unproven, connect
-from edge_runtime.data import load_tokenizer, read_splits, tokenize
+from edge_runtime.data import load_tokenizer, read_all, read_splits, tokenize
 from edge_runtime.device import Device
 from edge_runtime.engines import ENGINES, load_engine
 from edge_runtime.enrolment import identity_from
@@ -29,6 +31,8 @@ from edge_runtime.predict import Predictor, Suggestion
 from edge_runtime.store import DeviceConfig, Home
 from edge_runtime.training import Evaluator
 from protos import coordinator_pb2 as pb
+
+FRESH = Path("the bundle's own")
 
 HomeOption = Annotated[Path, typer.Option(help="The device's home directory.")]
 
@@ -52,6 +56,7 @@ def register(app: typer.Typer) -> None:
     device.command("evaluate")(evaluate)
     app.add_typer(device, name="device")
     app.command("predict")(predict)
+    app.command("perplexity")(perplexity)
     app.command("plan")(plan)
     app.command("doctor")(doctor)
 
@@ -289,6 +294,67 @@ def evaluate(
         emit(result)
     else:
         print(f"{config.name}: perplexity {math.exp(loss):.2f} over {len(tokens)} {split} tokens")
+
+
+def perplexity(
+    *,
+    generalists: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Files as in a coordinator's `generalists`, or - for one on standard input; "
+            "without any, the bundle's own.",
+            show_default=False,
+        ),
+    ] = None,
+    bundle: Annotated[Path, typer.Option(help="The bundle that they belong to.")],
+    text: Annotated[Path, typer.Option(help="Held-out text: a file, or a directory of files.")],
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{' or '.join(ENGINES)} (default: one that bundle and installation have).",
+            callback=_known_engine,
+        ),
+    ] = None,
+    threads: ThreadsOption = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Perplexity of generalists on their own: with fresh specialists and a fresh router."""
+    opened = open_bundle(bundle)
+    tokens = tokenize(load_tokenizer(opened), read_all(text))
+    if len(tokens) < 2:
+        raise DataError(f"{text} holds no text to predict; add some")
+    vectors = adapters.load_fresh(opened)
+    loaded = load_engine(engine or _engine_of(opened), threads=threads)
+    evaluator = Evaluator(opened, loaded, vectors)
+    entries = []
+    for generalist in generalists or [FRESH]:
+        if generalist is not FRESH:
+            for role, vector in wire.decode(opened.manifest, _payload(generalist)).items():
+                # In place: the program is bound to this memory.
+                vectors[role][...] = vector
+        value = math.exp(evaluator.loss(tokens))
+        entries.append({"generalist": str(generalist), "perplexity": value})
+    if output is Format.JSON:
+        emit({"tokens": len(tokens), "generalists": entries})
+        return
+    for entry in entries:
+        print(f"{entry['perplexity']:12.2f}  {entry['generalist']}")
+
+
+def _engine_of(bundle: Bundle) -> str:
+    """An engine of the bundle's, an installed one if there is one."""
+    compiled = {program.engine for program in bundle.manifest.programs}
+    names = [name for name in ENGINES if name in compiled] or [ENGINES[0]]
+    return next((name for name in names if find_spec(name) is not None), names[0])
+
+
+def _payload(path: Path) -> bytes:
+    if path == Path("-"):
+        return sys.stdin.buffer.read()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _existing(home: Home) -> DeviceConfig:

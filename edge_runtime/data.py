@@ -111,13 +111,25 @@ def read_splits(directory: Path, needed: Sequence[str] = ("train", "valid")) -> 
     return splits
 
 
-def _split_files(directory: Path) -> tuple[str, str, str]:
-    texts = [read_text(path) for path in sorted(directory.rglob("*")) if _is_text(path, directory)]
+def read_all(path: Path) -> str:
+    """The text of a file, or of all text files in a directory, joined as `read_splits` does.
+
+    Raises:
+        DataError: nothing there, no text, or not UTF-8.
+    """
+    if not path.is_dir():
+        return read_text(path)
+    texts = [read_text(file) for file in sorted(path.rglob("*")) if _is_text(file, path)]
     texts = [text for text in dict.fromkeys(texts) if text.strip()]
     if not texts:
-        raise DataError(f"{directory} holds no text; put UTF-8 text files into it")
+        raise DataError(f"{path} holds no text; put UTF-8 text files into it")
+    return "\n\n".join(texts)
+
+
+def _split_files(directory: Path) -> tuple[str, str, str]:
+    text = read_all(directory)
     try:
-        return split_text("\n\n".join(texts))
+        return split_text(text)
     except DataError as error:
         raise DataError(f"{directory}: {error}") from None
 

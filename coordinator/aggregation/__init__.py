@@ -19,11 +19,12 @@ often a round is closed, the bytes are the same.
 
 from coordinator.aggregation.closing import AggregationError, Outcome, aggregate, conclude_sum
 from coordinator.aggregation.recipe import Recipe, choose
-from coordinator.aggregation.updates import Contribution
+from coordinator.aggregation.updates import Contribution, DamagedUpdateError
 
 __all__ = [
     "AggregationError",
     "Contribution",
+    "DamagedUpdateError",
     "Outcome",
     "Recipe",
     "aggregate",

@@ -52,7 +52,8 @@ def aggregate(
         memory: what the previous round's outcome had; that of another optimizer is ignored.
 
     Raises:
-        AdapterError: a file is missing or damaged.
+        DamagedUpdateError: the file of a contribution is missing or damaged.
+        AdapterError: so is the memory.
         AggregationError: too few contributions, or numbers beyond float32.
     """
     layout = Layout(manifest)

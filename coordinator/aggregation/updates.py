@@ -134,26 +134,34 @@ class Layout:
         return {role: flat[part] for role, part in self.roles.items()}
 
 
+class DamagedUpdateError(AdapterError):
+    """The file of an update is missing or not what was accepted."""
+
+    def __init__(self, contribution: Contribution) -> None:
+        super().__init__(f"{contribution.path} is missing or damaged, though it was accepted")
+        self.device = contribution.device
+
+
 class StoredUpdate:
     """A contribution whose numbers are read from its file when they are asked for."""
 
     def __init__(self, layout: Layout, contribution: Contribution) -> None:
         """
         Raises:
-            AdapterError: the file is missing, or not what was accepted.
+            DamagedUpdateError: the file is missing, or not what was accepted.
         """
         self.tokens = contribution.tokens
-        self._path = contribution.path
+        self._contribution = contribution
         self._layout = layout
         try:
             self._offsets = self._find_tensors()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged() from error
+            raise DamagedUpdateError(self._contribution) from error
 
     def _find_tensors(self) -> NDArray[np.int64]:
         """Where in the file each tensor of the layout begins, from the header of safetensors:
         its size in 8 bytes, then JSON, in which places count from its end."""
-        with self._path.open("rb") as file:
+        with self._contribution.path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size > self._layout.max_bytes:
                 raise ValueError("a header longer than the payload")
@@ -167,29 +175,23 @@ class StoredUpdate:
     def read(self, start: int, stop: int) -> Flat:
         """
         Raises:
-            AdapterError: the file is missing or truncated.
+            DamagedUpdateError: the file is missing or truncated.
         """
         numbers = np.zeros(stop - start, "<f4")
         firsts, sizes = self._layout.firsts, self._layout.sizes
         reached = range(max(0, bisect_right(firsts, start) - 1), bisect_left(firsts, stop))
         try:
-            with self._path.open("rb") as file:
+            with self._contribution.path.open("rb") as file:
                 for tensor in reached:
                     first = firsts[tensor]
                     begin, end = max(start, first), min(stop, first + sizes[tensor])
                     file.seek(int(self._offsets[tensor]) + 4 * (begin - first))
                     piece = numbers[begin - start : max(begin, end) - start]
                     if file.readinto(piece.data) != piece.nbytes:
-                        raise self._damaged()
+                        raise DamagedUpdateError(self._contribution)
         except OSError as error:
-            raise self._damaged() from error
+            raise DamagedUpdateError(self._contribution) from error
         return numbers.astype(np.float64)
-
-    def _damaged(self) -> AdapterError:
-        return AdapterError(
-            f"{self._path} is missing or damaged, though it was accepted; restore the state "
-            "directory from a copy"
-        )
 
 
 def blocks(size: int, rows: int, block_bytes: int) -> Iterator[tuple[int, int]]:

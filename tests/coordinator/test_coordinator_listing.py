@@ -36,6 +36,7 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
         "refused": 0,
     }
     quiet = {"paused": False, "rolled_back_to": None, "reason": None}
+    quiet |= {"incoming_perplexity": None, "candidate_perplexity": None}
     assert rows(state) == [waiting | {"seconds": None, "aggregation": None} | quiet]
 
     join_round(*trio)

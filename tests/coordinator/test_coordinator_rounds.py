@@ -28,7 +28,7 @@ from coordinator.administrator import Administrator
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
-from edge_runtime.errors import RefusedError
+from edge_runtime.errors import AdapterError, RefusedError
 from edge_runtime.identity import read_identity
 from edge_runtime.invitation import decode
 from protos import coordinator_pb2 as pb
@@ -355,3 +355,80 @@ def test_a_restart_keeps_the_round_and_restarts_its_clock(fleet: Fleet) -> None:
     assert ada.download(final.round) == wire.encode(bundle.manifest, {"generalist": expected})
     # Updates are personal; they are gone once they are in the average.
     assert not list(fleet.state.glob("updates/*/*"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "nonsense"])
+def test_a_damaged_update_costs_that_update_only(fleet: Fleet, damage: str) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1")
+    trio = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    join_round(*trio)
+    start = trio[0].download(1)
+    updates = [train(bundle, start, seed, 1) for seed in range(3)]
+    assert trio[0].upload(header(1), updates[0]).accepted
+    (file,) = fleet.state.glob("updates/*/*.safetensors")
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(updates[0][:-5] if damage == "truncated" else b"x" * len(updates[0]))
+    for client, update in zip(trio[1:], updates[1:], strict=True):
+        assert client.upload(header(1), update).accepted
+    damaged = served.wait_for("update_damaged")
+    assert damaged["device"] == "ada"
+    assert "missing or damaged" in damaged["reason"]
+    assert served.wait_for("round_closed")["updates"] == 2
+    final = check_in_until(trio[1], pb.CheckInReply.FINISH)
+    expected = mean_of(bundle, by_device_id(fleet.state, trio[1:], updates[1:]))
+    assert trio[1].download(final.round) == wire.encode(bundle.manifest, {"generalist": expected})
+    assert row(fleet.state, "select count(*) from updates") == (2,)
+    assert row(fleet.state, "select count(*) from refusals") == (1,)
+
+
+def test_a_round_short_of_a_damaged_update_waits_for_another(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1", "--min-devices", "2")
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(ada, ben)
+    start = ada.download(1)
+    updates = [train(bundle, start, seed, 1) for seed in range(2)]
+    assert ada.upload(header(1), updates[0]).accepted
+    next(fleet.state.glob("updates/*/*.safetensors")).unlink()
+    assert ben.upload(header(1), updates[1]).accepted
+    served.wait_for("update_damaged")
+    assert ada.upload(header(1), updates[0]).accepted, "whoever still has it may send it again"
+    assert served.wait_for("round_closed")["updates"] == 2
+
+
+def test_a_missing_generalist_is_told_in_one_line(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--min-devices", "1")
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    join_round(ada)
+    update = train(bundle, ada.download(1), 0, 1)
+    next(fleet.state.glob("generalists/*")).unlink()
+    assert ada.upload(header(1), update).accepted
+    assert served.process.wait(timeout=30) == AdapterError.code
+    assert "restore the state directory" in served.stderr()
+
+
+def test_other_settings_than_before_are_told(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    training = fleet.directory / "training.json"
+    training.write_text('{"local_steps": 7}')
+    served = fleet.serve(bundle, "--rounds", "2")
+    served.ready()
+    served.stop()
+    options = ("--rounds", "5", "--aggregation", "median", "--training", str(training))
+    again = fleet.serve(bundle, *options)
+    assert again.wait_for("settings_changed")["changes"] == {
+        "recipe": ["mean", "median"],
+        "rounds": [2, 5],
+        "training.local_steps": [10, 7],
+        "training.tau": [30, 0],
+        "training.weight_decay": [0.01, 0],
+    }
+    again.ready()
+    again.stop()
+    third = fleet.serve(bundle, *options)
+    third.ready()
+    assert "settings_changed" not in [event["event"] for event in third.stop()]

@@ -1,0 +1,165 @@
+"""The quality gate, with a compiled bundle and the engine."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coordinator_help import Fleet, header, join_round, serve_command
+from test_coordinator_listing import listed, rows
+
+from coordinator.quality import Quality, QualityGate
+from edge_runtime import adapters, wire
+from edge_runtime.bundle import Bundle
+from edge_runtime.data import load_tokenizer, tokenize
+from edge_runtime.engines import load_engine
+from edge_runtime.errors import BundleError, DataError, MissingPartError
+from edge_runtime.training import Evaluator
+
+
+def moved(bundle: Bundle, payload: bytes, step: float, seed: int = 0) -> bytes:
+    vectors = wire.decode(bundle.manifest, payload)
+    noise = np.random.default_rng(seed).normal(size=vectors["generalist"].size)
+    moved = vectors["generalist"] + np.float32(step) * noise.astype(np.float32)
+    return wire.encode(bundle.manifest, {"generalist": moved})
+
+
+class Perplexity:
+    """Of generalists, as a device that has just joined would have them."""
+
+    def __init__(self, bundle: Bundle, text: str) -> None:
+        self.manifest = bundle.manifest
+        self.tokens = tokenize(load_tokenizer(bundle), text)
+        self.vectors = adapters.load_fresh(bundle)
+        self.evaluator = Evaluator(bundle, load_engine("onnxruntime", threads=1), self.vectors)
+
+    def __call__(self, payload: bytes) -> float:
+        self.vectors["generalist"][...] = wire.decode(self.manifest, payload)["generalist"]
+        return math.exp(self.evaluator.loss(self.tokens))
+
+
+def test_a_worse_generalist_is_refused_and_a_better_one_is_not(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path
+) -> None:
+    text = fleet.directory / "held-out"
+    text.mkdir()
+    words = (text_dir / "test.txt").read_text()
+    (text / "a.txt").write_text(words)
+    options = ("--rounds", "2", "--min-devices", "1", "--quality-gate", str(text))
+    served = fleet.serve(tiny_bundle, *options, "--quality-tolerance", "0")
+    (ada,) = fleet.enrolled(served, tiny_bundle, "ada")
+    start = ada.download(1)
+    perplexity = Perplexity(tiny_bundle, words)
+    measured = next(event for event in served.events if event["event"] == "quality_measured")
+    before = perplexity(start)
+    assert measured["perplexity"] == pytest.approx(before, rel=1e-5)
+
+    better, *_, worse = sorted(
+        (moved(tiny_bundle, start, 0.02, seed) for seed in range(20)), key=perplexity
+    )
+    assert perplexity(better) < before < perplexity(worse)
+    join_round(ada)
+    assert ada.upload(header(1), worse).accepted
+    refused = served.wait_for("round_abandoned")
+    bad = perplexity(worse)
+    assert refused["perplexity"] == {
+        "incoming": pytest.approx(before, rel=1e-5),
+        "candidate": pytest.approx(bad, rel=1e-5),
+    }
+    assert "the quality gate refused" in refused["reason"]
+    assert f"{bad:.2f}" in refused["reason"]
+
+    join_round(ada)
+    assert ada.download(2) == start, "the incoming generalist stays"
+    assert ada.upload(header(2), better).accepted
+    closed = served.wait_for("round_closed")
+    assert closed["perplexity"]["candidate"] < closed["perplexity"]["incoming"]
+    assert ada.download(3) == better
+    first, second = rows(fleet.state)[:2]
+    assert (first["status"], second["status"]) == ("abandoned", "aggregated")
+    assert first["candidate_perplexity"] == refused["perplexity"]["candidate"]
+    assert second["incoming_perplexity"] == closed["perplexity"]["incoming"]
+    lines = listed(fleet.state).stdout.splitlines()
+    assert lines[1].endswith(refused["reason"])
+    good = perplexity(better)
+    assert lines[2].endswith(f"perplexity {before:.2f} to {good:.2f}")
+
+
+def test_what_gets_worse_by_no_more_than_the_tolerance_passes() -> None:
+    gate = QualityGate(bundle=Path("b"), text=Path("t"), tolerance=0.1)
+    assert gate.objection(Quality(incoming=100, candidate=110)) is None
+    for candidate in (110.01, math.inf, math.nan):
+        assert gate.objection(Quality(incoming=100, candidate=candidate)) is not None
+
+
+def test_a_gate_that_fails_lets_nothing_through(
+    fleet: Fleet, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The text is here at the start, and gone when the round closes.\n" * 20)
+    options = ("--rounds", "1", "--min-devices", "1", "--quality-gate", str(text))
+    served = fleet.serve(tiny_bundle, *options)
+    (ada,) = fleet.enrolled(served, tiny_bundle, "ada")
+    join_round(ada)
+    text.unlink()
+    start = ada.download(1)
+    assert ada.upload(header(1), moved(tiny_bundle, start, 0.01)).accepted
+    assert "could not be measured" in served.wait_for("round_abandoned")["reason"]
+    join_round(ada)
+    assert ada.download(2) == start
+
+
+def refusal(bundle: Path, state: Path, *options: str, without: str = "") -> tuple[int, str]:
+    """Exit code and message of a start that is refused."""
+    command = serve_command(bundle, state, "--listen", "127.0.0.1:0", *options)
+    if without:  # the child that measures must not find it either
+        (state / f"{without}.py").write_text(f"raise ModuleNotFoundError(name='{without}')\n")
+        command = ["env", f"PYTHONPATH={state}:{Path(__file__).parents[2]}", *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stderr
+
+
+def test_what_the_gate_lacks_is_told_at_the_start(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    text = str(text_dir / "test.txt")
+    state = tmp_path / "state"
+    state.mkdir()
+    code, message = refusal(tiny_bundle.path, state, "--quality-gate", "nowhere")
+    assert (code, message.count("\n")) == (DataError.code, 1)
+    assert "--quality-gate: nowhere cannot be read" in message
+    code, message = refusal(fleet.bundle().path, tmp_path / "other", "--quality-gate", text)
+    assert code == BundleError.code
+    code, message = refusal(tiny_bundle.path, state, "--quality-tolerance", "0.1")
+    assert code == 2
+    assert "means nothing without --quality-gate" in message
+    code, message = refusal(tiny_bundle.path, state, "--quality-gate", text, without="tokenizers")
+    assert code == MissingPartError.code, message
+    assert "pip install 'comigs[device]'" in message
+
+
+def test_perplexity_of_any_generalist(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    start = wire.encode(tiny_bundle.manifest, adapters.load_fresh(tiny_bundle))
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(moved(tiny_bundle, start, 1.0))
+    text = text_dir / "test.txt"
+    command = [sys.executable, "-m", "edge_runtime", "perplexity", "--bundle", tiny_bundle.path]
+    done = subprocess.run(
+        [*command, "--text", text, "--format", "json", "-", other],
+        input=start,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    perplexity = Perplexity(tiny_bundle, text.read_text())
+    wanted = [perplexity(payload) for payload in (start, other.read_bytes())]
+    result = json.loads(done.stdout)
+    assert [entry["perplexity"] for entry in result["generalists"]] == pytest.approx(wanted)
+    assert result["tokens"] == len(text.read_text())  # a byte is a token here
+    done = subprocess.run([*command, "--text", text], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{wanted[0]:12.2f}  the bundle's own\n"
