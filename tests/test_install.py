@@ -32,8 +32,8 @@ MAY_IMPORT = {
             f"edge_runtime.{name}"
             for name in (
                 *("adapters", "bundle", "cli", "connection", "errors", "files", "identity"),
-                *("invitation", "masking", "noise", "quantization", "secure_aggregation"),
-                *("shamir", "training_config", "wire"),
+                *("invitation", "masking", "noise", "protocol", "quantization"),
+                *("secure_aggregation", "shamir", "training_config", "wire"),
             )
         ),
     },
