@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import threading
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,21 @@ class Masked:
         self.session = Session(client.who, number)
         self.group = pb.MaskingGroup()
         self.payload = b""
+        self.revealed = False
+        # A stage, and what is set when the device is asked for it.
+        self.reached: tuple[str, threading.Event] | None = None
 
-    def run(self, step: np.ndarray, *, until: str | None = None) -> str:
+    def run(
+        self,
+        step: np.ndarray,
+        *,
+        until: str | None = None,
+        pause: Callable[[], None] = lambda: None,
+    ) -> str:
         """Takes part; vanishes instead of saying what belongs to the stage `until`.
+
+        Args:
+            pause: called before the device answers in each stage.
 
         Returns:
             Why it was over, empty if the device did all it was asked for.
@@ -53,6 +66,10 @@ class Masked:
         reply = say(self.client, self.number, keys=self.session.advertisement)
         while True:
             asked = reply.WhichOneof("next")
+            if self.reached and asked == self.reached[0]:
+                self.reached[1].set()
+            if asked not in ("wait", "over"):
+                pause()
             if asked == until:
                 return "gone"
             if asked == "share":
@@ -67,6 +84,7 @@ class Masked:
                 reply = say(self.client, self.number)
             elif asked == "unmask":
                 revealed = self.session.unmask(reply.unmask)
+                self.revealed = True
                 reply = say(self.client, self.number, revealed=revealed)
             elif asked == "wait":
                 reply = say(self.client, self.number)

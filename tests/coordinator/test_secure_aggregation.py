@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import random
+import sqlite3
+import threading
+
 import numpy as np
-from coordinator_help import Fleet, in_parallel
+import pytest
+from coordinator_help import Fleet, Served, free_port, in_parallel
 from masking_help import Masked, expected, joined, step_of, vector
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 
+SOAK = bool(os.environ.get("COMIGS_SOAK"))
 MASKED = ("--secure-aggregation", "--min-devices", "3")
 
 
@@ -36,3 +44,117 @@ def test_the_sum_is_exact_when_all_stay(fleet: Fleet) -> None:
         steps = [step_of(bundle, index, number) for index in range(4)]
         got = vector(bundle, clients[0].download(number + 1))
         np.testing.assert_array_equal(got, expected(start, steps, group=4))
+
+
+DEVICES = 7
+CI_PLANS: list[dict[int, str]] = [
+    {},
+    {1: "mask", 2: "unmask"},
+    {3: "share", 4: "mask"},
+]
+"""Devices that vanish instead of answering in a stage; two of seven may."""
+
+
+def soak_plans() -> list[dict[int, str]]:
+    """Forty, every pair of stages among them."""
+    draw = random.Random(5)
+    pairs = list(itertools.product(("share", "mask", "unmask"), repeat=2))
+    plans = [dict(zip(draw.sample(range(DEVICES), 2), pair, strict=True)) for pair in 4 * pairs]
+    return [*CI_PLANS, *plans]
+
+
+def test_the_sum_is_exact_whoever_drops_out_in_whatever_stage(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    plans = soak_plans() if SOAK else CI_PLANS
+    options = ("--secure-threshold", "0.6", "--stage-seconds", "2", "--rounds", str(len(plans)))
+    served = fleet.serve(bundle, *MASKED, *options)
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(DEVICES)))
+    for leaving in plans:
+        number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+        start = vector(bundle, clients[0].download(number))
+        play(bundle, clients, number, leaving)
+        closed = served.wait_for("round_closed", round=number)
+        summed = [i for i in range(DEVICES) if leaving.get(i, "unmask") == "unmask"]
+        assert closed["updates"] == len(summed)
+        steps = [step_of(bundle, index, number) for index in summed]
+        got = vector(bundle, clients[0].download(number + 1))
+        np.testing.assert_array_equal(got, expected(start, steps, group=DEVICES))
+
+
+def test_who_has_not_trained_at_the_deadline_is_left_out(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, *MASKED, "--rounds", "1", "--deadline", "3")
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(5)))
+    number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+    start = vector(bundle, clients[0].download(number))
+    play(bundle, clients, number, {2: "keys"})
+    served.wait_for("round_closed", round=number)
+    late = Masked(clients[2], number)
+    assert late.run(step_of(bundle, 2, number)) == "", "the round is over"
+    steps = [step_of(bundle, index, number) for index in (0, 1, 3, 4)]
+    got = vector(bundle, clients[0].download(number + 1))
+    np.testing.assert_array_equal(got, expected(start, steps, group=4))
+
+
+@pytest.mark.parametrize("stage", ["share", "mask", "unmask"] if SOAK else ["mask", "unmask"])
+def test_below_the_threshold_nothing_is_learnt(fleet: Fleet, stage: str) -> None:
+    """Three of seven vanish. Fewer shares than it takes are revealed, or none at all."""
+    bundle = fleet.bundle()
+    options = ("--secure-threshold", "0.6", "--stage-seconds", "2", "--rounds", "1")
+    served = fleet.serve(bundle, *MASKED, *options)
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(DEVICES)))
+    number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+    before = clients[0].download(number)
+    maskers = [Masked(client, number) for client in clients]
+    in_parallel(
+        *(
+            lambda i=i, m=m: m.run(step_of(bundle, i, number), until=stage if i < 3 else None)
+            for i, m in enumerate(maskers)
+        )
+    )
+    served.wait_for("round_abandoned", round=number)
+    assert clients[0].download(number + 1) == before
+    revealing = [masker for masker in maskers if masker.revealed]
+    assert len(revealing) == (4 if stage == "unmask" else 0)
+    assert all(masker.group.threshold == 5 for masker in maskers if masker.group.threshold)
+    with sqlite3.connect(fleet.state / "coordinator.sqlite3") as connection:
+        for table in ("masking_members", "masking_groups", "updates"):
+            (rows,) = connection.execute(f"select count(*) from {table}").fetchone()
+            assert rows == 0 or table == "updates"
+    assert not list((fleet.state / "updates").rglob("*.safetensors"))
+
+
+def test_a_coordinator_that_is_killed_in_any_stage_goes_on(fleet: Fleet) -> None:
+    """When shares are being revealed; in a soak, in every stage and while one device is gone."""
+    bundle = fleet.bundle()
+    listen = f"127.0.0.1:{free_port()}"
+    rounds = "3" if SOAK else "1"
+    # Long enough for devices to come back to a coordinator that was away.
+    options = (*MASKED, "--secure-threshold", "0.6", "--stage-seconds", "12", "--rounds", rounds)
+    options = (*options, "--enrolment-port", "0")
+    leaving = {4: "mask"} if SOAK else {}
+    served = fleet.serve(bundle, *options, listen=listen)
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(5)))
+    for stage in ("share", "mask", "unmask") if SOAK else ("unmask",):
+        number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+        start = vector(bundle, clients[0].download(number))
+        maskers = [Masked(client, number) for client in clients]
+        reached = threading.Event()
+        maskers[0].reached = stage, reached
+
+        def killed(served: Served = served, reached: threading.Event = reached) -> Served:
+            assert reached.wait(30)
+            served.kill()
+            return fleet.serve(bundle, *options, listen=listen)
+
+        *_, served = in_parallel(
+            *(
+                lambda i=i, m=m, n=number: m.run(step_of(bundle, i, n), until=leaving.get(i))
+                for i, m in enumerate(maskers)
+            ),
+            killed,
+        )
+        served.wait_for("round_closed", round=number)
+        steps = [step_of(bundle, i, number) for i in range(5) if i not in leaving]
+        got = vector(bundle, clients[0].download(number + 1))
+        np.testing.assert_array_equal(got, expected(start, steps, group=5))

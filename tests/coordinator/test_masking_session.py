@@ -1,0 +1,303 @@
+"""What a device refuses in secure aggregation, and the graph of who is whose neighbour."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography import x509
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.neighbours import MAX_NEIGHBOURS, Graph, graph_for
+from coordinator.secure_aggregation import Masking
+from coordinator.tls import Authority, administrator
+from edge_runtime import protocol
+from edge_runtime.errors import RefusedError
+from edge_runtime.identity import Identity, new_key, public_key_of
+from edge_runtime.secure_aggregation import Session, verify
+from protos import coordinator_pb2 as pb
+
+ROUND = 7
+SIZE = 20
+
+
+class World:
+    """An authority and devices that it certified."""
+
+    def __init__(self, path: Path) -> None:
+        self.authority = Authority.open(path, datetime.timedelta(days=30))
+
+    def device(self, name: str) -> Identity:
+        key = new_key()
+        issued = self.authority.issue_to_device(public_key_of(key), name, f"enrolment of {name}")
+        return Identity("nowhere:1", self.authority.pem.decode(), issued.pem, key)
+
+
+class Round:
+    """Sessions of one round, and what an honest coordinator tells them."""
+
+    def __init__(self, world: World, devices: int, **masking: float) -> None:
+        self.sessions = {
+            i: Session(world.device(f"device {i}"), ROUND) for i in range(1, devices + 1)
+        }
+        options = {"staying": 0.6, "clip_norm": None, "noise_multiplier": 0.0} | masking
+        self.graph, self.terms = Masking(stage_seconds=60, min_devices=3, **options).terms(devices)
+
+    def group(self, index: int) -> pb.MaskingGroup:
+        group = pb.MaskingGroup()
+        group.CopyFrom(self.terms)
+        group.index = index
+        for other in self.graph.neighbours(index):
+            group.neighbours.add(index=other, keys=self.sessions[other].advertisement)
+        return group
+
+    def share(self) -> dict[int, pb.IncomingShares]:
+        """Runs the first stage; what arrives at each device."""
+        inboxes = {index: pb.IncomingShares() for index in self.sessions}
+        for index, session in self.sessions.items():
+            for share in session.share(self.group(index)).shares:
+                inboxes[share.index].shares.add(index=index, sealed=share.sealed)
+        return inboxes
+
+    def mask(self) -> dict[int, bytes]:
+        return {
+            index: self.sessions[index].mask(inbox, np.zeros(SIZE, np.float32))
+            for index, inbox in self.share().items()
+        }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def masked(world: World) -> Round:
+    """Five devices that have masked their steps; a threshold of three."""
+    made = Round(world, 5)
+    made.mask()
+    return made
+
+
+def test_never_both_secrets_of_a_device(masked: Round) -> None:
+    session = masked.sessions[1]
+    with pytest.raises(RefusedError, match="both secrets"):
+        session.unmask(pb.Unmasking(summed=[1, 2, 3, 4], dropped=[4, 5]))
+    revealed = session.unmask(pb.Unmasking(summed=[1, 2, 3, 4], dropped=[5]))
+    assert [share.index for share in revealed.seeds] == [1, 2, 3, 4]
+    assert [share.index for share in revealed.keys] == [5]
+    for summed, dropped in (([1, 2, 3], [4, 5]), ([1, 2, 3, 4, 5], [])):
+        with pytest.raises(RefusedError, match="both secrets"):
+            session.unmask(pb.Unmasking(summed=summed, dropped=dropped))
+    again = session.unmask(pb.Unmasking(summed=[1, 2, 3, 4], dropped=[5]))
+    assert again == revealed, "a reply that was lost is repeated"
+
+
+@pytest.mark.parametrize(
+    ("request_", "complaint"),
+    [
+        (pb.Unmasking(summed=[2, 3, 4], dropped=[5]), "others than it masked"),
+        (pb.Unmasking(summed=[2, 3, 4, 5], dropped=[1]), "left this device's step out"),
+        (pb.Unmasking(summed=[1, 2], dropped=[3, 4, 5]), "too few"),
+        (pb.Unmasking(summed=[1, 2, 3, 4, 5, 6]), "others than it masked"),
+        (pb.Unmasking(), "others than it masked"),
+    ],
+)
+def test_what_no_honest_coordinator_unmasks(
+    masked: Round, request_: pb.Unmasking, complaint: str
+) -> None:
+    with pytest.raises(RefusedError, match=complaint):
+        masked.sessions[1].unmask(request_)
+
+
+def test_one_masked_step_only(world: World) -> None:
+    """Two with different masks would differ by masks that then are known."""
+    made = Round(world, 5)
+    inbox = made.share()[1]
+    session = made.sessions[1]
+    payload = session.mask(inbox, np.zeros(SIZE, np.float32))
+    assert session.mask(inbox, np.ones(SIZE, np.float32)) == payload
+    with pytest.raises(RefusedError, match="second masked step"):
+        session.mask(pb.IncomingShares(shares=inbox.shares[:3]), np.zeros(SIZE, np.float32))
+
+
+def test_stages_come_in_their_order(world: World) -> None:
+    session = Round(world, 5).sessions[1]
+    with pytest.raises(RefusedError, match="skipped a stage"):
+        session.mask(pb.IncomingShares(), np.zeros(SIZE, np.float32))
+    with pytest.raises(RefusedError, match="skipped a stage"):
+        session.unmask(pb.Unmasking(summed=[1, 2, 3]))
+    made = Round(world, 5)
+    inboxes = made.share()
+    with pytest.raises(RefusedError, match="before anything was masked"):
+        made.sessions[1].unmask(pb.Unmasking(summed=[1, 2, 3, 4, 5]))
+    too_few = pb.IncomingShares(shares=inboxes[1].shares[:1])
+    with pytest.raises(RefusedError, match="too few"):
+        made.sessions[1].mask(too_few, np.zeros(SIZE, np.float32))
+    other = made.group(1)
+    other.neighbours.pop()
+    with pytest.raises(RefusedError, match="changed"):
+        made.sessions[1].share(other)
+
+
+def low_threshold(group: pb.MaskingGroup) -> None:
+    group.threshold = 2
+
+
+def wrapping(group: pb.MaskingGroup) -> None:
+    group.quantization.levels *= 2
+
+
+def too_few_devices(group: pb.MaskingGroup) -> None:
+    group.least_devices = 2
+
+
+def twice(group: pb.MaskingGroup) -> None:
+    group.neighbours[1].index = group.neighbours[0].index
+
+
+def one_device_twice(group: pb.MaskingGroup) -> None:
+    group.neighbours[1].keys.CopyFrom(group.neighbours[0].keys)
+
+
+def beyond(group: pb.MaskingGroup) -> None:
+    group.neighbours[1].index = 6
+
+
+def unbounded(group: pb.MaskingGroup) -> None:
+    group.quantization.bound = math.nan
+
+
+def noise_on_anything(group: pb.MaskingGroup) -> None:
+    group.quantization.levels //= 10
+    group.quantization.noise_multiplier = 1.0
+
+
+def forged_signature(group: pb.MaskingGroup) -> None:
+    group.neighbours[0].keys.mask_key = group.neighbours[1].keys.mask_key
+
+
+def no_certificate(group: pb.MaskingGroup) -> None:
+    group.neighbours[0].keys.certificate = b"x"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (low_threshold, "threshold is too low"),
+        (wrapping, "could wrap"),
+        (too_few_devices, "fewer than 3"),
+        (twice, "there twice"),
+        (one_device_twice, "one device is two neighbours"),
+        (beyond, "not in the group"),
+        (unbounded, "no bound"),
+        (noise_on_anything, "any length"),
+        (forged_signature, "not signed for this round"),
+        (no_certificate, "without a certificate"),
+    ],
+)
+def test_groups_that_would_not_be_safe(
+    world: World, spoil: Callable[[pb.MaskingGroup], None], complaint: str
+) -> None:
+    made = Round(world, 5)
+    group = made.group(1)
+    spoil(group)
+    with pytest.raises(RefusedError, match=complaint):
+        made.sessions[1].share(group)
+
+
+def test_keys_are_of_devices_that_this_authority_knows(world: World, tmp_path: Path) -> None:
+    authority = x509.load_der_x509_certificate(world.authority.der)
+    known = world.device("known")
+    assert verify(Session(known, ROUND).advertisement, ROUND, authority) == "enrolment of known"
+    stranger = World(tmp_path / "other").device("known")
+    admin = administrator(world.authority, tmp_path, "nowhere:1")
+    for who, number, complaint in (
+        (stranger, ROUND, "without a certificate of this coordinator"),
+        (admin, ROUND, "not a device's"),
+        (known, ROUND + 1, "not signed for this round"),
+        (replace(known, key=new_key()), ROUND, "not signed for this round"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            verify(Session(who, number).advertisement, ROUND, authority)
+
+
+def test_the_largest_messages_fit(world: World) -> None:
+    """A device with the longest name, and as many neighbours as there may be."""
+    session = Session(world.device("n" * 64), ROUND)
+    group = pb.MaskingGroup(index=2**20, threshold=301, devices=2**20, least_devices=2**20)
+    group.quantization.CopyFrom(pb.Quantization(bound=0.1, levels=2**31 - 1, noise_multiplier=0.1))
+    for index in range(MAX_NEIGHBOURS):
+        group.neighbours.add(index=2**20 + index, keys=session.advertisement)
+    protocol.check(pb.AggregateReply(share=group))
+    sealed, share = bytes(94), bytes(33)
+    outgoing = pb.OutgoingShares(commitment=bytes(32))
+    revealed = pb.RevealedShares()
+    for index in range(MAX_NEIGHBOURS + 1):
+        outgoing.shares.add(index=2**20 + index, sealed=sealed)
+        revealed.seeds.add(index=2**20 + index, share=share)
+    protocol.check(pb.AggregateRequest(round=2**31, shares=outgoing))
+    protocol.check(pb.AggregateRequest(round=2**31, revealed=revealed))
+
+
+def tail(devices: int, marked: int, degree: int, hits: range) -> Fraction:
+    """The probability that as many as in `hits` of `degree` others are marked, exactly."""
+    others = devices - 1
+    count = sum(math.comb(marked, h) * math.comb(others - marked, degree - h) for h in hits)
+    return Fraction(count, math.comb(others, degree))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(3, 3000), st.sampled_from([0.6, 2 / 3, 0.75, 0.9, 1.0]))
+def test_graphs_hold_their_bounds(devices: int, staying: float) -> None:
+    if staying < 0.7 and devices > MAX_NEIGHBOURS:
+        with contextlib.suppress(ValueError):  # too many neighbours for a message
+            graph_for(devices, staying)
+        return
+    graph = graph_for(devices, staying)
+    assert graph.degree <= max(MAX_NEIGHBOURS, 64)
+    assert graph.degree + 1 < 2 * graph.threshold <= 2 * (graph.degree + 1)
+    staying_devices = math.ceil(round(devices * staying, 6))
+    if graph.degree == devices - 1:
+        assert graph.threshold >= staying_devices or graph.threshold == devices // 2 + 1
+        return
+    colluding, degree = devices // 5, graph.degree
+    high = range(graph.threshold, degree + 1)
+    assert devices * tail(devices, colluding, degree, high) <= Fraction(1, 2**39)
+    low = range(graph.threshold)
+    stay = min(staying_devices, devices - 1)
+    assert devices * tail(devices, stay, degree, low) <= Fraction(1, 2**19)
+
+
+def test_too_many_neighbours_are_refused() -> None:
+    with pytest.raises(ValueError, match="raise --secure-threshold"):
+        graph_for(5000, 0.6)
+
+
+@given(st.integers(3, 60), st.data())
+def test_neighbours_are_mutual(devices: int, data: st.DataObject) -> None:
+    even = data.draw(st.integers(1, (devices - 1) // 2)) * 2
+    for graph in (Graph(devices, devices - 1, 2), Graph(devices, min(even, devices - 1), 2)):
+        near = {number: graph.neighbours(number) for number in range(1, devices + 1)}
+        for number, others in near.items():
+            assert len(set(others)) == graph.degree
+            assert number not in others
+            assert all(number in near[other] for other in others)
+
+
+def test_a_part_that_shares_no_masks_with_the_rest_is_not_unmasked() -> None:
+    """Ten on a circle, each with four neighbours: without 5, 6, 10 and 9, no one joins the parts
+    1 to 4 and 7 to 8."""
+    graph = Graph(10, 4, 2)
+    assert graph.can_unmask({1, 2, 3, 4, 5, 6, 7, 8}, {9, 10})
+    assert not graph.can_unmask({1, 2, 3, 4, 7, 8}, {5, 6, 9, 10})
+    assert not Graph(10, 4, 3).can_unmask({1, 2, 3, 4, 5}, {8}), "two shares of the key of 8"
+    assert graph.can_unmask(set(range(1, 11)), set())
