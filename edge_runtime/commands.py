@@ -130,6 +130,8 @@ def run(
             {
                 "event": "plan",
                 "micro_batch": chosen.micro_batch,
+                "recompute": chosen.recompute,
+                "packed": chosen.packed,
                 "memory_mib": round(chosen.total_bytes / 2**20, 1),
             }
         )
@@ -455,6 +457,8 @@ def plan(
                 "plans": [
                     {
                         "micro_batch": o.micro_batch,
+                        "recompute": o.recompute,
+                        "packed": o.packed,
                         "total_bytes": o.total_bytes,
                         "runtime_bytes": o.runtime_bytes,
                         "program_bytes": o.program_bytes,
@@ -469,7 +473,9 @@ def plan(
     for option in options:
         mark = "→" if option == chosen else " "
         print(
-            f"{mark} {option.micro_batch} sequences at a time: "
+            f"{mark} {option.micro_batch} sequences at a time"
+            f"{'' if option.packed else ', weights not copied'}"
+            f"{', activations computed twice' if option.recompute else ''}: "
             f"{planner.mebibytes(option.total_bytes)} (engine "
             f"{planner.mebibytes(option.runtime_bytes)}, programs "
             f"{planner.mebibytes(option.program_bytes)}, adapters and optimizer "

@@ -313,6 +313,8 @@ class Device:
                 state=self.state,
                 config=config,
                 micro_batch=self.plan.micro_batch,
+                program=self.plan.program,
+                packed=self.plan.packed,
                 train=train,
                 valid=valid,
             )
@@ -320,7 +322,9 @@ class Device:
 
     def _measure_curve(self) -> None:
         if self._evaluator is None:
-            self._evaluator = Evaluator(self.bundle, self.engine, self.state.vectors)
+            self._evaluator = Evaluator(
+                self.bundle, self.engine, self.state.vectors, packed=self.plan.packed
+            )
         loss = self._evaluator.loss(self.tokens["valid"], most_tokens=CURVE_TOKENS)
         self.progress.curve.append((self.state.expert_steps, loss))
         self.report(
@@ -344,6 +348,8 @@ class Device:
             "rounds": self.progress.round,
             "steps": self.state.expert_steps,
             "micro_batch": self.plan.micro_batch,
+            "recompute": self.plan.recompute,
+            "packed": self.plan.packed,
             "step_seconds": times[len(times) // 2] if times else None,
             "planned_memory_mib": round(self.plan.total_bytes / 2**20, 1),
             "peak_rss_mib": round(peak_bytes() / 2**20, 1),

@@ -43,8 +43,12 @@ class Engine(Protocol):
 
     name: str
 
-    def load(self, bundle: Bundle, program: str) -> Program:
-        """Checks the files of `program` against the manifest and loads it."""
+    def load(self, bundle: Bundle, program: str, *, packed: bool = True) -> Program:
+        """Checks the files of `program` against the manifest and loads it.
+
+        Args:
+            packed: whether the engine may copy the weights into an order of its own, for speed.
+        """
 
 
 def load_engine(name: str, *, threads: int | None = None) -> Engine:
@@ -116,13 +120,14 @@ class OnnxRuntime:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         # Programs that are one file share what is loaded of it, for as long as one of them is used.
-        self._sessions: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        self._sessions: WeakValueDictionary[tuple[str, bool], Any] = WeakValueDictionary()
 
-    def load(self, bundle: Bundle, program: str) -> Program:
+    def load(self, bundle: Bundle, program: str, *, packed: bool = True) -> Program:
         import onnxruntime
 
         entry = bundle.program(program, self.name)
-        loaded = self._sessions.get(str(bundle.path / entry.file))
+        key = (str(bundle.path / entry.file), packed)
+        loaded = self._sessions.get(key)
         if loaded is not None:
             return _OnnxProgram(entry, loaded)
         path = bundle.file(entry.file)
@@ -136,10 +141,12 @@ class OnnxRuntime:
         options.enable_mem_pattern = False
         # Worker threads may wait actively between the operators of a run, but not between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
-        self._sessions[str(path)] = session
+        self._sessions[key] = session
         return _OnnxProgram(entry, session)
 
 
@@ -176,7 +183,8 @@ class ExecuTorch:
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
-    def load(self, bundle: Bundle, program: str) -> Program:
+    def load(self, bundle: Bundle, program: str, *, packed: bool = True) -> Program:
+        """XNNPACK makes its own copies of weights or not when a program is compiled."""
         import torch
         from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime, Verification

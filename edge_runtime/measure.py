@@ -40,7 +40,7 @@ def import_engine(engine: Engine) -> None:
         Runtime.get()
 
 
-def measure_here(bundle: Bundle, program: str, engine: Engine) -> dict[str, int]:
+def measure_here(bundle: Bundle, program: str, engine: Engine, packed: bool) -> dict[str, int]:
     runtime = peak_bytes()
     entry = bundle.program(program, engine.name)
     inputs = allocate(entry.inputs)
@@ -50,16 +50,19 @@ def measure_here(bundle: Bundle, program: str, engine: Engine) -> dict[str, int]
         elif name == "last":
             array[...] = 1
     outputs = allocate_outputs(entry, inputs)
-    call = engine.load(bundle, program).bind(inputs, outputs)
+    call = engine.load(bundle, program, packed=packed).bind(inputs, outputs)
     call()
     call()
     return {"runtime_bytes": runtime, "program_bytes": peak_bytes() - runtime}
 
 
-def measure(bundle: Path, programs: Sequence[str], engine: str) -> list[dict[str, int]]:
+def measure(
+    bundle: Path, programs: Sequence[str], engine: str, *, packed: bool = True
+) -> list[dict[str, int]]:
     """`measure_here` for each of `programs`, each in a process of its own."""
+    command = [sys.executable, "-m", "edge_runtime.measure", str(bundle), engine, *programs]
     done = subprocess.run(
-        [sys.executable, "-m", "edge_runtime.measure", str(bundle), engine, *programs],
+        command if packed else [*command, "--unpacked"],
         check=True,
         capture_output=True,
         text=True,
@@ -73,6 +76,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("engine")
     parser.add_argument("programs", nargs="+")
+    parser.add_argument("--unpacked", action="store_true")
     arguments = parser.parse_args()
     bundle = open_bundle(arguments.bundle)
     engine = load_engine(arguments.engine, threads=1)
@@ -80,7 +84,10 @@ def main() -> None:
     for program in arguments.programs:
         child = os.fork()  # no thread runs yet
         if child == 0:
-            print(json.dumps(measure_here(bundle, program, engine)), flush=True)
+            print(
+                json.dumps(measure_here(bundle, program, engine, not arguments.unpacked)),
+                flush=True,
+            )
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:

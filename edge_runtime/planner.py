@@ -21,10 +21,18 @@ class Plan:
     """How a device will train. Sizes in bytes."""
 
     micro_batch: int
+    recompute: bool
+    """Whether activations are computed a second time instead of kept."""
+    packed: bool
+    """Whether the engine copies the weights into an order of its own."""
     runtime_bytes: int
     program_bytes: int
     adapter_bytes: int
     rest_bytes: int = REST_BYTES
+
+    @property
+    def program(self) -> str:
+        return _program(self.micro_batch, self.recompute)
 
     @property
     def total_bytes(self) -> int:
@@ -60,34 +68,47 @@ def mebibytes(size: int) -> str:
 
 
 def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
-    """Every way to train with this bundle, the largest micro-batch first.
+    """Every way to train with this bundle that takes less memory than those before it.
+
+    They come in the order of their speed: large micro-batches, then weights that the engine reads
+    where they are, then activations that are computed twice.
 
     Raises:
         BundleError: the bundle cannot train with this engine.
         BudgetError: no micro-batch divides `batch_sequences`.
     """
     manifest = bundle.manifest
-    evaluation = bundle.program("eval_loss", engine)
     sizes = [b for b in manifest.tier.micro_batches if batch_sequences % b == 0]
     if not sizes:
         raise BudgetError(
             f"no micro-batch of the bundle ({', '.join(map(str, manifest.tier.micro_batches))}) "
             f"divides a batch of {batch_sequences} sequences; change batch_sequences"
         )
-    return [
-        Plan(
-            micro_batch=size,
-            runtime_bytes=engine_cost(manifest, engine).runtime_bytes,
-            program_bytes=bundle.program(f"train_step.b{size}", engine).memory_bytes
-            + evaluation.memory_bytes,
-            adapter_bytes=BYTES_PER_PARAMETER * sum(role.size for role in manifest.roles),
-        )
-        for size in sorted(sizes, reverse=True)
-    ]
+    evaluation = bundle.program("eval_loss", engine)
+    names = {entry.name for entry in manifest.programs if entry.engine == engine}
+    found: list[Plan] = []
+    for recompute in (False, True):
+        for size in sorted(sizes, reverse=True):
+            if recompute and _program(size, recompute) not in names:
+                continue
+            for packed in (True, False):
+                entries = (bundle.program(_program(size, recompute), engine), evaluation)
+                needs = [e.memory_bytes if packed else e.unpacked_memory_bytes for e in entries]
+                plan = Plan(
+                    micro_batch=size,
+                    recompute=recompute,
+                    packed=packed,
+                    runtime_bytes=engine_cost(manifest, engine).runtime_bytes,
+                    program_bytes=sum(needs),
+                    adapter_bytes=BYTES_PER_PARAMETER * sum(role.size for role in manifest.roles),
+                )
+                if all(needs) and all(plan.total_bytes < other.total_bytes for other in found):
+                    found.append(plan)
+    return found
 
 
 def choose(bundle: Bundle, engine: str, batch_sequences: int, memory: int | None) -> Plan:
-    """The largest plan within `memory` bytes (None: no limit).
+    """The fastest plan within `memory` bytes (None: no limit).
 
     Raises:
         BudgetError: nothing fits; says the smallest budget that would.
@@ -105,3 +126,7 @@ def choose(bundle: Bundle, engine: str, batch_sequences: int, memory: int | None
 
 def engine_cost(manifest: pb.Manifest, engine: str) -> pb.EngineCost:
     return next(cost for cost in manifest.engines if cost.engine == engine)
+
+
+def _program(micro_batch: int, recompute: bool) -> str:
+    return f"train_step.b{micro_batch}" + (".recompute" if recompute else "")

@@ -78,6 +78,8 @@ class Trainer:
 
     Args:
         micro_batch: sequences per call of the program; must divide `config.batch_sequences`.
+        program: which one; `train_step` of that size if empty.
+        packed: see `Engine.load`.
     """
 
     bundle: Bundle
@@ -87,6 +89,8 @@ class Trainer:
     micro_batch: int
     train: Batches
     valid: Batches
+    program: str = ""
+    packed: bool = True
     _gradients: Vectors = field(init=False)
     _program_gradients: Vectors = field(init=False)
     _inputs: dict[str, Array] = field(init=False)
@@ -97,7 +101,7 @@ class Trainer:
         if self.config.batch_sequences % self.micro_batch:
             raise ValueError("the micro-batch must divide the batch")
         manifest = self.bundle.manifest
-        name = f"train_step.b{self.micro_batch}"
+        name = self.program or f"train_step.b{self.micro_batch}"
         entry = self.bundle.program(name, self.engine.name)
         self._gradients = zeros(manifest)
         # With a single micro-batch the program writes straight into the sum.
@@ -108,7 +112,8 @@ class Trainer:
         into = views(manifest, self._program_gradients)
         gradients = {f"grad:{name}": view for name, view in into.items()}
         self._outputs = gradients | allocate(entry.outputs, besides=gradients)
-        self._call = self.engine.load(self.bundle, name).bind(self._inputs, self._outputs)
+        program = self.engine.load(self.bundle, name, packed=self.packed)
+        self._call = program.bind(self._inputs, self._outputs)
 
     def step(self) -> float:
         """One expert step on the training split, and the router's burst if one is due.
@@ -183,14 +188,22 @@ class Trainer:
 class Evaluator:
     """Mean loss over text, each token predicted once, in windows without overlap."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, vectors: Mapping[str, Vector]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        vectors: Mapping[str, Vector],
+        *,
+        packed: bool = True,
+    ) -> None:
         manifest = bundle.manifest
         self.batch, self.length = manifest.tier.eval_batch, manifest.tier.train_length
         entry = bundle.program("eval_loss", engine.name)
         parameters = views(manifest, vectors)
         self._inputs = parameters | allocate(entry.inputs, besides=parameters)
         self._outputs = allocate(entry.outputs)
-        self._call = engine.load(bundle, "eval_loss").bind(self._inputs, self._outputs)
+        program = engine.load(bundle, "eval_loss", packed=packed)
+        self._call = program.bind(self._inputs, self._outputs)
 
     def loss(self, tokens: Array, *, most_tokens: int | None = None) -> float:
         """Nats per token over all of `tokens`, or over its first `most_tokens`.

@@ -20,7 +20,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from export.base import Base
 from export.mixture import GENERALIST, Mixture
 
 Adapters = Mapping[str, Tensor]
+Half: TypeAlias = Callable[[Adapters, Tensor], tuple[Tensor, ...]]
+"""Of a block: (N, d) -> (N, d), and of the MLP's half what the router said, full and chosen."""
 Positions = slice | Tensor
 """Where a sequence's T tokens stand: its first ones, or int64 (T,)."""
 LOGITS_AT_ONCE = 4 * 2**20  # numbers; 16 MiB
@@ -70,6 +73,50 @@ class _HeadLoss(torch.autograd.Function):
         return gradient.unsqueeze(-1) * per_token, None, None
 
 
+class _Recomputed(torch.autograd.Function):
+    """A piece of the forward pass of which only the input is kept, for the backward pass to compute
+    it again (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+
+    `call` takes x and `values` and gives tensors of which the first is the next x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Callable[..., tuple[Tensor, ...]], x: Tensor, *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.save_for_backward(x, *values)
+        ctx.set_materialize_grads(False)
+        return call(x, *values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *values = ctx.saved_tensors
+        # Zero, but known in the backward pass only: else an engine would compute this early, or
+        # find that it has been computed already, and keep it.
+        assert gradients[0] is not None
+        x = x + gradients[0] * 0.0
+        with torch.enable_grad():
+            inputs = [value.detach().requires_grad_() for value in (x, *values)]
+            outputs = ctx.call(*inputs)
+            pairs = zip(outputs, gradients, strict=True)
+            known = [(o, g) for o, g in pairs if o.requires_grad and g is not None]
+            results = torch.autograd.grad(
+                [o for o, _ in known], inputs, [g for _, g in known], allow_unused=True
+            )
+        return None, *results
+
+
+def _recomputed(half: Half, adapters: Adapters, x: Tensor) -> tuple[Tensor, ...]:
+    def call(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        return half(dict(zip(adapters, values, strict=True)), x)
+
+    results: tuple[Tensor, ...] = _Recomputed.apply(  # type: ignore[no-untyped-call]
+        call, x, *adapters.values()
+    )
+    return results
+
+
 @dataclass(frozen=True)
 class Routing:
     """What the router of one block said: `mix` (N, n) used, `full` (N, n) softmax, `chosen` 0/1."""
@@ -77,6 +124,11 @@ class Routing:
     mix: Tensor
     full: Tensor
     chosen: Tensor
+
+    @classmethod
+    def of(cls, full: Tensor, chosen: Tensor) -> Routing:
+        kept = full * chosen
+        return cls(mix=kept / kept.sum(-1, keepdim=True), full=full, chosen=chosen)
 
 
 class Decoder(nn.Module, ABC):
@@ -182,8 +234,7 @@ class Decoder(nn.Module, ABC):
         if n <= self.mixture.top_k:
             return Routing(mix=full, full=full, chosen=torch.ones_like(full))
         chosen = self.top_k(logits.detach())
-        kept = full * chosen
-        return Routing(mix=kept / kept.sum(-1, keepdim=True), full=full, chosen=chosen)
+        return Routing.of(full, chosen)
 
     def top_k(self, logits: Tensor) -> Tensor:
         """1.0 where fewer than k experts are better; an equal one counts if it comes first."""
@@ -256,6 +307,9 @@ class Decoder(nn.Module, ABC):
     ) -> tuple[Tensor, list[Routing]]:
         """Everything of a block after attention: (N, d) and the routing, if there is any."""
         x = x + self.adapted(adapters, f"{block}.{self.ATTENTION_OUTPUT}", attended)
+        return self.add_mlp(adapters, block, x)
+
+    def add_mlp(self, adapters: Adapters, block: str, x: Tensor) -> tuple[Tensor, list[Routing]]:
         h = self.norm(x, f"{block}.{self.SECOND_NORM}")
         routing = self.route(adapters, block, h)
         x = x + self.mlp(adapters, block, h, routing)
@@ -263,27 +317,49 @@ class Decoder(nn.Module, ABC):
 
     # --- whole passes ----------------------------------------------------------------------
 
-    def hidden(self, adapters: Adapters, tokens: Tensor) -> tuple[Tensor, list[Routing]]:
-        """`tokens` (B, T) -> final hidden states (N, d) and every block's routing."""
+    def hidden(
+        self, adapters: Adapters, tokens: Tensor, *, recompute: bool = False
+    ) -> tuple[Tensor, list[Routing]]:
+        """`tokens` (B, T) -> final hidden states (N, d) and every block's routing.
+
+        With `recompute`, of a block only what enters attention and MLP is kept for the gradient.
+        """
         b, t = tokens.shape
-        a = self.architecture
-        at = slice(t)
-        x = self.embed(tokens, at)
+        x = self.embed(tokens, slice(t))
         mask = self.causal_mask(t)
         routings = []
-        for layer in range(a.layers):
+        for layer in range(self.architecture.layers):
             block = f"{self.blocks}.{layer}"
-            normed = self.norm(x, f"{block}.{self.FIRST_NORM}")
-            q, k, v = self.queries_keys_values(adapters, block, normed, at)
-            q, k, v = (
-                self.split_heads(y, b, heads)
-                for y, heads in ((q, a.heads), (k, a.key_value_heads), (v, a.key_value_heads))
-            )
-            scores = q @ k.mT / math.sqrt(a.head_dim) + mask
-            attended = self.merge_heads(torch.softmax(scores, -1) @ v, b)
-            x, routing = self.finish_block(adapters, block, x, attended)
-            routings += routing
+            own = {n: v for n, v in adapters.items() if f"/{self.prefix}{block}." in n}
+            attention = partial(self._attention_half, block=block, batch=b, mask=mask)
+            for half in (attention, partial(self._mlp_half, block=block)):
+                x, *routing = _recomputed(half, own, x) if recompute else half(own, x)
+            routings += [Routing.of(*routing)] if routing else []
         return self.norm(x, self.FINAL_NORM), routings
+
+    def _attention_half(
+        self, adapters: Adapters, x: Tensor, *, block: str, batch: int, mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        return (self.add_attention(adapters, block, x, batch, mask),)
+
+    def _mlp_half(self, adapters: Adapters, x: Tensor, *, block: str) -> tuple[Tensor, ...]:
+        x, routings = self.add_mlp(adapters, block, x)
+        return x, *(part for r in routings for part in (r.full, r.chosen))
+
+    def add_attention(
+        self, adapters: Adapters, block: str, x: Tensor, batch: int, mask: Tensor
+    ) -> Tensor:
+        """The first half of a block on whole sequences, (N, d) -> (N, d)."""
+        a = self.architecture
+        normed = self.norm(x, f"{block}.{self.FIRST_NORM}")
+        q, k, v = self.queries_keys_values(adapters, block, normed, slice(mask.shape[1]))
+        q, k, v = (
+            self.split_heads(y, batch, heads)
+            for y, heads in ((q, a.heads), (k, a.key_value_heads), (v, a.key_value_heads))
+        )
+        scores = q @ k.mT / math.sqrt(a.head_dim) + mask
+        attended = self.merge_heads(torch.softmax(scores, -1) @ v, batch)
+        return x + self.adapted(adapters, f"{block}.{self.ATTENTION_OUTPUT}", attended)
 
     def head(self) -> Tensor:
         """(V, d): the output embedding, tied to the input's unless the base has its own."""
@@ -310,9 +386,11 @@ class Decoder(nn.Module, ABC):
         ]
         return sum(per_block[1:], per_block[0]) / len(per_block)
 
-    def loss(self, adapters: Adapters, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, adapters: Adapters, tokens: Tensor, targets: Tensor, *, recompute: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """(training loss, its cross-entropy), both scalars, in nats per token."""
-        hidden, routings = self.hidden(adapters, tokens)
+        hidden, routings = self.hidden(adapters, tokens, recompute=recompute)
         cross_entropy = self.token_losses(hidden, targets).sum() / targets.numel()
         if not routings or self.mixture.balance_weight == 0:
             return cross_entropy + 0.0, cross_entropy

@@ -3,6 +3,7 @@
 | program | inputs | outputs |
 |---|---|---|
 | `train_step.b<B>` | tokens, targets (B, T) | loss, cross_entropy, grad:<tensor> for every tensor |
+| `train_step.b<B>.recompute` | the same | the same, in less memory and more time |
 | `eval_loss` | tokens, targets (B, T) | losses (B, T), nats per token |
 | `prefill` | tokens (T,), position, last (1,), cache | logits (V,), routing (L, T, n), cache |
 | `decode` | token (1,), position (1,), cache | logits (V,), routing (L, 1, n), cache |
@@ -60,11 +61,21 @@ class Specification:
 def specifications(
     decoder: Decoder, tensors: Sequence[pb.Tensor], tier: Tier, engine: str
 ) -> list[Specification]:
-    """All programs of a tier for an engine."""
+    """All programs of a tier for an engine.
+
+    A training step with less memory is for the smallest batch, where it is the last resort; for
+    ExecuTorch there is none, since lowering another step takes too long.
+    """
     # ONNX Runtime's attention over a cache is for heads of whole vectors of eight.
+    smallest = min(tier.micro_batches)
     in_place = engine == "onnxruntime" and decoder.architecture.head_dim % 8 == 0
     return [
         *(train_step(decoder, tensors, size, tier.train_length) for size in tier.micro_batches),
+        *(
+            [train_step(decoder, tensors, smallest, tier.train_length, recompute=True)]
+            if engine == "onnxruntime"
+            else []
+        ),
         eval_loss(decoder, tensors, tier.eval_batch, tier.train_length),
         *(
             extend_in_place(decoder, tensors, tier.context)
@@ -78,20 +89,25 @@ def specifications(
 
 
 def train_step(
-    decoder: Decoder, tensors: Sequence[pb.Tensor], batch: int, length: int
+    decoder: Decoder,
+    tensors: Sequence[pb.Tensor],
+    batch: int,
+    length: int,
+    *,
+    recompute: bool = False,
 ) -> Specification:
     names = [tensor.name for tensor in tensors]
 
     def call(tokens: Tensor, targets: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         leaves = [value.detach().requires_grad_(True) for value in values]
         adapters = dict(zip(names, leaves, strict=True))
-        loss, cross_entropy = decoder.loss(adapters, tokens, targets)
+        loss, cross_entropy = decoder.loss(adapters, tokens, targets, recompute=recompute)
         gradients = torch.autograd.grad(loss, leaves)
         return loss.detach(), cross_entropy.detach(), *gradients
 
     shape = (batch, length)
     return Specification(
-        name=f"train_step.b{batch}",
+        name=f"train_step.b{batch}" + (".recompute" if recompute else ""),
         inputs=(("tokens", torch.int64, shape), ("targets", torch.int64, shape)),
         outputs=("loss", "cross_entropy", *(f"grad:{name}" for name in names)),
         call=call,

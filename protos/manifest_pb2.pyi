@@ -357,8 +357,11 @@ class Program(_message.Message):
     PLANNED_ARENA_BYTES_FIELD_NUMBER: _builtins.int
     PARITY_FIELD_NUMBER: _builtins.int
     DATA_FILES_FIELD_NUMBER: _builtins.int
+    UNPACKED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"train_step.b<sequences>", "eval_loss", "prefill" or "decode"."""
+    """"train_step.b<sequences>", "train_step.b<sequences>.recompute", "eval_loss", "prefill" or
+    "decode".
+    """
     engine: _builtins.str
     """"onnxruntime" or "executorch"."""
     file: _builtins.str
@@ -371,6 +374,10 @@ class Program(_message.Message):
     """
     planned_arena_bytes: _builtins.int
     """Activation arena that the engine planned ahead of time, in bytes; 0 where it plans at load."""
+    unpacked_memory_bytes: _builtins.int
+    """Like `memory_bytes`, if the engine reads the weights where they are mapped instead of making its
+    own copies, which is slower. 0 if there is no such choice.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Port]:
         """Inputs in the order of the program's arguments."""
@@ -400,10 +407,11 @@ class Program(_message.Message):
         planned_arena_bytes: _builtins.int = ...,
         parity: Global___Parity | None = ...,
         data_files: _abc.Iterable[_builtins.str] | None = ...,
+        unpacked_memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parity", b"parity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_files", b"data_files", "engine", b"engine", "file", b"file", "inputs", b"inputs", "memory_bytes", b"memory_bytes", "method", b"method", "name", b"name", "outputs", b"outputs", "parity", b"parity", "planned_arena_bytes", b"planned_arena_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_files", b"data_files", "engine", b"engine", "file", b"file", "inputs", b"inputs", "memory_bytes", b"memory_bytes", "method", b"method", "name", b"name", "outputs", b"outputs", "parity", b"parity", "planned_arena_bytes", b"planned_arena_bytes", "unpacked_memory_bytes", b"unpacked_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,6 +94,7 @@ def trainer(
     train: int = 1,
     valid: int = 2,
     micro_batch: int = 2,
+    program: str = "",
     **config: float,
 ) -> Trainer:
     """A trainer from a copy of `vectors`; `train` and `valid` are seeds of the text."""
@@ -118,6 +119,7 @@ def trainer(
         state=new_state(bundle.manifest, copy),
         config=pb.TrainingConfig(**values),
         micro_batch=micro_batch,
+        program=program,
         train=Batches(tokens(train), length, seed=3),
         valid=Batches(tokens(valid), length, seed=4),
     )

@@ -82,6 +82,20 @@ def test_text_files_of_any_name_are_split(tiny_bundle: Bundle, tmp_path: Path) -
 # --- a step ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("specialists", [0, 1, 2])
+def test_activations_computed_twice_are_the_same(export_tiny: ExportTiny, specialists: int) -> None:
+    """With three experts the balance loss has a gradient, through what the router said."""
+    bundle = export_tiny(Mixture(rank=4, specialists=specialists))
+    start = mixture.random(bundle.manifest, 1)
+    one, other = (
+        steps(trainer(bundle, start, micro_batch=1, program=name), 7)
+        for name in ("train_step.b1", "train_step.b1.recompute")
+    )
+    for role, vector in one.items():
+        np.testing.assert_allclose(other[role], vector, atol=2e-5)
+        assert not np.array_equal(vector, start[role])
+
+
 @pytest.mark.parametrize("batch", [2, 4])
 def test_micro_batches_add_up_to_the_batch(tiny_bundle: Bundle, batch: int) -> None:
     start = mixture.random(tiny_bundle.manifest, 0)

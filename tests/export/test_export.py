@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import TIER, ExportTiny
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from edge_runtime import adapters
+from edge_runtime import adapters, planner
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import AdapterError, BaseModelError, BundleError, ParityError, StorageError
@@ -93,7 +93,8 @@ def test_slices_tile_the_vectors(export_tiny: ExportTiny, specialists: int) -> N
 def test_programs_say_what_they_take_give_and_need(tiny_bundle: Bundle) -> None:
     manifest = tiny_bundle.manifest
     assert [p.name for p in manifest.programs] == [
-        *("train_step.b1", "train_step.b2", "eval_loss", "prefill", "decode")
+        *("train_step.b1", "train_step.b2", "train_step.b1.recompute"),
+        *("eval_loss", "prefill", "decode"),
     ]
     tensors = {t.name: (t.dtype, tuple(t.shape)) for t in manifest.tensors}
     for program in manifest.programs:
@@ -117,13 +118,17 @@ def test_programs_say_what_they_take_give_and_need(tiny_bundle: Bundle) -> None:
     assert cost.runtime_bytes > 2**20
 
 
+def copy_tokenizer(base: Path, to: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, to)
+
+
 def test_the_base_is_stored_once_for_all_programs(tiny_base_dir: Path, tmp_path: Path) -> None:
     """Wide enough that the exporter does not fold transposed copies, as with any real base."""
     wide = tmp_path / "wide"
     config = GPT2Config(vocab_size=4096, n_positions=32, n_embd=128, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(wide)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (wide / name).write_bytes((tiny_base_dir / name).read_bytes())
+    copy_tokenizer(tiny_base_dir, wide)
     base = load_base(str(wide))
     bundle = export_bundle(
         base,
@@ -146,7 +151,7 @@ def test_the_base_is_stored_once_for_all_programs(tiny_base_dir: Path, tmp_path:
                 used[-1].add(weights[start : start + length])
             else:
                 assert len(tensor.raw_data) <= INLINE_BYTES
-    assert len(used) == 2
+    assert len(used) == 3
     for key, value in base.tensors.items():
         # Of the positions the programs use a part; queries, keys and values are stored apart.
         if value.ndim == 2 and key not in ("wpe.weight", "h.0.attn.c_attn.weight"):
@@ -410,12 +415,38 @@ def test_an_expert_of_a_llama_means_the_same_to_peft(
         )
 
 
+def test_a_step_that_computes_activations_twice_needs_less_memory(
+    tiny_base_dir: Path, tmp_path: Path
+) -> None:
+    config = GPT2Config(vocab_size=256, n_positions=128, n_embd=128, n_layer=6, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    copy_tokenizer(tiny_base_dir, tmp_path / "base")
+    bundle = export_bundle(
+        load_base(str(tmp_path / "base")),
+        Mixture(rank=4),
+        replace(TIER, micro_batches=(4,), train_length=128, context=64),
+        engines=("onnxruntime",),
+        out=tmp_path / "bundle",
+        programs=("train_step", "eval_loss"),
+    )
+    plain, recomputed = (
+        bundle.program(name, "onnxruntime").memory_bytes
+        for name in ("train_step.b4", "train_step.b4.recompute")
+    )
+    assert recomputed < 0.85 * plain  # weights and logits are in both
+    fastest, *_, leanest = planner.plans(bundle, "onnxruntime", 8)
+    assert (fastest.recompute, fastest.packed) == (False, True)
+    assert leanest.recompute
+    chosen = planner.choose(bundle, "onnxruntime", 8, leanest.total_bytes)
+    assert chosen == leanest
+
+
 def test_heads_that_onnxruntime_cannot_attend_to_in_place(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     config = LlamaConfig.from_pretrained(tiny_llama_dir, head_dim=10)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    shutil.copy(tiny_llama_dir / "tokenizer.json", tmp_path / "base")
+    copy_tokenizer(tiny_llama_dir, tmp_path / "base")
     bundle = export_bundle(
         load_base(str(tmp_path / "base")),
         Mixture(rank=4),
