@@ -84,11 +84,11 @@ class Callers:
         finally:
             self._open[device.id].discard(scope)
 
-    def connected(self) -> int:
-        """How many devices have a call open, or made one a short while ago."""
+    def connected(self) -> set[str]:
+        """Ids of the devices that have a call open, or made one a short while ago."""
         oldest = time.time() - PRESENT_SECONDS
         heard = {device for device, seen in list(self.last_seen.items()) if seen >= oldest}
-        return len(heard | {device for device, scopes in list(self._open.items()) if scopes})
+        return heard | {device for device, scopes in list(self._open.items()) if scopes}
 
     def shut_out(self, device: str) -> None:
         """Ends the open calls of a device whose certificate the state does not accept any more."""

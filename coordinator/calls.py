@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,10 @@ class Call:
 class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Sees all calls of the servers that it is given to."""
 
-    def __init__(self, auditor: Auditor, observers: Sequence[Callable[[Call], None]] = ()) -> None:
-        """
-        Args:
-            observers: are told of every call when it has ended.
-        """
+    def __init__(self, auditor: Auditor) -> None:
         self._auditor = auditor
-        self._observers = observers
+        self.observers: list[Callable[[Call], None]] = []
+        """Are told of every call when it has ended."""
         self.open: Counter[tuple[str, str]] = Counter()
         """(service, method) -> calls that are open now."""
 
@@ -132,7 +129,7 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 seconds=time.monotonic() - begun,
             )
             self._note_refusal(call, is_act)
-            for observer in self._observers:
+            for observer in self.observers:
                 observer(call)
 
     async def _record_act(

@@ -208,6 +208,13 @@ def serve(
         float,
         typer.Option(min=1e-5, max=3650, help="How long a device may stay away: its certificate."),
     ] = 30,
+    monitor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve a dashboard and Prometheus metrics there, to everybody who can reach it.",
+        ),
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -285,6 +292,7 @@ def serve(
         certificate_lifetime=datetime.timedelta(days=certificate_days),
         insecure=insecure,
         exit_when_done=exit_when_done,
+        monitor=monitor,
     )
     asyncio.run(run(options, _print_json if output is Format.JSON else _print_text))
 
@@ -571,6 +579,7 @@ def _print_text(event: str, fields: dict[str, Any]) -> None:
 
 TEXTS = {
     "listening": "listening on {address}, {trust}",
+    "monitoring": "dashboard on http://{address}/, metrics on http://{address}/metrics",
     "device_enrolled": "{device} has enrolled",
     "device_revoked": "{device} is revoked",
     "round_opened": "round {round}: open",

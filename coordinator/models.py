@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from coordinator import listing
 from coordinator.state import Round
@@ -41,32 +41,39 @@ class Generalist:
 def generalists(state: Path) -> list[Generalist]:
     """All in the state directory `state`, by cohort, in order; raises as `listing.reading` does."""
     with listing.reading(state) as session:
-        rounds = list(session.scalars(select(Round).order_by(Round.cohort, Round.number)))
+        cohorts = session.scalars(select(Round.cohort).distinct().order_by(Round.cohort)).all()
+        return [found for cohort in cohorts for found in of_cohort(session, state, cohort)]
+
+
+def of_cohort(
+    session: Session, state: Path, cohort: str, latest: int | None = None
+) -> list[Generalist]:
+    """Those of one cohort, in order; only the `latest` ones if that is given."""
+    chosen = select(Round).where(Round.cohort == cohort).order_by(Round.number)
+    rounds = session.scalars(chosen).all()
+    makers = [None, *rounds]
+    first: dict[str, tuple[Round | None, Round]] = {}
+    for maker, found in zip(makers, rounds, strict=False):
+        first.setdefault(found.generalist_sha256, (maker, found))
+    current = rounds[-1].generalist_sha256
     return [
-        generalist
-        for cohort in sorted({found.cohort for found in rounds})
-        for generalist in _of([found for found in rounds if found.cohort == cohort], state)
+        _generalist(state, maker, found, current)
+        for maker, found in list(first.values())[-(latest or 0) :]
     ]
 
 
-def _of(rounds: list[Round], state: Path) -> Iterable[Generalist]:
-    """Those of one cohort's rounds: the first with each hash."""
-    seen = set()
-    for index, found in enumerate(rounds):
-        if found.generalist_sha256 in seen:
-            continue
-        seen.add(found.generalist_sha256)
-        path = state / found.generalist_file
-        maker = rounds[index - 1] if index else None
-        yield Generalist(
-            cohort=found.cohort,
-            number=found.number,
-            made_at=None if maker is None else maker.closed_at,
-            bytes=path.stat().st_size if path.exists() else None,
-            step=None if maker is None else _step(state / maker.generalist_file, path),
-            sha256=found.generalist_sha256,
-            current=found.generalist_sha256 == rounds[-1].generalist_sha256,
-        )
+def _generalist(state: Path, maker: Round | None, found: Round, current: str) -> Generalist:
+    """What round `found` is the first to start from, made by round `maker`."""
+    path = state / found.generalist_file
+    return Generalist(
+        cohort=found.cohort,
+        number=found.number,
+        made_at=None if maker is None else maker.closed_at,
+        bytes=path.stat().st_size if path.exists() else None,
+        step=None if maker is None else _step(state / maker.generalist_file, path),
+        sha256=found.generalist_sha256,
+        current=found.generalist_sha256 == current,
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -24,6 +24,9 @@ from coordinator.audit import COORDINATOR, AuditLog, Auditor
 from coordinator.callers import Callers
 from coordinator.calls import Calls
 from coordinator.enrolment import Enrolment
+from coordinator.metrics import Metrics
+from coordinator.monitor import Monitor
+from coordinator.overview import Live, Overview
 from coordinator.rounds import Policy, Report, Rounds, to_all
 from coordinator.secure_aggregation import SecureAggregation
 from coordinator.service import Service
@@ -70,6 +73,8 @@ class Options:
     """Of the certificates that devices get."""
     insecure: bool
     exit_when_done: bool
+    monitor: str | None = None
+    """HOST:PORT of metrics and dashboard; None: neither."""
 
 
 async def serve(options: Options, report: Report) -> None:
@@ -90,7 +95,10 @@ async def serve(options: Options, report: Report) -> None:
         contextlib.closing(AuditLog(options.state)) as log,
         contextlib.closing(Auditor(log)) as auditor,
     ):
-        report = to_all(report, auditor.observe)
+        live = Live(calls=Calls(auditor), traffic=Traffic())
+        metrics = Metrics(live)
+        live.calls.observers.append(metrics.ended)
+        report = to_all(report, auditor.observe, metrics.observe)
         state = whole.of(cohorts.name_of(bundle.manifest))
         settings = _settings(options.policy, contract_sha256(bundle.manifest))
         changed = state.begin(settings, generalist)
@@ -100,6 +108,7 @@ async def serve(options: Options, report: Report) -> None:
             current = state.current()
             measured = await gate.check(options.state / current.generalist_file)
             report("quality_measured", {"round": current.number, "perplexity": measured})
+        metrics.begin(state.current().number)
         rounds = Rounds(
             state=state,
             manifest=bundle.manifest,
@@ -114,13 +123,14 @@ async def serve(options: Options, report: Report) -> None:
             manifest=bundle.manifest,
             state=state,
             rounds=rounds,
-            traffic=Traffic(),
-            calls=Calls(auditor),
+            live=live,
             auditor=auditor,
             report=report,
         )
         stopped = _stop_signals()
         async with contextlib.AsyncExitStack() as stack:
+            if options.monitor is not None:
+                report("monitoring", {"address": _monitor(options, metrics, live, stack)})
             listening = _insecure(parts, stack) if options.insecure else _secure(parts, stack)
             report("listening", await listening)
             try:
@@ -166,8 +176,7 @@ class _Parts:
     manifest: manifest_pb2.Manifest
     state: State
     rounds: Rounds
-    traffic: Traffic
-    calls: Calls
+    live: Live
     auditor: Auditor
     report: Report
 
@@ -176,7 +185,9 @@ class _Parts:
         await asyncio.wrap_future(self.auditor.record(event, COORDINATOR, fields))
 
     def callers(self, administrator: str | None) -> Callers:
-        return Callers(state=self.state, rounds=self.rounds, administrator=administrator)
+        callers = Callers(state=self.state, rounds=self.rounds, administrator=administrator)
+        self.live.connected = callers.connected
+        return callers
 
     def service(self, callers: Callers, authority: Authority | None) -> Service:
         return Service(
@@ -186,9 +197,23 @@ class _Parts:
             authority=authority,
             manifest=self.manifest,
             masked=self.options.policy.masking is not None,
-            traffic=self.traffic,
+            traffic=self.live.traffic,
             report=self.report,
         )
+
+
+def _monitor(
+    options: Options, metrics: Metrics, live: Live, stack: contextlib.AsyncExitStack
+) -> str:
+    """Starts to serve metrics and dashboard. Returns their address."""
+    assert options.monitor is not None
+    overview = Overview(options.state, live)
+    host, port = _split(options.monitor)
+    monitor = Monitor(host, port, names=options.names, metrics=metrics.text, overview=overview)
+    stack.callback(monitor.close)
+    for measuring in (metrics.watch_loop(), overview.sample()):
+        stack.callback(asyncio.create_task(measuring).cancel)
+    return monitor.address
 
 
 async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
@@ -203,7 +228,7 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
     authority = Authority.open(options.state, options.certificate_lifetime)
     made = authority.server_credentials([host.strip("[]"), *options.names])
     pairs = [(made.private_key, made.certificate_chain)]
-    main, enrolment = _server(parts.calls), _server(parts.calls)
+    main, enrolment = _server(parts.live.calls), _server(parts.live.calls)
     mutual = grpc.ssl_server_credentials(pairs, authority.pem, require_client_auth=True)
     bound = _bind(main, host, port, "--listen", mutual)
     wanted = options.enrolment_port
@@ -240,7 +265,7 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
             callers=callers,
             authority=authority,
             contract=contract_sha256(parts.manifest),
-            traffic=parts.traffic,
+            traffic=parts.live.traffic,
             report=parts.report,
         ),
         enrolment,
@@ -257,7 +282,7 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
 
 async def _insecure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
     """Like `_secure` without TLS, so without enrolment and administrator."""
-    main = _server(parts.calls)
+    main = _server(parts.live.calls)
     bound = _bind(main, parts.host, parts.port, "--listen", None)
     service = parts.service(parts.callers(administrator=None), authority=None)
     coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, main)
@@ -335,7 +360,7 @@ async def _course(parts: _Parts) -> None:
     """Runs the rounds, again after a roll-back; returns after the last one if that is asked for."""
     while True:
         await parts.rounds.run()
-        traffic = parts.traffic
+        traffic = parts.live.traffic
         sizes = {"bytes_received": traffic.received, "bytes_sent": traffic.sent}
         parts.report("finished", sizes)
         if parts.options.exit_when_done:

@@ -1,0 +1,174 @@
+"""What the dashboard shows: rounds from the state, and what is going on now. It names no device."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import exists, func, select
+from sqlalchemy.orm import Session
+
+from coordinator import listing, models
+from coordinator.calls import Calls
+from coordinator.state import Device, Participant, Refusal, Round, Settings, Update
+from edge_runtime.connection import Traffic
+
+MOST_ROUNDS = 60
+# How often traffic is looked at, and how many times are remembered: half an hour.
+SAMPLE_SECONDS = 5.0
+MOST_SAMPLES = 360
+# However many look at the page, the state is read no more often than this.
+FRESH_SECONDS = 1.0
+UNKNOWN_TIER = "unknown"
+MOST_TIERS = 12
+OTHER_TIERS = "other"
+
+
+@dataclass
+class Live:
+    """What others count as it happens."""
+
+    calls: Calls
+    traffic: Traffic
+    connected: Callable[[], set[str]] = field(default=set)
+    """Ids of the devices that are connected."""
+    started: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+
+class Overview:
+    """Call it for all there is to show, as JSON values; any thread may."""
+
+    def __init__(self, state: Path, live: Live) -> None:
+        self._state = state
+        self._live = live
+        self._samples: deque[tuple[float, int, int]] = deque(maxlen=MOST_SAMPLES)
+        self._lock = threading.Lock()
+        self._made = 0.0
+        self._kept: dict[str, Any] = {}
+
+    async def sample(self) -> None:
+        """Remembers the traffic from time to time, until it is cancelled."""
+        while True:
+            traffic = self._live.traffic
+            self._samples.append((round(time.time(), 1), traffic.received, traffic.sent))
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    def __call__(self) -> dict[str, Any]:
+        with self._lock:
+            if time.monotonic() >= self._made + FRESH_SECONDS:
+                self._kept = self._make()
+                self._made = time.monotonic()
+            return self._kept
+
+    def _make(self) -> dict[str, Any]:
+        traffic = self._live.traffic
+        return {
+            "time": time.time(),
+            "started": self._live.started,
+            "cohorts": self._cohorts(),
+            "tiers": self._tiers(),
+            "traffic": {
+                "received": traffic.received,
+                "sent": traffic.sent,
+                "samples": list(self._samples),
+            },
+            "open_calls": sum(self._live.calls.open.values()),
+        }
+
+    def _cohorts(self) -> list[dict[str, Any]]:
+        with listing.reading(self._state) as session:
+            return [
+                {
+                    "name": setting.cohort,
+                    "rounds_wanted": setting.rounds,
+                    "min_devices": setting.min_devices,
+                    "ended": _ended(session, setting.cohort),
+                    "rounds": _rounds(session, setting.cohort),
+                    "generalists": [
+                        vars(generalist)
+                        for generalist in models.of_cohort(
+                            session, self._state, setting.cohort, MOST_ROUNDS
+                        )
+                    ],
+                }
+                for setting in session.scalars(select(Settings).order_by(Settings.cohort))
+            ]
+
+    def _tiers(self) -> list[dict[str, Any]]:
+        """How many devices of each tier may take part, and are connected; the largest first."""
+        with listing.reading(self._state) as session:
+            found = session.execute(
+                select(Device.id, Device.tier).where(Device.revoked_at.is_(None))
+            )
+            tiers = {device: tier or UNKNOWN_TIER for device, tier in found}
+        # Devices say their tier themselves: one of many names must not fill the page.
+        most = {tier for tier, _ in Counter(tiers.values()).most_common(MOST_TIERS)}
+        named = {device: tier if tier in most else OTHER_TIERS for device, tier in tiers.items()}
+        connected = Counter(named[device] for device in self._live.connected() if device in named)
+        return [
+            {"tier": tier, "enrolled": count, "connected": connected[tier]}
+            for tier, count in Counter(named.values()).most_common()
+        ]
+
+
+def _ended(session: Session, cohort: str) -> dict[str, int]:
+    """Status -> how many of all rounds ended with it."""
+    counted = select(Round.status, func.count()).where(
+        Round.cohort == cohort, Round.closed_at.is_not(None)
+    )
+    return {status: count for status, count in session.execute(counted.group_by(Round.status))}
+
+
+def _rounds(session: Session, cohort: str) -> list[dict[str, Any]]:
+    """The last ones, in order, with what came of their devices."""
+    this = (Participant.cohort == Round.cohort, Participant.round == Round.number)
+    update = exists().where(
+        Update.cohort == Participant.cohort,
+        Update.round == Participant.round,
+        Update.device == Participant.device,
+    )
+    counts = [
+        select(func.count()).where(*this, *more).correlate(Round).scalar_subquery()
+        for more in ((), (update,), (~update, Participant.refused), (~update, ~Participant.refused))
+    ]
+    refusals = (
+        select(func.count())
+        .where(Refusal.cohort == Round.cohort, Refusal.round == Round.number)
+        .scalar_subquery()
+    )
+    chosen = select(Round, *counts, refusals).where(Round.cohort == cohort)
+    rows = session.execute(chosen.order_by(Round.number.desc()).limit(MOST_ROUNDS)).all()
+    return [_row(*row) for row in reversed(rows)]
+
+
+def _row(
+    found: Round, participants: int, accepted: int, without: int, silent: int, refusals: int
+) -> dict[str, Any]:
+    seconds = None
+    if found.opened_at is not None:
+        seconds = max(0.0, (found.closed_at or time.time()) - found.opened_at)
+    return {
+        "round": found.number,
+        "status": found.status,
+        "opened_at": found.opened_at,
+        "closed_at": found.closed_at,
+        "deadline": found.deadline,
+        "seconds": seconds,
+        "aggregation": found.recipe,
+        "paused": found.paused and found.closed_at is None,
+        "rolled_back_to": found.rolled_back_to,
+        "reason": found.reason,
+        "done": found.done,  # rounds that went into the generalist that it starts from
+        "participants": participants,
+        "accepted": accepted,
+        "without": without,  # all that they sent was refused
+        "silent": silent,
+        "refusals": refusals,
+    }
