@@ -20,7 +20,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from coordinator.audit import NOBODY, Auditor
-from coordinator.tls import subject_of
+from coordinator.tls import Role, subject_of
 from edge_runtime import protocol
 from edge_runtime.errors import StorageError
 from protos import coordinator_pb2
@@ -103,9 +103,15 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> AsyncIterator[None]:
         """Around one call's behaviour."""
         pems = context.auth_context().get("x509_pem_cert", ())
-        by = subject_of(pems[0]).id if pems else NOBODY
+        subject = subject_of(pems[0]) if pems else None
+        by = NOBODY if subject is None else subject.id
         address = _address(context.peer())
-        is_act = service == ADMIN and not method.startswith(READING)
+        is_act = (
+            service == ADMIN
+            and not method.startswith(READING)
+            and subject is not None
+            and subject.role == Role.ADMINISTRATOR
+        )
         started, begun = time.time(), time.monotonic()
         error: BaseException | None = None
         self.open[service, method] += 1

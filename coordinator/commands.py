@@ -215,6 +215,13 @@ def serve(
             help="Serve a dashboard and Prometheus metrics there, to everybody who can reach it.",
         ),
     ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Send OpenTelemetry traces to a collector, such as http://127.0.0.1:4317.",
+        ),
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -293,6 +300,7 @@ def serve(
         insecure=insecure,
         exit_when_done=exit_when_done,
         monitor=monitor,
+        traces=traces,
     )
     asyncio.run(run(options, _print_json if output is Format.JSON else _print_text))
 

@@ -55,15 +55,23 @@ function scale(most) {
   return Array.from({ length: Math.ceil(most / step - 1e-9) + 1 }, (_, index) => index * step);
 }
 
+// Round marks around values that are far from 0.
+function zoomed(values) {
+  const [least, most] = [Math.min(...values), Math.max(...values)];
+  const step = scale(most > least ? most - least : most / 10)[1];
+  const first = Math.floor(least / step);
+  return Array.from({ length: Math.max(2, Math.ceil(most / step) - first + 1) }, (_, index) => (first + index) * step);
+}
+
 // A frame with marks on the left; `draw(x, y)` gets functions to place things in it.
 function chart({ width, height, marks, text, label, draw }) {
   const [left, right, top, bottom] = [44, 6, 8, 22];
-  const most = marks[marks.length - 1];
+  const [least, most] = [marks[0], marks[marks.length - 1]];
   const x = (share) => left + share * (width - left - right);
-  const y = (value) => height - bottom - (value / most) * (height - top - bottom);
+  const y = (value) => height - bottom - ((value - least) / (most - least)) * (height - top - bottom);
   return make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label },
     ...marks.map((mark) => make("g", {},
-      make("line", { class: mark ? "grid" : "base", x1: left, x2: width - right, y1: y(mark), y2: y(mark) }),
+      make("line", { class: mark === least ? "base" : "grid", x1: left, x2: width - right, y1: y(mark), y2: y(mark) }),
       make("text", { x: left - 7, y: y(mark) + 4, "text-anchor": "end" }, text(mark)))),
     ...draw(x, y));
 }
@@ -104,8 +112,7 @@ function curve(points, kind, x, y, dots) {
       make("circle", { class: `dot ${kind}`, cx: x(share), cy: y(value), r: 4 }, make("title", {}, title)))];
 }
 
-function series(rows, { width, label, title, text = short }) {
-  const marks = scale(Math.max(...rows.map(([, value]) => value)));
+function series(rows, { width, label, title, text = short, marks }) {
   const share = (index) => (rows.length === 1 ? 0.5 : 0.04 + 0.92 * index / (rows.length - 1));
   return chart({ width, height: 170, marks, text, label, draw: (x, y) => [
     ...curve(rows.map(([round, value], index) => [share(index), value, title(round, value)]), "", x, y, rows.length <= 30),
@@ -177,8 +184,30 @@ function drawSeconds(group) {
 
 function drawSteps(group) {
   const rows = group.generalists.filter((generalist) => generalist.step !== null).map((generalist) => [generalist.number - 1, generalist.step]);
-  place("steps", rows.length ? series(rows, { width: width("steps"), label: "L2 norm of each round's step", title: (round, value) => `Round ${round}: ${short(value)}` }) : empty("No round was aggregated."),
+  place("steps", rows.length ? series(rows, { width: width("steps"), marks: scale(Math.max(...rows.map(([, step]) => step))), label: "L2 norm of each round's step", title: (round, value) => `Round ${round}: ${short(value)}` }) : empty("No round was aggregated."),
     rows.length ? legend(["--accepted", "L2 norm, by round"]) : null);
+}
+
+function drawQuality(group) {
+  const rows = group.rounds.filter((round) => round.perplexity !== null).map((round) => [round.round, round.perplexity, round.status]);
+  document.getElementById("quality-card").hidden = !rows.length;
+  if (!rows.length) return;
+  const kept = rows.filter(([, , status]) => status === "aggregated");
+  const gone = rows.filter(([, , status]) => status !== "aggregated");
+  place("quality",
+    series(kept.length ? kept : rows, { width: width("quality"), marks: zoomed(rows.map(([, value]) => value)), label: "Perplexity after each round", title: (round, value) => `Round ${round}: ${value.toFixed(2)}` }),
+    gone.length ? make("p", { class: "empty" }, `Refused as worse: ${gone.map(([round, value]) => `${value.toFixed(2)} in round ${round}`).join(", ")}`) : legend(["--accepted", "on the quality gate's text"]));
+}
+
+function drawPrivacy(group) {
+  const spent = group.privacy;
+  document.getElementById("privacy-card").hidden = !spent;
+  if (!spent) return;
+  const share = spent.budget === null ? 1 : Math.min(1, spent.epsilon / spent.budget);
+  place("privacy", make("div", { class: "tier" },
+    make("p", {}, make("span", {}, `\u03b5 ${short(spent.epsilon)} spent`), make("span", {}, spent.budget === null ? "no budget set" : `of ${short(spent.budget)}`)),
+    make("div", { class: "bar" }, make("i", { class: share < 0.9 ? "accepted" : "refused", style: { width: `${100 * share}%` } }))),
+    empty(`at \u03b4 ${spent.delta}, for one device more or less`));
 }
 
 function drawTraffic(traffic) {
@@ -243,6 +272,8 @@ function draw(all) {
   drawUpdates(group);
   drawSeconds(group);
   drawSteps(group);
+  drawQuality(group);
+  drawPrivacy(group);
   drawTraffic(all.traffic);
   drawTiers(all.tiers);
   drawRounds(group);

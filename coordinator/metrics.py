@@ -41,7 +41,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.registry.register(_Live(live))
         info = Info("comigs_build", "Version of the coordinator.", registry=self.registry)
-        info.info({"version": _version()})
+        info.info({"version": VERSION})
 
         self._round = self._gauge(
             "comigs_round", "Number of the open round, or of the last one that was.", ["cohort"]
@@ -67,6 +67,19 @@ class Metrics:
         )
         self._clipped = self._counter(
             "comigs_updates_clipped", "Updates whose step was shortened.", ["cohort"]
+        )
+        self._perplexity = self._gauge(
+            "comigs_generalist_perplexity",
+            "Of the present generalist on the quality gate's text, if there is a gate.",
+            ["cohort"],
+        )
+        self._epsilon = self._gauge(
+            "comigs_privacy_epsilon",
+            "Epsilon of the rounds so far, with differential privacy.",
+            ["cohort"],
+        )
+        self._budget = self._gauge(
+            "comigs_privacy_budget", "The largest epsilon that is allowed, if any.", ["cohort"]
         )
         self._enrolled = self._counter("comigs_enrolments", "Invitations that were used.", [])
         self._storage = self._counter(
@@ -107,7 +120,13 @@ class Metrics:
     def observe(self, event: str, fields: dict[str, Any]) -> None:
         """Takes the coordinator's events."""
         cohort = fields.get("cohort", "")
+        if "epsilon" in fields:
+            self._epsilon.labels(cohort).set(fields["epsilon"])
+            if fields.get("budget") is not None:
+                self._budget.labels(cohort).set(fields["budget"])
         match event:
+            case "quality_measured":
+                self._perplexity.labels(cohort).set(fields["perplexity"])
             case "round_opened" | "round_resumed":
                 self._round.labels(cohort).set(fields["round"])
                 self._generalist.labels(cohort).set(fields["round"])
@@ -116,6 +135,8 @@ class Metrics:
                 self._round_seconds.labels(cohort).observe(fields["seconds"])
                 self._clipped.labels(cohort).inc(fields["clipped"])
                 self._generalist.labels(cohort).set(fields["round"] + 1)
+                if "perplexity" in fields:
+                    self._perplexity.labels(cohort).set(fields["perplexity"]["candidate"])
             case "round_abandoned":
                 self._rounds.labels(cohort, "abandoned").inc()
             case "rolled_back":
@@ -174,3 +195,6 @@ def _version() -> str:
         return version("comigs")
     except PackageNotFoundError:
         return "unknown"
+
+
+VERSION = _version()

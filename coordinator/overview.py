@@ -52,6 +52,13 @@ class Overview:
         self._lock = threading.Lock()
         self._made = 0.0
         self._kept: dict[str, Any] = {}
+        self._privacy: dict[str, dict[str, float | None]] = {}
+
+    def observe(self, event: str, fields: dict[str, Any]) -> None:
+        """Takes the coordinator's events: the last that says what privacy was spent."""
+        if "epsilon" in fields:
+            spent = {name: fields.get(name) for name in ("epsilon", "delta", "budget")}
+            self._privacy[fields.get("cohort", "")] = spent
 
     async def sample(self) -> None:
         """Remembers the traffic from time to time, until it is cancelled."""
@@ -90,6 +97,7 @@ class Overview:
                     "rounds_wanted": setting.rounds,
                     "min_devices": setting.min_devices,
                     "ended": _ended(session, setting.cohort),
+                    "privacy": self._privacy.get(setting.cohort, self._privacy.get("")),
                     "rounds": _rounds(session, setting.cohort),
                     "generalists": [
                         vars(generalist)
@@ -165,6 +173,7 @@ def _row(
         "paused": found.paused and found.closed_at is None,
         "rolled_back_to": found.rolled_back_to,
         "reason": found.reason,
+        "perplexity": found.candidate_perplexity,  # of what came of it, by the quality gate
         "done": found.done,  # rounds that went into the generalist that it starts from
         "participants": participants,
         "accepted": accepted,

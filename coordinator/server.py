@@ -9,7 +9,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from cryptography import x509
@@ -35,9 +35,12 @@ from coordinator.tls import ADMIN_FILE, Authority, administrator, subject_of
 from edge_runtime import adapters, protocol, wire
 from edge_runtime.bundle import contract_sha256, open_bundle
 from edge_runtime.connection import Traffic
-from edge_runtime.errors import AddressError
+from edge_runtime.errors import AddressError, MissingPartError
 from edge_runtime.identity import read_identity
 from protos import coordinator_pb2, coordinator_pb2_grpc, manifest_pb2
+
+if TYPE_CHECKING:  # it needs packages of the extra "tracing"
+    from coordinator.tracing import Tracing
 
 WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - recognised, not listened on
 # How long calls that are being answered may take to end when the coordinator stops.
@@ -75,6 +78,8 @@ class Options:
     exit_when_done: bool
     monitor: str | None = None
     """HOST:PORT of metrics and dashboard; None: neither."""
+    traces: str | None = None
+    """URL of an OpenTelemetry collector; None: no traces."""
 
 
 async def serve(options: Options, report: Report) -> None:
@@ -91,14 +96,19 @@ async def serve(options: Options, report: Report) -> None:
     host, port = _split(options.listen)
     generalist = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
     with (
+        contextlib.ExitStack() as stack,
         contextlib.closing(State(options.state)) as whole,
         contextlib.closing(AuditLog(options.state)) as log,
         contextlib.closing(Auditor(log)) as auditor,
     ):
         live = Live(calls=Calls(auditor), traffic=Traffic())
-        metrics = Metrics(live)
+        metrics, overview = Metrics(live), Overview(options.state, live)
         live.calls.observers.append(metrics.ended)
-        report = to_all(report, auditor.observe, metrics.observe)
+        report = to_all(report, auditor.observe, metrics.observe, overview.observe)
+        if options.traces is not None:
+            tracing = stack.enter_context(contextlib.closing(_tracing(options.traces)))
+            live.calls.observers.append(tracing.ended)
+            report = to_all(report, tracing.observe)
         state = whole.of(cohorts.name_of(bundle.manifest))
         settings = _settings(options.policy, contract_sha256(bundle.manifest))
         changed = state.begin(settings, generalist)
@@ -128,10 +138,10 @@ async def serve(options: Options, report: Report) -> None:
             report=report,
         )
         stopped = _stop_signals()
-        async with contextlib.AsyncExitStack() as stack:
+        async with contextlib.AsyncExitStack() as running:
             if options.monitor is not None:
-                report("monitoring", {"address": _monitor(options, metrics, live, stack)})
-            listening = _insecure(parts, stack) if options.insecure else _secure(parts, stack)
+                report("monitoring", {"address": _monitor(options, metrics, overview, running)})
+            listening = _insecure(parts, running) if options.insecure else _secure(parts, running)
             report("listening", await listening)
             try:
                 await _run(parts, stopped)
@@ -202,12 +212,22 @@ class _Parts:
         )
 
 
+def _tracing(endpoint: str) -> Tracing:
+    try:
+        from coordinator.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise MissingPartError(
+            f"{error.name} is not installed, which --traces needs; install it with "
+            "`pip install 'comigs[tracing]'`"
+        ) from error
+    return Tracing(endpoint)
+
+
 def _monitor(
-    options: Options, metrics: Metrics, live: Live, stack: contextlib.AsyncExitStack
+    options: Options, metrics: Metrics, overview: Overview, stack: contextlib.AsyncExitStack
 ) -> str:
     """Starts to serve metrics and dashboard. Returns their address."""
     assert options.monitor is not None
-    overview = Overview(options.state, live)
     host, port = _split(options.monitor)
     monitor = Monitor(host, port, names=options.names, metrics=metrics.text, overview=overview)
     stack.callback(monitor.close)

@@ -1,5 +1,6 @@
 """`comigs serve --monitor`: metrics, the dashboard in a browser, and who may read them."""
 
+import contextlib
 import http.client
 import json
 import re
@@ -24,8 +25,13 @@ from coordinator_help import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator.administrator import Administrator
-from coordinator.monitor import MOST_CONNECTIONS
-from edge_runtime.connection import connect
+from coordinator.audit import AuditLog, Auditor
+from coordinator.calls import Calls
+from coordinator.metrics import Metrics
+from coordinator.monitor import MOST_CONNECTIONS, Monitor
+from coordinator.overview import Live, Overview
+from coordinator.state import Settings, State
+from edge_runtime.connection import Traffic, connect
 from edge_runtime.errors import AddressError, TrustError
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc
@@ -159,6 +165,57 @@ def test_the_dashboard_in_a_browser(fleet: Fleet) -> None:
         assert shown in text, text
     assert "live, " in text
     assert "of-the-lab" not in text
+
+
+def test_what_is_reported_is_shown_and_no_markup_is_read(tmp_path: Path) -> None:
+    row = {"status": "aggregated", "opened_at": 1.0, "closed_at": 2.0, "deadline": 9.0}
+    row |= {"seconds": 1.0, "aggregation": "mean", "paused": False, "rolled_back_to": None}
+    row |= {"participants": 2, "accepted": 2, "without": 0, "silent": 0, "refusals": 0}
+    rounds = [
+        row | {"round": 1, "done": 0, "reason": None, "perplexity": 512.25},
+        row | {"round": 2, "done": 1, "reason": "<i>worse</i>", "perplexity": 640.5}
+        | {"status": "abandoned"},
+        row | {"round": 3, "done": 1, "reason": None, "perplexity": None}
+        | {"status": "open", "closed_at": None},
+    ]  # fmt: skip
+    cohort = {"name": "<b>c</b>", "rounds_wanted": 3, "min_devices": 2, "rounds": rounds}
+    cohort |= {"ended": {"aggregated": 1, "abandoned": 1}, "generalists": []}
+    cohort |= {"privacy": {"epsilon": 3.14159, "delta": 1e-5, "budget": 8.0}}
+    overview = {"time": 3.0, "started": 0.0, "open_calls": 1, "cohorts": [cohort]}
+    overview |= {"tiers": [{"tier": "<script>alert(1)</script>", "enrolled": 2, "connected": 1}]}
+    overview |= {"traffic": {"received": 10, "sent": 20, "samples": []}}
+    monitor = Monitor("127.0.0.1", 0, names=(), metrics=lambda: b"", overview=lambda: overview)
+    with contextlib.closing(monitor):
+        done = browser(f"http://{monitor.address}/", tmp_path / "browser", "--dump-dom")
+    assert "CONSOLE" not in done.stderr
+    body = done.stdout.partition("<main>")[2].partition("</main>")[0]
+    for shown in (
+        *("ε 3.14 spent", "of 8<", "Refused as worse: 640.50 in round 2", "Round 1: 512.25"),
+        *("&lt;i&gt;worse&lt;/i&gt;", "&lt;script&gt;alert(1)&lt;/script&gt;", "1 of 2"),
+    ):
+        assert shown in body, body
+    assert "<script" not in body
+
+
+def test_the_latest_privacy_spent_is_kept(tmp_path: Path) -> None:
+    with (
+        contextlib.closing(State(tmp_path)) as whole,
+        contextlib.closing(AuditLog(tmp_path)) as log,
+    ):
+        settings = Settings(contract_sha256="", rounds=3, min_devices=2, deadline_seconds=9.0)
+        settings.recipe = settings.training = ""
+        whole.of("c").begin(settings, b"a generalist")
+        auditor = Auditor(log)
+        live = Live(calls=Calls(auditor), traffic=Traffic())
+        overview, metrics = Overview(tmp_path, live), Metrics(live)
+        for epsilon in (1.5, 2.5):
+            spent = {"round": 1, "epsilon": epsilon, "delta": 1e-6, "budget": 8.0}
+            for observer in (overview, metrics):
+                observer.observe("privacy_spent", spent)
+        (cohort,) = overview()["cohorts"]
+        assert cohort["privacy"] == {"epsilon": 2.5, "delta": 1e-6, "budget": 8.0}
+        assert b'comigs_privacy_epsilon{cohort=""} 2.5' in metrics.text()
+        auditor.close()
 
 
 def request(address: str, path: str, host: str, method: str = "GET") -> http.client.HTTPResponse:
