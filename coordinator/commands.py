@@ -193,6 +193,26 @@ def serve(
             rich_help_panel=QUALITY,
         ),
     ] = None,
+    dp_noise: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MULTIPLIER",
+            help="Differential privacy: noise on the sum, as a multiple of --clip-norm.",
+            rich_help_panel=PRIVACY,
+        ),
+    ] = None,
+    dp_delta: Annotated[
+        float | None,
+        typer.Option(help="Its delta.", show_default="1e-5", rich_help_panel=PRIVACY),
+    ] = None,
+    dp_budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="EPSILON",
+            help="No round is opened that would exceed this epsilon.",
+            rich_help_panel=PRIVACY,
+        ),
+    ] = None,
     training: Annotated[
         Path | None, typer.Option(help="How devices train: TrainingConfig as JSON.")
     ] = None,
@@ -236,6 +256,7 @@ def serve(
     """Runs rounds in which devices exchange the generalist, and nothing else."""
     # Imported here: the other commands must not wait for gRPC and SQLAlchemy.
     from coordinator import privacy
+    from coordinator.accounting import UnsoundError
     from coordinator.aggregation import choose
     from coordinator.quality import QualityGate
     from coordinator.rounds import Policy
@@ -258,6 +279,9 @@ def serve(
             },
         )
         selection = select(devices_per_round, over_selection, seed, min_devices=min_devices)
+        recipe, differential = privacy.noise(
+            dp_noise, delta=dp_delta, budget=dp_budget, recipe=recipe, selection=selection
+        )
         masking = privacy.mask(
             secure_aggregation,
             staying=secure_threshold,
@@ -292,6 +316,7 @@ def serve(
             selection=selection,
             masking=masking,
             gate=gate,
+            privacy=differential,
             training=config,
         ),
         enrolment_port=enrolment_port,
@@ -302,7 +327,10 @@ def serve(
         monitor=monitor,
         traces=traces,
     )
-    asyncio.run(run(options, _print_json if output is Format.JSON else _print_text))
+    try:
+        asyncio.run(run(options, _print_json if output is Format.JSON else _print_text))
+    except UnsoundError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def rounds(
@@ -595,6 +623,10 @@ TEXTS = {
     "update_accepted": "round {round}: {device} reported ({bytes} bytes)",
     "update_refused": "round {round}: refused an update of {device}: {reason}",
     "upload_broken": "round {round}: an upload of {device} broke: {reason}",
+    "privacy": "differential privacy: epsilon {epsilon} spent at delta {delta}{budgeted}",
+    "privacy_spent": "round {round}: epsilon is {epsilon} at delta {delta} now",
+    "budget_spent": "round {round} is not opened: epsilon is {epsilon} at delta {delta}, and it "
+    "would exceed the budget of {budget}; all rounds are over",
     "masking_began": "round {round}: {devices} devices mask their updates",
     "update_damaged": "round {round}: goes on without the update of {device}: {reason}",
     "settings_changed": "going on with other settings than before: {changed}",
@@ -621,6 +653,9 @@ def _readable(fields: dict[str, Any]) -> dict[str, str]:
             if fields["admin"]
             else "without TLS: devices need --insecure"
         ).format(**fields)
+    if "rounds_left" in fields:
+        budgeted = ", of {budget}: enough for {rounds_left} of {rounds_wanted} rounds"
+        words["budgeted"] = "" if fields["budget"] is None else budgeted.format(**fields)
     if "clipped" in fields:
         clipped = fields["clipped"]
         words["clipping"] = f", {clipped} of them clipped," if clipped else ""

@@ -42,6 +42,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from coordinator.accounting import Ledger, Privacy
 from coordinator.aggregation import (
     AggregationError,
     Contribution,
@@ -102,6 +103,8 @@ class Policy:
     """None: updates come as they are."""
     gate: QualityGate | None
     """None: what comes of a round is not looked at."""
+    privacy: Privacy | None
+    """Differential privacy; None: there is none."""
     training: pb.TrainingConfig
 
 
@@ -154,6 +157,8 @@ class Rounds:
         self._policy = policy
         self._report = report
         self._masked = masked
+        self._ledger = None if policy.privacy is None else Ledger(state, policy.privacy)
+        self._told_spent = False
         self._stopping = False
         self._closing: int | None = None
         # When the open round's deadline is, by the monotonic clock.
@@ -214,6 +219,10 @@ class Rounds:
 
     async def _resume(self) -> None:
         current = self._state.current()
+        if self._ledger is not None:
+            left = max(0, self._policy.rounds - current.done)
+            fields = {"rounds_left": self._ledger.rounds_left(left), "rounds_wanted": left}
+            self._report("privacy", self._ledger.described() | fields)
         if current.status == Status.OPEN:
             deadline = self._start_clock()
             self._state.resume(current.number, deadline=deadline, recipe=str(self._policy.recipe))
@@ -221,15 +230,19 @@ class Rounds:
             fields = {"round": current.number, "updates": len(updates)}
             self._report("round_resumed", fields)
             group = self._state.masking_group(current.number)
-            masked = self._masked is not None
-            if masked != (group is not None) and (group or updates):
-                reason = "it began with another --secure-aggregation than it was resumed with"
+            if self._masked is None:
+                unfit = group is not None
+            else:
+                unfit = bool(updates) if group is None else not self._masked.fits(group)
+            if unfit:
+                reason = "it began with other options of privacy than it was resumed with"
                 self._abandon(current, updates, reason)
 
     async def _advance(self) -> bool:
         """Takes the next step if it is due. Returns whether there may be another one."""
         current = self._state.current()
         if self._is_over(current) or current.paused:
+            self._tell_if_spent(current)
             return False
         if current.status == Status.WAITING:
             return self._open(current)
@@ -317,10 +330,14 @@ class Rounds:
                 quality = await self._measure(self._policy.gate, current, generalist)
             if not self._is_still(current):
                 return
+            noise = None if self._ledger is None else self._ledger.privacy.noise_multiplier
             if (objection := self._objection(quality)) is not None:
-                self._abandon(current, updates, objection, quality=quality)
+                # Its quality is told, so it costs privacy like any other.
+                self._abandon(current, updates, objection, quality=quality, noise=noise)
                 return
-            self._state.aggregate(current.number, generalist, outcome.memory, quality)
+            self._state.aggregate(
+                current.number, generalist, outcome.memory, quality=quality, noise=noise
+            )
         except (AggregationError, AdapterError) as error:
             if self._is_still(current):  # else its files may have been deleted meanwhile
                 self._give_up(current, updates, error)
@@ -337,6 +354,8 @@ class Rounds:
                 **_perplexities(quality),
             },
         )
+        if self._ledger is not None:
+            self._report("privacy_spent", {"round": current.number, **self._ledger.described()})
 
     async def _measure(self, gate: QualityGate, current: Round, generalist: bytes) -> Quality:
         try:
@@ -379,12 +398,13 @@ class Rounds:
         incoming = wire.decode(self._manifest, payload)
         if self._masked is not None:
             summed = self._masked.total(current.number, updates)
+            noise = self._policy.recipe.noise
             return conclude_sum(
                 self._manifest,
                 self._policy.recipe,
                 incoming=incoming,
                 total=summed.total,
-                divisor=summed.devices,
+                divisor=summed.devices if noise is None else noise.devices,
                 clipped=summed.clipped,
                 memory=None if memory is None else (directory / memory).read_bytes(),
             )
@@ -414,8 +434,10 @@ class Rounds:
         *,
         command: str | None = None,
         quality: Quality | None = None,
+        noise: float | None = None,
     ) -> None:
-        self._state.abandon(current.number, reason, command=command, quality=quality)
+        number = current.number
+        self._state.abandon(number, reason, command=command, quality=quality, noise=noise)
         self._report_abandoned(current, updates, reason, quality)
 
     def _report_abandoned(
@@ -620,6 +642,9 @@ class Rounds:
         assert self._masked is not None, "the service refuses it otherwise"
         end = time.monotonic() + min(max(0.0, request.wait_seconds), MAX_WAIT_SECONDS)
         if self._takes_part(device.id, request.round):
+            advertised = self._masked.advertised(request.round)
+            if device.id not in advertised and self._is_full(request.round):
+                return over(f"round {request.round} has all the updates that it wanted")
             self._masked.take(device, request)
             self._nudged.set()
         while True:
@@ -693,8 +718,20 @@ class Rounds:
         )
 
     def _is_over(self, current: Round) -> bool:
-        """Whether all rounds have been run."""
-        return current.done >= self._policy.rounds
+        """Whether all rounds have been run, or another would exceed the privacy budget."""
+        return current.done >= self._policy.rounds or self._is_spent(current)
+
+    def _is_spent(self, current: Round) -> bool:
+        """Whether the privacy budget keeps the round from being opened."""
+        waiting = current.status == Status.WAITING
+        return waiting and self._ledger is not None and not self._ledger.allows_another()
+
+    def _tell_if_spent(self, current: Round) -> None:
+        if self._ledger is None or self._told_spent or current.done >= self._policy.rounds:
+            return
+        if self._is_spent(current):
+            self._told_spent = True
+            self._report("budget_spent", {"round": current.number, **self._ledger.described()})
 
     def _is_wanted(self, standing: Standing, number: int) -> bool:
         """Whether an update of a device could still count in the open round."""

@@ -8,6 +8,7 @@ that is killed goes on where it was and never asks for a device's other secret.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import time
@@ -22,14 +23,17 @@ from coordinator.aggregation.updates import Flat
 from coordinator.neighbours import Graph, graph_for, least_devices
 from coordinator.state import Device, MaskingGroup, MaskingMember, MaskingStage, State, Update
 from edge_runtime import masking, shamir
-from edge_runtime.errors import AdapterError
-from edge_runtime.quantization import Grid, Integers, grid_for, signed
+from edge_runtime.quantization import Grid, Integers, Residues, grid_for, signed
 from edge_runtime.secure_aggregation import COUNTERS, LEAST_DEVICES, payload_numbers, verify
 from protos import coordinator_pb2 as pb
 
 # The bound of a coordinate where no norm is clipped. A generalist's numbers are smaller, and so is
 # what AdamW makes of them in a round.
 COORDINATE_BOUND = 1.0
+# The sum of discrete Gaussians of this standard deviation or more is the discrete Gaussian of their
+# variances' sum but for a factor that differs from 1 by less than 1e-100 (Kairouz, Liu, Steinke
+# 2021, arXiv 2102.06387, on sums of discrete Gaussians).
+LEAST_SIGMA = 8.0
 STAGE_SECONDS = 60.0
 STAYING = 0.75
 _SEALED_BYTES = masking.NONCE_BYTES + 2 * shamir.SHARE_BYTES + 16
@@ -67,6 +71,11 @@ class Masking:
         least = self.least(devices)
         noise = self.noise_multiplier * math.sqrt(devices / least)
         grid = grid_for(self.clip_norm or COORDINATE_BOUND, devices, noise)
+        if 0 < self.noise_multiplier * grid.levels < LEAST_SIGMA * math.sqrt(least):
+            raise ValueError(
+                f"each device's share of the noise is less than {LEAST_SIGMA:g} units of the "
+                "grid; raise --dp-noise, or select fewer devices"
+            )
         return graph, pb.MaskingGroup(
             threshold=graph.threshold,
             devices=devices,
@@ -139,6 +148,12 @@ class SecureAggregation:
             degree=graph.degree,
             terms=terms.SerializeToString(),
         )
+
+    def fits(self, group: MaskingGroup) -> bool:
+        """Whether the steps of a group are still to be bounded and noised as they were."""
+        terms = pb.MaskingGroup.FromString(group.terms)
+        now = self._masking.terms(terms.devices)[1]
+        return terms.quantization == now.quantization
 
     def seconds_left(self, group: MaskingGroup) -> float:
         """Until the end of the present stage, at least 0. Its time begins anew with a restart:
@@ -217,12 +232,12 @@ class SecureAggregation:
         Only sums are ever unmasked: masks are taken from the total of all masked steps.
 
         Raises:
-            AggregationError: what was revealed is not what was shared.
-            AdapterError: a step's file is missing or damaged.
+            AggregationError: what was revealed is not what was shared, or a step's file is not
+                what was accepted. No sum without it can be unmasked.
         """
         group = self._state.masking_group(number)
         if group is None:
-            raise AdapterError(f"round {number} was ended while its steps were summed up")
+            raise AggregationError("it was ended while its steps were summed up")
         graph = _graph(group)
         terms = pb.MaskingGroup.FromString(group.terms)
         members = {
@@ -233,13 +248,7 @@ class SecureAggregation:
         numbers = payload_numbers(self._size, terms.quantization)
         total = np.zeros(numbers, np.uint32)
         for update in updates:
-            path = self._state.directory / update.file
-            try:
-                total += np.fromfile(path, "<u4")
-            except (OSError, ValueError) as error:
-                raise AdapterError(
-                    f"{path} is missing or damaged, though it was accepted"
-                ) from error
+            total += self._masked_step(update, numbers)
         seeds, keys = _revealed(members)
         for index, member in members.items():
             if index in summed:
@@ -264,6 +273,15 @@ class SecureAggregation:
             }
             masking.add_masks(total, pairwise=pairwise, index=index)
         return self._sum(signed(total), len(updates), terms.quantization)
+
+    def _masked_step(self, update: Update, numbers: int) -> Residues:
+        try:
+            content = (self._state.directory / update.file).read_bytes()
+        except OSError as error:
+            raise AggregationError(f"cannot read {update.file}: {error.strerror}") from error
+        if len(content) != 4 * numbers or hashlib.sha256(content).digest() != update.sha256:
+            raise AggregationError(f"{update.file} is damaged, though it was accepted")
+        return np.frombuffer(content, "<u4").astype(np.uint32, copy=False)
 
     def _sum(self, total: Integers, devices: int, quantization: pb.Quantization) -> Sum:
         grid = Grid(quantization.bound, quantization.levels)

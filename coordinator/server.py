@@ -17,7 +17,7 @@ from google.protobuf import json_format
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from coordinator import cohorts
+from coordinator import accounting, cohorts
 from coordinator.admin import Address, Admin
 from coordinator.aggregation.updates import Layout
 from coordinator.audit import COORDINATOR, AuditLog, Auditor
@@ -91,6 +91,7 @@ async def serve(options: Options, report: Report) -> None:
         StorageError: the state directory is in use or cannot be written.
         AuditError: the audit log in the state directory cannot be continued.
         TrustError: the authority or the administrator's file in the state directory is damaged.
+        UnsoundError: its rounds and the wanted ones do not go together in privacy.
     """
     bundle = open_bundle(options.bundle)
     host, port = _split(options.listen)
@@ -114,6 +115,7 @@ async def serve(options: Options, report: Report) -> None:
         changed = state.begin(settings, generalist)
         if changed:
             report("settings_changed", {"changes": changed})
+        accounting.check(state, options.policy.privacy)
         if (gate := options.policy.gate) is not None:
             current = state.current()
             measured = await gate.check(options.state / current.generalist_file)

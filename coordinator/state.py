@@ -202,6 +202,17 @@ class Refusal(Base):
     time: Mapped[float]
 
 
+class PrivacySpend(Base):
+    """A round with differential privacy of which something was told. Never deleted."""
+
+    __tablename__ = "privacy_spends"
+    __table_args__ = (_of_a_round(),)
+
+    cohort: Mapped[str] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    noise_multiplier: Mapped[float]
+
+
 class MaskingStage(StrEnum):
     SHARE = "share"
     MASK = "mask"
@@ -521,13 +532,19 @@ class State:
         generalist: bytes,
         memory: bytes | None,
         quality: Quality | None = None,
+        noise: float | None = None,
     ) -> None:
         """Closes an open round. The next one, now waiting, starts from `generalist` and, with a
-        server optimizer, from its `memory`."""
+        server optimizer, from its `memory`.
+
+        Args:
+            noise: noise multiplier of differential privacy; None without it.
+        """
         file, digest = self._write_generalist(number + 1, generalist)
         memory_file = None if memory is None else self._write_memory(number + 1, memory)
         with self._transaction() as session:
             closed = self._end(session, number, Status.AGGREGATED, quality=quality)
+            self._spend(session, number, noise)
             session.add(
                 Round(
                     cohort=self.cohort,
@@ -548,10 +565,16 @@ class State:
         *,
         command: str | None = None,
         quality: Quality | None = None,
+        noise: float | None = None,
     ) -> None:
-        """Ends the current round; the next one, now waiting, starts from the same generalist."""
+        """Ends the current round; the next one, now waiting, starts from the same generalist.
+
+        Args:
+            noise: as in `aggregate`, if something is told of what would have come of the round.
+        """
         with self._transaction() as session:
             abandoned = self._end(session, number, Status.ABANDONED, reason, quality)
+            self._spend(session, number, noise)
             session.add(
                 Round(
                     cohort=self.cohort,
@@ -738,6 +761,28 @@ class State:
             if participant is not None:
                 participant.refused = True
 
+    # Differential privacy
+
+    def privacy_spent(self) -> dict[float, int]:
+        """Noise multiplier -> how many rounds were told of that had it."""
+        counted = select(PrivacySpend.noise_multiplier, func.count()).where(
+            PrivacySpend.cohort == self.cohort
+        )
+        with self._transaction() as session:
+            rows = session.execute(counted.group_by(PrivacySpend.noise_multiplier))
+            return {multiplier: count for multiplier, count in rows}
+
+    def aggregated_without_noise(self) -> bool:
+        """Whether a round was aggregated without differential privacy."""
+        spent = select(PrivacySpend.round).where(PrivacySpend.cohort == self.cohort)
+        plain = select(Round.number).where(
+            Round.cohort == self.cohort,
+            Round.status == Status.AGGREGATED,
+            Round.number.not_in(spent),
+        )
+        with self._transaction() as session:
+            return session.scalar(plain.limit(1)) is not None
+
     # Secure aggregation
 
     def unreliable(self, number: int) -> set[str]:
@@ -815,6 +860,12 @@ class State:
 
     def _masking_members(self, number: int) -> Select[MaskingMember]:
         return select(MaskingMember).where(self._in(MaskingMember, number))
+
+    def _spend(self, session: Session, number: int, noise: float | None) -> None:
+        """Notes what a round that is ended costs of the privacy budget."""
+        if noise is not None:
+            spend = PrivacySpend(cohort=self.cohort, round=number, noise_multiplier=noise)
+            session.add(spend)
 
     def _forget_masking(self, session: Session, number: int) -> None:
         """Deletes what secure aggregation of a round that is over has left."""

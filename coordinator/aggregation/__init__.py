@@ -6,6 +6,7 @@
 | `means` | uniform and token-weighted mean, as a stream |
 | `robust` | median, trimmed mean, Krum and multi-Krum, in blocks of coordinates |
 | `ranks` | updates of different LoRA ranks: zero-padding, HetLoRA, FlexLoRA |
+| `private` | a mean with differential privacy |
 | `clipping` | a bound on how far one device can move any of them |
 | `optimizers` | what the coordinator does with the result: momentum, Adam, Yogi |
 | `recipe` | a choice of these that is sound |
@@ -18,13 +19,14 @@ often a round is closed, the bytes are the same.
 """
 
 from coordinator.aggregation.closing import AggregationError, Outcome, aggregate, conclude_sum
-from coordinator.aggregation.recipe import Recipe, choose
+from coordinator.aggregation.recipe import Noise, Recipe, choose
 from coordinator.aggregation.updates import Contribution, DamagedUpdateError
 
 __all__ = [
     "AggregationError",
     "Contribution",
     "DamagedUpdateError",
+    "Noise",
     "Outcome",
     "Recipe",
     "aggregate",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from coordinator.aggregation.clipping import Clipped
 from coordinator.aggregation.means import Mean
 from coordinator.aggregation.optimizers import Adam, Momentum, ServerOptimizer, Yogi
+from coordinator.aggregation.private import PrivateMean
 from coordinator.aggregation.ranks import FlexLoRA, HetLoRA
 from coordinator.aggregation.robust import Krum, Median, TrimmedMean
 from coordinator.aggregation.updates import Layout, Strategy
@@ -34,6 +35,14 @@ OPTIMIZERS: dict[str, type[Momentum | Adam | Yogi]] = {
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Of differential privacy; see `PrivateMean`."""
+
+    multiplier: float
+    devices: int
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How rounds are aggregated; `choose` makes one that is sound."""
 
@@ -45,6 +54,8 @@ class Recipe:
     optimizer: ServerOptimizer | None = None
     ranks: str | None = None
     """One of RANKS; None: all updates have the generalist's rank."""
+    noise: Noise | None = None
+    """Of differential privacy; None: there is none."""
 
     @property
     def least_updates(self) -> int:
@@ -56,6 +67,12 @@ class Recipe:
     def strategy(self, layout: Layout) -> Strategy:
         """A new one, for one round of generalists of that layout."""
         strategy: Strategy
+        if self.noise is not None and self.clip_norm is not None:
+            return PrivateMean(
+                norm=self.clip_norm,
+                noise_multiplier=self.noise.multiplier,
+                devices=self.noise.devices,
+            )
         if self.ranks == "hetlora":
             strategy = HetLoRA(layout)
         elif self.ranks == "flexlora":
@@ -75,6 +92,8 @@ class Recipe:
             words.append(self.ranks)
         if self.clip_norm is not None:
             words.append(f"clipped to {self.clip_norm:g}")
+        if self.noise is not None:
+            words.append(f"noise {self.noise.multiplier:g} over {self.noise.devices}")
         if self.optimizer is not None:
             words.append(f"{self.optimizer.name} at {self.optimizer.rate:g}")
         return ", ".join(words)
