@@ -40,10 +40,14 @@ async def storage_errors(context: Context, report: Report) -> AsyncIterator[None
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator cannot write to its disk")
 
 
-async def common_protocol(newest: int, context: Context) -> int:
-    """The version to speak with a device whose newest is that; ends the call if there is none."""
+async def common_protocol(newest: int, context: Context, oldest: int | None = None) -> int:
+    """The version to speak with a device whose newest is that; ends the call if there is none.
+
+    Args:
+        oldest: that will do, if not the oldest of all.
+    """
     try:
-        return protocol.common(newest)
+        return protocol.common(newest, oldest)
     except VersionError as error:
         await context.abort(
             grpc.StatusCode.UNIMPLEMENTED,

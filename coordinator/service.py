@@ -16,7 +16,7 @@ from coordinator.secure_aggregation import RefusedStepError
 from coordinator.state import State
 from coordinator.tls import Authority, RefusedRequestError, requested_key
 from coordinator.uploads import BrokenUploadError, Uploads
-from edge_runtime import wire
+from edge_runtime import protocol, wire
 from edge_runtime.connection import Traffic
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc, manifest_pb2
@@ -63,7 +63,8 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
     async def CheckIn(self, request: pb.CheckInRequest, context: Context) -> pb.CheckInReply:  # noqa: N802
         self._traffic.receive(request)
         async with storage_errors(context, self._report), self._callers.device(context) as device:
-            spoken = await common_protocol(request.protocol, context)
+            oldest = protocol.SECURE_AGGREGATION if self._masked else None
+            spoken = await common_protocol(request.protocol, context, oldest)
             reply = await self._rounds.check_in(device.id, request.wait_seconds)
             reply.protocol = spoken
             self._rounds.delivered(device.id, request.stored_round)

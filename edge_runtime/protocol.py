@@ -5,6 +5,7 @@ sizes.
 |---|---|
 | 1 | comigs 0.1.0 |
 | 2 | uploads go on after a break (UploadOffset); compressed updates |
+| 3 | secure aggregation |
 
 A device says the newest version that it speaks, the coordinator answers with the newest that both
 do. Whoever is too old for the other is told to update.
@@ -17,8 +18,10 @@ from google.protobuf.message import Message
 from edge_runtime.errors import VersionError
 from edge_runtime.wire import CHUNK_BYTES
 
-NEWEST = 2
+NEWEST = 3
 OLDEST = 1
+# The oldest that can take part in secure aggregation. Before it devices send updates as they are.
+SECURE_AGGREGATION = 3
 
 KIB = 1024
 # Largest serialized message of each kind, in bytes, whoever sends it. `check` refuses what is
@@ -65,15 +68,19 @@ def check(message: Message) -> None:
         raise TooLargeError(f"a {name} of {size} bytes is larger than the {most} that one may have")
 
 
-def common(newest: int) -> int:
+def common(newest: int, oldest: int | None = None) -> int:
     """The version to speak with somebody whose newest is that; 0, from before it was said, is 1.
+
+    Args:
+        oldest: that will do, if not OLDEST.
 
     Raises:
         VersionError: there is none.
     """
     spoken = min(NEWEST, newest or 1)
-    if spoken < OLDEST:
+    oldest = oldest or OLDEST
+    if spoken < oldest:
         raise VersionError(
-            f"version {newest or 1} of the protocol, and the oldest understood here is {OLDEST}"
+            f"version {newest or 1} of the protocol, and the oldest understood here is {oldest}"
         )
     return spoken

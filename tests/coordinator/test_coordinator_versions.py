@@ -53,8 +53,10 @@ def test_a_device_that_is_too_old_is_told_to_update(fleet: Fleet) -> None:
     served = fleet.serve(bundle)
     (ada,) = fleet.enrolled(served, bundle, "ada")
     served.stop()
-    newer = fleet.serve(bundle, program=comigs_of_another_time(3, 4))
-    with pytest.raises(VersionError, match=r"speaks version 2 of the protocol, .* is 3; update"):
+    newer = fleet.serve(
+        bundle, program=comigs_of_another_time(protocol.NEWEST + 1, protocol.NEWEST + 2)
+    )
+    with pytest.raises(VersionError, match=r"speaks version 3 of the protocol, .* is 4; update"):
         moved(fleet, ada, newer.ready()).check_in(0)
     (invitation,) = invited(newer, "ben")
     with pytest.raises(VersionError, match="update comigs on the device"):
@@ -68,7 +70,7 @@ def test_a_device_that_is_too_new_says_what_to_update(
     arguments = ["device", "run", "--home", tmp_path / "home", "--data", text_dir]
     arguments += ["--bundle", tiny_bundle.path, "--coordinator", served.ready(), "--insecure"]
     done = subprocess.run(
-        [*comigs_of_another_time(3, 4), *map(str, arguments)],
+        [*comigs_of_another_time(protocol.NEWEST + 1, protocol.NEWEST + 2), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -76,7 +78,7 @@ def test_a_device_that_is_too_new_says_what_to_update(
     )
     assert done.returncode == 23, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: the coordinator at {served.ready()} speaks version 2")
+    assert last.startswith(f"error: the coordinator at {served.ready()} speaks version 3")
     assert last.endswith("update comigs there")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from masking_help import Masked, joined, step_of, vector
 
-from coordinator.accounting import epsilon
+from coordinator.accounting import Ledger, Privacy, UnsoundError, check, epsilon
 from coordinator.aggregation import Contribution, Noise, Recipe, aggregate
 from coordinator.aggregation.private import PrivateMean
+from coordinator.state import Settings, State
 from edge_runtime import wire
 from edge_runtime.cli import main
 from edge_runtime.client import Client
@@ -191,21 +191,36 @@ def test_devices_noise_their_masked_steps(fleet: Fleet) -> None:
     )
 
 
-def test_rounds_without_noise_do_not_follow_those_with(fleet: Fleet) -> None:
-    bundle = fleet.bundle()
-    common = ("--insecure", "--rounds", "9", "--min-devices", "3")
-    dp = (*PRIVATE, "--over-selection", "1")
-    orders = ((dp, (), "give --dp-noise"), ((), dp, "no later noise hides"))
-    for first, second, reason in orders if os.environ.get("COMIGS_SOAK") else orders[:1]:
-        state = fleet.directory / f"state-{len(first)}"
-        served = fleet.serve(bundle, *common, *first, state=state)
-        clients = [fleet.client(Unproven(served.ready(), f"device {i}")) for i in range(3)]
-        train_round(fleet, bundle, clients)
-        served.wait_for("round_closed")
-        served.kill()
-        again = fleet.serve(bundle, *common, *second, state=state)
-        assert again.process.wait(timeout=30) == 2
-        assert reason in " ".join(again.stderr().split())
+def cohort_after_a_round(path: Path, noise: float | None, *, kept: bool = True) -> State:
+    """The state of a cohort of which one round is over."""
+    state = State(path).of("base")
+    options = {"recipe": "mean", "selection": None, "training": "{}", "contract_sha256": "c"}
+    state.begin(Settings(rounds=9, min_devices=1, deadline_seconds=1, **options), b"generalist")
+    state.open(1, deadline=0, recipe="mean", participants=[])
+    if kept:
+        state.aggregate(1, b"next", None, noise=noise)
+    else:
+        state.abandon(1, "worse than before", noise=noise)
+    return state
+
+
+def test_rounds_with_and_without_noise_do_not_mix(tmp_path: Path) -> None:
+    noisy = cohort_after_a_round(tmp_path / "noisy", 2.0)
+    plain = cohort_after_a_round(tmp_path / "plain", None)
+    privacy = Privacy(noise_multiplier=1.0, delta=1e-5, budget=None)
+    check(noisy, privacy)
+    check(plain, None)
+    with pytest.raises(UnsoundError, match="give --dp-noise"):
+        check(noisy, None)
+    with pytest.raises(UnsoundError, match="no later noise hides"):
+        check(plain, privacy)
+    assert Ledger(noisy, privacy).spent() == epsilon({2.0: 1}, 1e-5), "at the noise that it had"
+
+
+def test_a_round_whose_quality_was_told_is_paid_for(tmp_path: Path) -> None:
+    """The gate looked at what would have come of it, and said so."""
+    state = cohort_after_a_round(tmp_path, 2.0, kept=False)
+    assert state.privacy_spent() == {2.0: 1}
 
 
 SECURE = ("--secure-aggregation", "--min-devices", "3")
