@@ -43,6 +43,7 @@ class Masked:
         self.group = pb.MaskingGroup()
         self.payload = b""
         self.revealed = False
+        self.calls = 0
         # A stage, and what is set when the device is asked for it.
         self.reached: tuple[str, threading.Event] | None = None
 
@@ -65,6 +66,7 @@ class Masked:
             return "gone"
         reply = say(self.client, self.number, keys=self.session.advertisement)
         while True:
+            self.calls += 1
             asked = reply.WhichOneof("next")
             if self.reached and asked == self.reached[0]:
                 self.reached[1].set()
@@ -79,6 +81,7 @@ class Masked:
             elif asked == "mask":
                 self.payload = self.session.mask(reply.mask, step)
                 answer = self.client.upload(header(self.number), self.payload)
+                self.calls += 1
                 if not answer.accepted:
                     return answer.reason
                 reply = say(self.client, self.number)

@@ -13,6 +13,7 @@ import pytest
 from coordinator_help import Fleet, Served, free_port, in_parallel
 from masking_help import Masked, expected, joined, step_of, vector
 
+from edge_runtime import wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 
@@ -140,3 +141,28 @@ def test_a_coordinator_that_is_killed_in_any_stage_goes_on(fleet: Fleet) -> None
         steps = [step_of(bundle, i, number) for i in range(5) if i not in leaving]
         got = vector(bundle, clients[0].download(number + 1))
         np.testing.assert_array_equal(got, expected(start, steps, group=5))
+
+
+@pytest.mark.parametrize("devices", [4, 8])
+def test_what_a_round_costs_a_device(fleet: Fleet, devices: int) -> None:
+    """Five calls, and a step as large as the update that it stands for; docs/privacy.md has what
+    this prints with -s."""
+    bundle = fleet.bundle(width=5000)
+    served = fleet.serve(bundle, *MASKED, "--rounds", "1")
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(devices)))
+    number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+    maskers = [Masked(client, number) for client in clients]
+    before = [(client.traffic.sent, client.traffic.received) for client in clients]
+    in_parallel(
+        *(lambda i=i, m=m: m.run(step_of(bundle, i, number)) for i, m in enumerate(maskers))
+    )
+    served.wait_for("round_closed", round=number)
+    plain = len(wire.encode(bundle.manifest, {"generalist": step_of(bundle, 0, number)}))
+    for masker, client, (sent, received) in zip(maskers, clients, before, strict=True):
+        more = client.traffic.sent - sent - plain
+        got = client.traffic.received - received
+        assert masker.calls == 5
+        # A certificate's length varies a little, and so do a signature's and a name's.
+        assert more < 1200 + 160 * (devices - 1)
+        assert got < 400 + 850 * (devices - 1)
+    print(f"\n{devices} devices: {more} bytes more sent, {got} received in {masker.calls} calls")
