@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.neighbours import MAX_NEIGHBOURS, Graph, graph_for
-from coordinator.secure_aggregation import Masking
+from coordinator.secure_aggregation import Masking, SecureAggregation
+from coordinator.state import MaskingGroup, Settings, State, Update
 from coordinator.tls import Authority, administrator
 from edge_runtime import protocol
 from edge_runtime.errors import RefusedError
 from edge_runtime.identity import Identity, new_key, public_key_of
+from edge_runtime.quantization import grid_for, quantize
 from edge_runtime.secure_aggregation import Session, verify
 from protos import coordinator_pb2 as pb
 
@@ -301,3 +304,66 @@ def test_a_part_that_shares_no_masks_with_the_rest_is_not_unmasked() -> None:
     assert not graph.can_unmask({1, 2, 3, 4, 7, 8}, {5, 6, 9, 10})
     assert not Graph(10, 4, 3).can_unmask({1, 2, 3, 4, 5}, {8}), "two shares of the key of 8"
     assert graph.can_unmask(set(range(1, 11)), set())
+
+
+def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
+    """Twenty devices of which each knows six; three vanish before sharing, three before masking,
+    two before revealing."""
+    state = State(tmp_path / "state").of("base")
+    options = {"recipe": "mean", "selection": None, "training": "{}", "contract_sha256": "c"}
+    state.begin(Settings(rounds=9, min_devices=3, deadline_seconds=1, **options), b"generalist")
+    devices = {}
+    for number in range(1, 21):
+        device = state.named(f"device {number}", cohort="base", contract_sha256="c")
+        device.enrolment = f"enrolment of device {number}"
+        devices[number] = device
+    state.open(1, deadline=0, recipe="mean", participants=[d.id for d in devices.values()])
+    masking = Masking(
+        staying=0.6, stage_seconds=60, min_devices=3, clip_norm=None, noise_multiplier=0.0
+    )
+    authority = x509.load_der_x509_certificate(world.authority.der)
+    secure = SecureAggregation(state=state, masking=masking, size=SIZE, authority=authority)
+    sessions = {n: Session(world.device(f"device {n}"), 1) for n in devices}
+    for number, session in sessions.items():
+        secure.take(devices[number], pb.AggregateRequest(round=1, keys=session.advertisement))
+    graph = Graph(20, 6, 4)
+    terms = masking.terms(20)[1]
+    terms.threshold, terms.least_devices = graph.threshold, 12
+    content = terms.SerializeToString()
+    numbers = {device.id: number for number, device in devices.items()}
+    state.settle(1, numbers, degree=graph.degree, terms=content)
+
+    def asked(number: int) -> pb.AggregateReply:
+        return secure.answer(devices[number].id, pb.AggregateRequest(round=1))
+
+    def group() -> MaskingGroup:
+        found = state.masking_group(1)
+        assert found is not None
+        return found
+
+    absent = {2, 9, 15}
+    for number in devices.keys() - absent:
+        shares = sessions[number].share(asked(number).share)
+        secure.take(devices[number], pb.AggregateRequest(round=1, shares=shares))
+    assert secure.advance(group(), {devices[n].id for n in absent})
+    absent |= {3, 10, 16}
+    steps = np.random.default_rng(1).normal(size=(21, SIZE)).astype(np.float32) * 0.1
+    for number in devices.keys() - absent:
+        payload = sessions[number].mask(asked(number).mask, steps[number])
+        name = f"{number}.bin"
+        (state.directory / name).write_bytes(payload)
+        digest = hashlib.sha256(payload).digest()
+        place = {"cohort": "base", "round": 1, "device": devices[number].id}
+        state.add_update(Update(**place, file=name, sha256=digest, tokens=1))
+    assert secure.advance(group(), {devices[n].id for n in absent})
+    summed = sorted(devices.keys() - absent)
+    silent = {1, 8}
+    for number in devices.keys() - absent - silent:
+        revealed = sessions[number].unmask(asked(number).unmask)
+        secure.take(devices[number], pb.AggregateRequest(round=1, revealed=revealed))
+    assert secure.is_unmasked(group(), {devices[n].id for n in silent})
+    got = secure.total(1, state.updates(1))
+    grid = grid_for(1.0, 20)
+    exact = sum(quantize(steps[number], grid)[0] for number in summed)
+    assert got.devices == len(summed) == 14
+    np.testing.assert_array_equal(got.total, exact * grid.unit)
