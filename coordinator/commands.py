@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Headings of `comigs serve --help`.
 AGGREGATION = "Aggregation"
 SELECTION = "Selection"
+ASYNCHRONOUS = "Asynchronous rounds"
+MIN_DEVICES = 2
+DEADLINE_SECONDS = 600.0
 PRIVACY = "Privacy"
 QUALITY = "Quality gate"
 QUALITY_TOLERANCE = 0.01
@@ -67,8 +70,31 @@ def serve(
     state: Annotated[Path, typer.Option(help="Directory that holds everything it remembers.")],
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")],
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in all.")] = 3,
-    min_devices: Annotated[int, typer.Option(min=1, help="Updates that a round needs.")] = 2,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Longest round, in seconds.")] = 600,
+    min_devices: Annotated[
+        int | None, typer.Option(min=1, help="Updates that a round needs.", show_default="2")
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Longest round, in seconds.", show_default="600"),
+    ] = None,
+    asynchronous: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Wait for nobody: a generalist for every K updates, stale ones weighing less.",
+            rich_help_panel=ASYNCHRONOUS,
+        ),
+    ] = None,
+    max_staleness: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Refuse updates that started from an earlier generalist than so many before.",
+            show_default="10",
+            rich_help_panel=ASYNCHRONOUS,
+        ),
+    ] = None,
     aggregation: Annotated[
         str,
         typer.Option(
@@ -258,16 +284,18 @@ def serve(
     from coordinator import privacy
     from coordinator.accounting import UnsoundError
     from coordinator.aggregation import choose
+    from coordinator.buffering import buffer
     from coordinator.quality import QualityGate
     from coordinator.rounds import Policy
     from coordinator.selection import select
     from coordinator.server import Options
     from coordinator.server import serve as run
 
+    least = asynchronous or (MIN_DEVICES if min_devices is None else min_devices)
     try:
         recipe = choose(
             aggregation=aggregation,
-            min_devices=min_devices,
+            min_devices=least,
             malicious=malicious,
             clip_norm=clip_norm,
             optimizer=server_optimizer,
@@ -278,9 +306,18 @@ def serve(
                 "tau": server_tau,
             },
         )
-        selection = select(devices_per_round, over_selection, seed, min_devices=min_devices)
+        selection = select(devices_per_round, over_selection, seed, min_devices=least)
         recipe, differential = privacy.noise(
             dp_noise, delta=dp_delta, budget=dp_budget, recipe=recipe, selection=selection
+        )
+        buffering = buffer(
+            asynchronous,
+            max_staleness=max_staleness,
+            min_devices=min_devices,
+            deadline=deadline,
+            recipe=recipe,
+            selection=selection,
+            masked=secure_aggregation,
         )
         masking = privacy.mask(
             secure_aggregation,
@@ -288,7 +325,7 @@ def serve(
             stage_seconds=stage_seconds,
             recipe=recipe,
             selection=selection,
-            min_devices=min_devices,
+            min_devices=least,
             insecure=insecure,
         )
     except ValueError as error:
@@ -310,13 +347,14 @@ def serve(
         state=state,
         policy=Policy(
             rounds=rounds,
-            min_devices=min_devices,
-            deadline_seconds=deadline,
+            min_devices=least,
+            deadline_seconds=DEADLINE_SECONDS if deadline is None else deadline,
             recipe=recipe,
             selection=selection,
             masking=masking,
             gate=gate,
             privacy=differential,
+            buffering=buffering,
             training=config,
         ),
         enrolment_port=enrolment_port,
@@ -620,7 +658,7 @@ TEXTS = {
     "device_revoked": "{device} is revoked",
     "round_opened": "round {round}: open",
     "round_resumed": "round {round}: resumed with {updates} updates",
-    "update_accepted": "round {round}: {device} reported ({bytes} bytes)",
+    "update_accepted": "round {round}: {device} reported ({bytes} bytes{late})",
     "update_refused": "round {round}: refused an update of {device}: {reason}",
     "upload_broken": "round {round}: an upload of {device} broke: {reason}",
     "privacy": "differential privacy: epsilon {epsilon} spent at delta {delta}{budgeted}",
@@ -646,7 +684,7 @@ TEXTS = {
 
 def _readable(fields: dict[str, Any]) -> dict[str, str]:
     """Words for what may be missing in `fields`."""
-    words = {}
+    words = {"late": ""}
     if "admin" in fields:
         words["trust"] = (
             "enrolment on {enrolment}; invite devices with: comigs invite NAME --admin {admin}"
@@ -663,6 +701,8 @@ def _readable(fields: dict[str, Any]) -> dict[str, str]:
         words["measured"] = (
             "; perplexity {incoming:.2f} to {candidate:.2f}".format(**quality) if quality else ""
         )
+    if fields.get("behind"):
+        words["late"] = f", {fields['behind']} behind"
     if "changes" in fields:
         words["changed"] = "; ".join(
             f"{name} {new}, was {old}" for name, (old, new) in fields["changes"].items()

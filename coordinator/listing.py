@@ -86,9 +86,13 @@ def _counted() -> Select[Round, int, int, int]:
     """Every round, with its participants, accepted and refused updates: one consistent look."""
     counts = [
         select(func.count())
-        .where(table.cohort == Round.cohort, table.round == Round.number)
+        .where(table.cohort == Round.cohort, of == Round.number)
         .scalar_subquery()
-        for table in (Participant, Update, Refusal)
+        for table, of in (
+            (Participant, Participant.round),
+            (Update, Update.counted),
+            (Refusal, Refusal.round),
+        )
     ]
     return select(Round, *counts).order_by(Round.cohort, Round.number)
 

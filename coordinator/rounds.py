@@ -1,4 +1,4 @@
-"""Synchronous rounds: who trains when, what counts, and when a round is over.
+"""The course of the rounds: who trains when, what counts, and when a round is over.
 
 * The first round opens when `min_devices` devices are present, that is, waiting in a check-in. So
   does the round after an abandoned one: devices are not sent to train while too few are there.
@@ -16,6 +16,10 @@
   GATHER_SECONDS more, with as many as it wants updates of. Who takes part is settled then; others
   wait for a later round. It also closes as soon as the wanted updates are there, and refuses those
   that come after.
+* With Buffering, rounds are asynchronous: one opens as soon as a device is there, whoever checks in
+  gets the generalist of the open one, and it closes when a number of updates count in it, whatever
+  they started from, at no deadline. While it is being aggregated updates count in the next one. A
+  device counts at most once in a round, and once for a generalist.
 * The administrator can pause: then no round begins or ends, and nobody is sent to train. Updates
   are still accepted, so that no work is lost. After the pause the open round's clock starts again.
 * The administrator can abort the open round, and roll back to what an earlier one started from.
@@ -37,7 +41,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +56,7 @@ from coordinator.aggregation import (
     aggregate,
     conclude_sum,
 )
+from coordinator.buffering import Buffering
 from coordinator.quality import Quality, QualityGate
 from coordinator.secure_aggregation import Masking, SecureAggregation, over
 from coordinator.selection import Selection
@@ -105,6 +110,8 @@ class Policy:
     """None: what comes of a round is not looked at."""
     privacy: Privacy | None
     """Differential privacy; None: there is none."""
+    buffering: Buffering | None
+    """None: rounds are synchronous."""
     training: pb.TrainingConfig
 
 
@@ -117,6 +124,7 @@ class Reason(StrEnum):
     ANOTHER = "another"  # of the same device was accepted before
     NO_PART = "no_part"
     FULL = "full"
+    STALE = "stale"  # what it started from is too long ago
     MASKING = "masking"  # no masked step of this device was asked for then
 
 
@@ -225,7 +233,7 @@ class Rounds:
             self._report("privacy", self._ledger.described() | fields)
         if current.status == Status.OPEN:
             deadline = self._start_clock()
-            self._state.resume(current.number, deadline=deadline, recipe=str(self._policy.recipe))
+            self._state.resume(current.number, deadline=deadline, recipe=self._recipe())
             updates = self._state.updates(current.number)
             fields = {"round": current.number, "updates": len(updates)}
             self._report("round_resumed", fields)
@@ -248,6 +256,13 @@ class Rounds:
             return self._open(current)
         if self._masked is not None:
             return await self._advance_masked(self._masked, current)
+        return await self._close_if_due(current)
+
+    async def _close_if_due(self, current: Round) -> bool:
+        if self._policy.buffering is not None:
+            if full := self._is_full(current.number):
+                await self._aggregate(current, self._state.updates(current.number))
+            return full
         due = self._seconds_left(current) == 0
         enough = self._state.count_updates(current.number) >= self._policy.min_devices
         if enough and (due or self._is_complete(current.number)):
@@ -296,7 +311,7 @@ class Rounds:
         self._state.open(
             waiting.number,
             deadline=self._start_clock(),
-            recipe=str(self._policy.recipe),
+            recipe=self._recipe(),
             participants=participants,
         )
         self._report("round_opened", {"round": waiting.number})
@@ -307,7 +322,8 @@ class Rounds:
         present, returning = self._present(), self._reporters(number - 1)
         selection = self._policy.selection
         if selection is None:
-            return present if len(present) >= self._policy.min_devices or returning else None
+            least = self._policy.min_devices if self._policy.buffering is None else 1
+            return present if len(present) >= least or returning else None
         candidates = self._state.names(present | returning)
         if len(candidates) < selection.wanted:
             self._gathered_by = None
@@ -324,7 +340,8 @@ class Rounds:
         self._closing = current.number
         quality = None
         try:
-            outcome = await asyncio.to_thread(self._close, current, updates)
+            contributions = [self._contribution(current, update) for update in updates]
+            outcome = await asyncio.to_thread(self._close, current, updates, contributions)
             generalist = wire.encode(self._manifest, outcome.generalist)
             if self._policy.gate is not None:
                 quality = await self._measure(self._policy.gate, current, generalist)
@@ -336,7 +353,12 @@ class Rounds:
                 self._abandon(current, updates, objection, quality=quality, noise=noise)
                 return
             self._state.aggregate(
-                current.number, generalist, outcome.memory, quality=quality, noise=noise
+                current.number,
+                generalist,
+                outcome.memory,
+                quality=quality,
+                noise=noise,
+                reach=self._reach(),
             )
         except (AggregationError, AdapterError) as error:
             if self._is_still(current):  # else its files may have been deleted meanwhile
@@ -385,7 +407,23 @@ class Rounds:
     def _start_of(self, current: Round) -> Path:
         return self._state.directory / current.generalist_file
 
-    def _close(self, current: Round, updates: list[Update]) -> Outcome:
+    def _contribution(self, current: Round, update: Update) -> Contribution:
+        directory = self._state.directory
+        given = Contribution(
+            device=update.device, path=directory / update.file, tokens=update.tokens
+        )
+        if update.round == current.number:
+            return given
+        began = self._state.round(update.round)
+        if began is None or began.generalist_sha256 == current.generalist_sha256:
+            return given
+        return replace(
+            given, began=directory / began.generalist_file, staleness=current.done - began.done
+        )
+
+    def _close(
+        self, current: Round, updates: list[Update], contributions: list[Contribution]
+    ) -> Outcome:
         directory = self._state.directory
         memory = current.memory_file
         try:
@@ -412,12 +450,7 @@ class Rounds:
             self._manifest,
             self._policy.recipe,
             incoming=incoming,
-            contributions=[
-                Contribution(
-                    device=update.device, path=directory / update.file, tokens=update.tokens
-                )
-                for update in updates
-            ],
+            contributions=contributions,
             memory=None if memory is None else (directory / memory).read_bytes(),
         )
 
@@ -436,8 +469,14 @@ class Rounds:
         quality: Quality | None = None,
         noise: float | None = None,
     ) -> None:
-        number = current.number
-        self._state.abandon(number, reason, command=command, quality=quality, noise=noise)
+        self._state.abandon(
+            current.number,
+            reason,
+            command=command,
+            quality=quality,
+            noise=noise,
+            reach=self._reach(),
+        )
         self._report_abandoned(current, updates, reason, quality)
 
     def _report_abandoned(
@@ -583,15 +622,26 @@ class Rounds:
         Raises:
             RefusedUpdateError: it could not.
         """
+        accepted = self._accepted(device, header)
+        if accepted is None:
+            self._place(device, header)
+        return accepted
+
+    def _accepted(self, device: str, header: pb.UploadHeader) -> Update | None:
+        """The accepted update if this is that one, sent again; raises as `check_update`."""
         accepted = self._state.update(header.round, device)
-        if accepted is not None:
-            if accepted.sha256 == header.sha256:
-                return accepted
+        if accepted is not None and accepted.sha256 != header.sha256:
             raise RefusedUpdateError(
                 f"another update of this device was already accepted in round {header.round}",
                 Reason.ANOTHER,
             )
+        return accepted
+
+    def _place(self, device: str, header: pb.UploadHeader) -> int:
+        """The round in which an update with this header would count; raises as `check_update`."""
         current = self._state.current()
+        if self._policy.buffering is not None:
+            return self._place_in_buffer(self._policy.buffering, current, device, header)
         if header.round < current.number or header.round == self._closing:
             raise RefusedUpdateError(f"round {header.round} is over", Reason.LATE)
         if header.round > current.number or current.status != Status.OPEN:
@@ -608,7 +658,35 @@ class Rounds:
             raise RefusedUpdateError(
                 f"round {header.round} has all the updates that it wanted", Reason.FULL
             )
-        return None
+        return header.round
+
+    def _place_in_buffer(
+        self, buffering: Buffering, current: Round, device: str, header: pb.UploadHeader
+    ) -> int:
+        """Likewise, in asynchronous rounds: the first one with room."""
+        if header.round > current.number:
+            raise RefusedUpdateError(f"round {header.round} has not begun", Reason.EARLY)
+        number = current.number
+        while self._state.count_updates(number) >= buffering.size:
+            number += 1
+        if current.done + number - current.number >= self._policy.rounds:
+            raise RefusedUpdateError("all rounds have the updates that they wanted", Reason.FULL)
+        behind = number - header.round
+        if header.round < current.oldest or behind > buffering.max_staleness:
+            raise RefusedUpdateError(
+                f"it started from the generalist of round {header.round}, which is too long ago: "
+                f"{buffering.max_staleness} rounds at most, and none before a roll-back",
+                Reason.STALE,
+            )
+        if not self._state.standing(header.round, device).participates:
+            raise RefusedUpdateError(
+                f"this device takes no part in round {header.round}", Reason.NO_PART
+            )
+        if self._state.counts(number, device):
+            raise RefusedUpdateError(
+                f"another update of this device counts in round {number} already", Reason.ANOTHER
+            )
+        return number
 
     def accept(self, device: Device, header: pb.UploadHeader, file: str) -> None:
         """Counts a checked update whose payload is on disk as `file`; durable on return.
@@ -616,12 +694,14 @@ class Rounds:
         Raises:
             RefusedUpdateError: it came too late, or another one came first.
         """
-        if self.check_update(device.id, header) is not None:
+        if self._accepted(device.id, header) is not None:
             return
+        counted = self._place(device.id, header)
         self._state.add_update(
             Update(
                 round=header.round,
                 device=device.id,
+                counted=counted,
                 file=file,
                 sha256=header.sha256,
                 tokens=header.tokens,
@@ -629,7 +709,12 @@ class Rounds:
         )
         self._report(
             "update_accepted",
-            {"round": header.round, "device": device.name, "bytes": header.total_bytes},
+            {
+                "round": counted,
+                "device": device.name,
+                "bytes": header.total_bytes,
+                "behind": counted - header.round,
+            },
         )
         self._nudged.set()
 
@@ -692,10 +777,13 @@ class Rounds:
             return pb.CheckInReply(action=pb.CheckInReply.FINISH, round=current.number)
         left = self._seconds_left(current)
         wait = pb.CheckInReply(action=pb.CheckInReply.WAIT, retry_seconds=RETRY_SECONDS)
-        if not left or current.paused:
+        has_time = left or self._policy.buffering is not None
+        if current.status != Status.OPEN or current.paused or not has_time:
             return wait
         standing = self._state.standing(current.number, device)
         if not self._is_wanted(standing, current.number):
+            return wait
+        if self._policy.buffering is not None and self._state.counts(current.number, device):
             return wait
         if not standing.participates:
             self._state.join(current.number, device)
@@ -704,7 +792,7 @@ class Rounds:
             round=current.number,
             retry_seconds=RETRY_SECONDS,
             training=self._policy.training,
-            seconds_left=left,
+            seconds_left=left or 0,
             secure_aggregation=self._masked is not None,
         )
 
@@ -745,6 +833,8 @@ class Rounds:
 
     def _is_full(self, number: int) -> bool:
         """Whether the round has as many updates as it wants."""
+        if self._policy.buffering is not None:
+            return self._state.count_updates(number) >= self._policy.buffering.size
         selection = self._policy.selection
         if selection is None:
             return False
@@ -761,10 +851,15 @@ class Rounds:
         )
 
     async def _undelivered(self) -> set[str]:
-        """Participants of the last round that have not stored what came of it."""
-        last = self._state.last_aggregated()
+        """Participants of the last round, and of those before it whose updates could count in it,
+        that have not stored what came of it."""
+        last = self._state.round(self._state.last_aggregated())
+        assert last is not None, "rounds are over when one was aggregated"
         delivered = self._state.delivered(self._state.current().number)
-        return self._state.participants(last) - delivered - self._state.revoked()
+        took_part: set[str] = set()
+        for number in range(last.oldest, last.number + 1):
+            took_part |= self._state.participants(number)
+        return took_part - delivered - self._state.revoked()
 
     def _reporters(self, number: int) -> set[str]:
         """Devices whose updates went into round `number` and which may come back.
@@ -783,8 +878,20 @@ class Rounds:
     async def _is_finished(self) -> bool:
         return self._is_over(self._state.current())
 
-    def _start_clock(self) -> float:
+    def _recipe(self) -> str:
+        """How rounds are aggregated, for people."""
+        buffering = self._policy.buffering
+        return str(self._policy.recipe) + (f", {buffering}" if buffering else "")
+
+    def _reach(self) -> int:
+        """From how many earlier rounds updates may count in one."""
+        return 0 if self._policy.buffering is None else self._policy.buffering.max_staleness
+
+    def _start_clock(self) -> float | None:
         """The deadline of a round that opens or resumes now, in seconds since the epoch."""
+        if self._policy.buffering is not None:
+            self._deadline = None
+            return None
         self._deadline = time.monotonic() + self._policy.deadline_seconds
         return time.time() + self._policy.deadline_seconds
 

@@ -159,6 +159,7 @@ def _settings(policy: Policy, contract: str) -> Settings:
         deadline_seconds=policy.deadline_seconds,
         recipe=str(policy.recipe),
         selection=None if policy.selection is None else str(policy.selection),
+        asynchronous=None if policy.buffering is None else str(policy.buffering),
         gate=None if policy.gate is None else str(policy.gate),
         training=json_format.MessageToJson(policy.training, preserving_proto_field_name=True),
     )

@@ -28,6 +28,7 @@ from sqlalchemy import (
     ColumnElement,
     ForeignKey,
     ForeignKeyConstraint,
+    Index,
     Select,
     create_engine,
     delete,
@@ -35,6 +36,7 @@ from sqlalchemy import (
     func,
     inspect,
     select,
+    update,
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import (
@@ -147,6 +149,9 @@ class Round(Base):
     """On the quality gate's text; None without one."""
     candidate_perplexity: Mapped[float | None]
     """Likewise, of what came of it."""
+    oldest: Mapped[int]
+    """The earliest round whose participants' updates may count in it; in synchronous rounds itself.
+    Updates are kept from there on."""
 
 
 def _of_a_round() -> ForeignKeyConstraint:
@@ -165,14 +170,18 @@ class Participant(Base):
 
 
 class Update(Base):
-    """An accepted update. The primary key makes it impossible to count a device twice."""
+    """An accepted update. The primary key makes it impossible to count a device twice for what it
+    started from."""
 
     __tablename__ = "updates"
-    __table_args__ = (_of_a_round(),)
+    __table_args__ = (_of_a_round(), Index("updates_counted", "cohort", "counted"))
 
     cohort: Mapped[str] = mapped_column(primary_key=True)
     round: Mapped[int] = mapped_column(primary_key=True)
+    """That its device took part in, and whose generalist it started from."""
     device: Mapped[str] = mapped_column(ForeignKey(Device.id), primary_key=True)
+    counted: Mapped[int]
+    """Round that it counts in: the same one, or a later one if rounds are asynchronous."""
     file: Mapped[str]
     """Payload, as a path below the state directory; deleted once the round is over."""
     sha256: Mapped[bytes]
@@ -265,6 +274,7 @@ class Settings(Base):
     recipe: Mapped[str]
     selection: Mapped[str | None]
     gate: Mapped[str | None]
+    asynchronous: Mapped[str | None]
     training: Mapped[str]
     """TrainingConfig in proto3 JSON."""
 
@@ -342,6 +352,7 @@ class State:
                         status=Status.WAITING,
                         generalist_file=file,
                         generalist_sha256=digest,
+                        oldest=1,
                     )
                 )
             elif known.contract_sha256 != settings.contract_sha256:
@@ -495,7 +506,7 @@ class State:
             return session.scalar(aggregated) or 0
 
     def open(
-        self, number: int, *, deadline: float, recipe: str, participants: Iterable[str]
+        self, number: int, *, deadline: float | None, recipe: str, participants: Iterable[str]
     ) -> None:
         """Lets a waiting round begin now."""
         with self._transaction() as session:
@@ -506,7 +517,7 @@ class State:
             opened.recipe = recipe
             session.add_all(self._participant(number, device) for device in participants)
 
-    def resume(self, number: int, *, deadline: float, recipe: str) -> None:
+    def resume(self, number: int, *, deadline: float | None, recipe: str) -> None:
         """Gives an open round another deadline, and the recipe that it will be closed with."""
         with self._transaction() as session:
             resumed = session.get_one(Round, (self.cohort, number))
@@ -518,7 +529,7 @@ class State:
         with self._transaction() as session:
             self._current(session).paused = True
 
-    def unpause(self, *, deadline: float) -> None:
+    def unpause(self, *, deadline: float | None) -> None:
         """Ends a pause; a round that is open gets another deadline."""
         with self._transaction() as session:
             current = self._current(session)
@@ -533,12 +544,14 @@ class State:
         memory: bytes | None,
         quality: Quality | None = None,
         noise: float | None = None,
+        reach: int = 0,
     ) -> None:
         """Closes an open round. The next one, now waiting, starts from `generalist` and, with a
         server optimizer, from its `memory`.
 
         Args:
             noise: noise multiplier of differential privacy; None without it.
+            reach: from how many earlier rounds updates may count in the next one.
         """
         file, digest = self._write_generalist(number + 1, generalist)
         memory_file = None if memory is None else self._write_memory(number + 1, memory)
@@ -554,6 +567,7 @@ class State:
                     generalist_sha256=digest,
                     memory_file=memory_file,
                     done=closed.done + 1,
+                    oldest=max(closed.oldest, number + 1 - reach),
                 )
             )
         self._clean()
@@ -566,11 +580,13 @@ class State:
         command: str | None = None,
         quality: Quality | None = None,
         noise: float | None = None,
+        reach: int = 0,
     ) -> None:
         """Ends the current round; the next one, now waiting, starts from the same generalist.
 
         Args:
             noise: as in `aggregate`, if something is told of what would have come of the round.
+            reach: as in `aggregate`.
         """
         with self._transaction() as session:
             abandoned = self._end(session, number, Status.ABANDONED, reason, quality)
@@ -584,6 +600,7 @@ class State:
                     generalist_sha256=abandoned.generalist_sha256,
                     memory_file=abandoned.memory_file,
                     done=abandoned.done,
+                    oldest=max(abandoned.oldest, number + 1 - reach),
                     paused=abandoned.paused,
                     command=command,
                 )
@@ -597,6 +614,9 @@ class State:
             number = self._current(session).number
             abandoned = self._end(session, number, Status.ABANDONED, reason)
             source = session.get_one(Round, (self.cohort, to))
+            # Those that were to count later are dropped with it.
+            later = (Update.cohort == self.cohort) & (Update.counted > number)
+            session.execute(update(Update).where(later).values(counted=number))
             session.add(
                 Round(
                     cohort=self.cohort,
@@ -605,6 +625,7 @@ class State:
                     generalist_file=source.generalist_file,
                     generalist_sha256=source.generalist_sha256,
                     done=source.done,
+                    oldest=number + 1,
                     paused=abandoned.paused,
                     rolled_back_to=to,
                     command=command,
@@ -684,17 +705,20 @@ class State:
             return any(session.scalar(query.limit(1)) is not None for query in queries)
 
     def updates(self, number: int) -> list[Update]:
-        """The round's accepted updates, in the order of device ids."""
+        """The accepted updates that count in the round, in the order of device ids."""
         with self._transaction() as session:
-            accepted = select(Update).where(Update.cohort == self.cohort, Update.round == number)
+            accepted = select(Update).where(self._counted(number))
             return list(session.scalars(accepted.order_by(Update.device)))
 
     def count_updates(self, number: int) -> int:
         with self._transaction() as session:
-            accepted = select(func.count()).where(
-                Update.cohort == self.cohort, Update.round == number
-            )
-            return session.scalar(accepted) or 0
+            return session.scalar(select(func.count()).where(self._counted(number))) or 0
+
+    def counts(self, number: int, device: str) -> bool:
+        """Whether an update of `device` counts in the round."""
+        chosen = select(Update.device).where(self._counted(number), Update.device == device)
+        with self._transaction() as session:
+            return session.scalar(chosen) is not None
 
     def update(self, number: int, device: str) -> Update | None:
         with self._transaction() as session:
@@ -740,10 +764,12 @@ class State:
 
     def drop_update(self, number: int, device: str, reason: str) -> str:
         """Refuses an accepted update after all. Returns the device's name."""
+        chosen = select(Update).where(self._counted(number), Update.device == device)
         with self._transaction() as session:
-            session.delete(session.get_one(Update, (self.cohort, number, device)))
+            dropped = session.scalars(chosen).one()
+            session.delete(dropped)
             name = session.get_one(Device, device).name
-        self.add_refusal(number, device, reason)
+        self.add_refusal(dropped.round, device, reason)
         return name
 
     def add_refusal(self, number: int, device: str, reason: str) -> None:
@@ -926,6 +952,10 @@ class State:
         """Whether rows are of round `number`."""
         return (rows.cohort == self.cohort) & (rows.round == number)
 
+    def _counted(self, number: int) -> ColumnElement[bool]:
+        """Whether updates count in round `number`."""
+        return (Update.cohort == self.cohort) & (Update.counted == number)
+
     def _participant(self, number: int, device: str) -> Participant:
         return Participant(cohort=self.cohort, round=number, device=device)
 
@@ -938,17 +968,30 @@ class State:
         try:
             with self._transaction() as session:
                 rounds = session.scalars(select(Round).where(_ongoing())).all()
+                # In asynchronous rounds they are beside others that still count.
+                over = session.scalars(
+                    select(Update.file)
+                    .join(Round, (Round.cohort == Update.cohort) & (Update.round >= Round.oldest))
+                    .where(_ongoing(), Update.counted < Round.number)
+                ).all()
         except StorageError:
             return
+        for file in over:
+            with contextlib.suppress(OSError):
+                (self.directory / file).unlink(missing_ok=True)
         updates = self.directory / UPDATES
-        kept = {_updates_directory(ongoing.cohort, ongoing.number) for ongoing in rounds}
+        kept = {
+            _updates_directory(ongoing.cohort, number)
+            for ongoing in rounds
+            for number in range(ongoing.oldest, ongoing.number + 1)
+        }
         for other in updates.glob("*"):
             if f"{UPDATES}/{other.name}" not in kept:
                 shutil.rmtree(other, ignore_errors=True)
         memories = self.directory / MEMORIES
-        for file in memories.glob("*.safetensors"):
-            if f"{MEMORIES}/{file.name}" not in {ongoing.memory_file for ongoing in rounds}:
-                file.unlink(missing_ok=True)
+        for path in memories.glob("*.safetensors"):
+            if f"{MEMORIES}/{path.name}" not in {ongoing.memory_file for ongoing in rounds}:
+                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Session]:

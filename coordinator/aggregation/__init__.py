@@ -9,6 +9,7 @@
 | `private` | a mean with differential privacy |
 | `clipping` | a bound on how far one device can move any of them |
 | `optimizers` | what the coordinator does with the result: momentum, Adam, Yogi |
+| `staleness` | updates that started from an earlier generalist |
 | `recipe` | a choice of these that is sound |
 | `closing` | closes a round with one |
 

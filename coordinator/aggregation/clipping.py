@@ -53,6 +53,10 @@ class _Shortened:
     def tokens(self) -> int:
         return self.update.tokens
 
+    @property
+    def decay(self) -> float:
+        return self.update.decay
+
     def read(self, start: int, stop: int) -> Flat:
         vector = self.update.read(start, stop)
         vector -= self.began[start:stop]

@@ -14,6 +14,7 @@ from coordinator.aggregation.clipping import Clipped
 from coordinator.aggregation.optimizers import Memory, ServerOptimizer
 from coordinator.aggregation.ranks import Fitted
 from coordinator.aggregation.recipe import Recipe
+from coordinator.aggregation.staleness import Beginnings
 from coordinator.aggregation.updates import Contribution, Flat, Layout, StoredUpdate, Update
 from edge_runtime.adapters import Vectors
 from edge_runtime.errors import AdapterError
@@ -48,7 +49,7 @@ def aggregate(
     The same arguments give the same bytes, in whatever order the contributions are listed.
 
     Args:
-        incoming: shared role -> float32 vector that the devices started from.
+        incoming: shared role -> float32 vector that the round starts from.
         memory: what the previous round's outcome had; that of another optimizer is ignored.
 
     Raises:
@@ -58,18 +59,19 @@ def aggregate(
     """
     layout = Layout(manifest)
     strategy = recipe.strategy(layout)
-    ordered = sorted(contributions, key=lambda contribution: contribution.device)
+    ordered = sorted(contributions, key=lambda given: (given.staleness, given.device))
     if len(ordered) < strategy.least_updates:
         raise AggregationError(
             f"{recipe} needs {strategy.least_updates} updates or more, and there are {len(ordered)}"
         )
     updates = _Reader(manifest, layout)
     start = layout.flatten(incoming)
+    beginnings = Beginnings(manifest, layout, start)
     # One thread: how many there are would decide how sums are rounded.
     with threadpool_limits(1):
         strategy.configure_round(start)
         for contribution in ordered:
-            strategy.accept(updates.read(contribution))
+            strategy.accept(beginnings.rebase(updates.read(contribution), contribution))
         flat = strategy.aggregate()
     clipped = strategy.clipped if isinstance(strategy, Clipped) else 0
     return _conclude(layout, recipe, start, flat, memory, clipped)

@@ -16,15 +16,16 @@ class Mean:
     least_updates = 1
 
     def __init__(self, *, by_tokens: bool = False) -> None:
-        """Weights are 1 or, `by_tokens`, the tokens that a device trained on."""
+        """Weights are 1 or, `by_tokens`, the tokens that a device trained on; times the update's
+        decay."""
         self._by_tokens = by_tokens
 
     def configure_round(self, incoming: Flat) -> None:
         self._sum = np.zeros_like(incoming)
-        self._total = 0
+        self._total = 0.0
 
     def accept(self, update: Update) -> None:
-        weight = update.tokens if self._by_tokens else 1
+        weight = update.decay * (update.tokens if self._by_tokens else 1)
         vector = update.read(0, self._sum.size)
         vector *= weight
         self._sum += vector

@@ -35,6 +35,10 @@ class Fitted:
     def tokens(self) -> int:
         return self._update.tokens
 
+    @property
+    def decay(self) -> float:
+        return self._update.decay
+
     def start(self, incoming: Flat) -> Flat:
         return fit(fit(incoming, self._wanted, self._own), self._own, self._wanted)
 
@@ -67,7 +71,7 @@ class Fitted:
 class _Held:
     """A vector that is in memory, as an update."""
 
-    tokens = 1
+    tokens, decay = 1, 1.0
 
     def __init__(self, vector: Flat) -> None:
         self._vector = vector

@@ -38,6 +38,10 @@ class Contribution:
     """That it was trained on, more than 0."""
     manifest: pb.Manifest | None = None
     """Of the device's bundle, if that may be of another rank than the round's generalist."""
+    began: Path | None = None
+    """Payload of the generalist that it started from; None: the round's."""
+    staleness: int = 0
+    """How many generalists came after that one, up to the round's."""
 
 
 class Update(Protocol):
@@ -45,6 +49,10 @@ class Update(Protocol):
 
     @property
     def tokens(self) -> int: ...
+
+    @property
+    def decay(self) -> float:
+        """By what its weight in a mean is multiplied."""
 
     def start(self, incoming: Flat) -> Flat:
         """What its device started from in a round that starts from `incoming`."""
@@ -135,15 +143,19 @@ class Layout:
 
 
 class DamagedUpdateError(AdapterError):
-    """The file of an update is missing or not what was accepted."""
+    """The file of an update, or of what it started from, is missing or not what it was."""
 
-    def __init__(self, contribution: Contribution) -> None:
-        super().__init__(f"{contribution.path} is missing or damaged, though it was accepted")
+    def __init__(self, contribution: Contribution, damaged: Path | None = None) -> None:
+        """`damaged` is the file if it is not the contribution's own."""
+        path = damaged or contribution.path
+        super().__init__(f"{path} is missing or damaged, though it was accepted")
         self.device = contribution.device
 
 
 class StoredUpdate:
     """A contribution whose numbers are read from its file when they are asked for."""
+
+    decay = 1.0
 
     def __init__(self, layout: Layout, contribution: Contribution) -> None:
         """
