@@ -7,13 +7,16 @@ is one line of JSON.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 Commands = Mapping[str, Callable[..., Any]]
 
 
@@ -22,6 +25,8 @@ def serve(load: Callable[[], Commands]) -> None:
 
     Besides what `load` returns there is `peak`: the largest resident set so far, in MiB.
     """
+    # A process that stands still does not see that its parent was killed, and would stay.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # Libraries print what they like; only answers may go to the parent.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     bench.command("train")(bench_train)
     bench.command("decode")(bench_decode)
     bench.command("tier")(bench_tier)
+    bench.command("profile")(bench_profile)
     bench.command("coordinator")(bench_coordinator)
     app.add_typer(bench, name="bench")
 
@@ -202,6 +203,34 @@ def bench_tier(
     for row in result["rows"]:
         for why in row["refused"]:
             messages.print(f"{row['tier']}: {why}", markup=False)
+
+
+def bench_profile(
+    base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2",
+    weights: Annotated[str, typer.Option(help="random or pretrained.")] = "random",
+    engines: EnginesOption = "onnxruntime,onnxruntime:int8,executorch",
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    calls: Annotated[int, typer.Option(min=1, help="Runs that are averaged.")] = 10,
+    cache: CacheOption = None,
+    output: TableFormatOption = TableFormat.TEXT,
+) -> None:
+    """Tell by operator where the time of a training step and of a decoded token goes."""
+    check_weights(weights)
+    contestants = _contestants(engines)
+    from benchmarks import profile
+
+    with messages.status("loading the base") as status:
+        result = profile.run(
+            base_name=base,
+            random_weights=weights == "random",
+            contestants=contestants,
+            threads=threads,
+            calls=calls,
+            cache=cache,
+            progress=status.update,
+        )
+    if not _emitted(dict(result), output):
+        messages.print(profile.table(result))
 
 
 def bench_coordinator(

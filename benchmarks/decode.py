@@ -203,7 +203,7 @@ def run(
                 engine,
                 precision,
                 measured,
-                [name for name in theirs if name.endswith(f" {precision}")],
+                [name for name in theirs if _who(name)["weights"] == precision],
                 bytes_per_token * BITS[precision] / 8,
                 read * 1e9,
             )
@@ -248,7 +248,7 @@ def _peers(
                 missing.append({"engine": engine, "weights": weights, "why": why})
             else:
                 run_it = ["run", str(out), weights, str(threads), str(context)]
-                commands[f"{engine} {weights}"] = [*module, *run_it]
+                commands[f"{engine} {weights} peer"] = [*module, *run_it]
     return commands, missing
 
 
@@ -353,13 +353,15 @@ def _measure(
 
 
 def _who(name: str) -> Who:
-    engine, weights = name.split()
+    engine, weights, *_ = name.split()  # what follows sets apart "bare" and "peer"
     return {"engine": engine, "weights": weights}
 
 
 def _speed(name: str, measured: dict[str, Measured]) -> Speed:
     own = measured[name]
-    exact = next((m["chosen"] for n, m in measured.items() if n.endswith(" float32")), None)
+    exact = next(
+        (m["chosen"] for n, m in measured.items() if _who(n)["weights"] == "float32"), None
+    )
     same = None if exact is None else sum(map(int.__eq__, exact, own["chosen"]))
     return {
         **_who(name),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.contest import Contestant, ContestError
@@ -88,6 +90,22 @@ def test_a_process_beyond_its_limit_is_ended() -> None:
         Contestant("greedy", command, limit=200 << 20) as greedy,
     ):
         greedy.ask("take", 300)
+
+
+def test_a_contestant_does_not_outlive_a_killed_benchmark(tmp_path: Path) -> None:
+    benchmark = f"""
+import os, signal, sys
+from pathlib import Path
+from benchmarks.contest import Contestant
+contestant = Contestant("idle", [sys.executable, "-c", {GREEDY!r}])
+print(contestant._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", benchmark], capture_output=True, text=True, timeout=60, check=False
+    )
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(10)
 
 
 def test_a_contestant_that_fails_says_why() -> None:
