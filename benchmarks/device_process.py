@@ -1,6 +1,6 @@
 """A device as a contestant: its training step, or its suggestions. No torch in here.
 
-python -m benchmarks.device_process train BUNDLE ENGINE THREADS PROGRAM
+python -m benchmarks.device_process train BUNDLE ENGINE THREADS PROGRAM [--unpacked]
 python -m benchmarks.device_process predict BUNDLE ENGINE THREADS
 """
 
@@ -26,7 +26,9 @@ LEARNING_RATE = 1e-3
 Array = np.ndarray[Any, Any]
 
 
-def train(bundle: Bundle, engine_name: str, threads: int, program: str) -> Commands:
+def train(
+    bundle: Bundle, engine_name: str, threads: int, program: str, *, packed: bool
+) -> Commands:
     """A step as a device takes it: the compiled program, then AdamW on every role.
 
     `step` answers with its seconds and its loss, `gradients` writes the last step's to a file.
@@ -42,7 +44,8 @@ def train(bundle: Bundle, engine_name: str, threads: int, program: str) -> Comma
     named = views(manifest, gradients)
     into = {f"grad:{name}": view for name, view in named.items()}
     outputs = into | allocate(entry.outputs, besides=into)
-    call = load_engine(engine_name, threads=threads).load(bundle, program).bind(inputs, outputs)
+    loaded = load_engine(engine_name, threads=threads).load(bundle, program, packed=packed)
+    call = loaded.bind(inputs, outputs)
     config = load_training(None)
 
     def step() -> tuple[float, float]:
@@ -123,12 +126,14 @@ def main() -> None:
     parser.add_argument("engine")
     parser.add_argument("threads", type=int)
     parser.add_argument("program", nargs="?", default="")
+    parser.add_argument("--unpacked", action="store_true")
     given = parser.parse_args()
 
     def load() -> Commands:
         bundle = open_bundle(given.bundle)
         if given.what == "train":
-            return train(bundle, given.engine, given.threads, given.program)
+            packed = not given.unpacked
+            return train(bundle, given.engine, given.threads, given.program, packed=packed)
         return predict(bundle, given.engine, given.threads)
 
     serve(load)

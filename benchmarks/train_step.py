@@ -33,8 +33,8 @@ Spread = tuple[float, float]
 
 
 class Row(TypedDict):
-    """One program of an engine and base type; `variant` is what sets it apart from others for
-    the same batch. Ratios are to the reference's step in the same turn; spreads are
+    """One program of an engine and base type. `variant` is `standard`, or what is done for less
+    memory: `recompute`, activations twice; `unpacked`, weights read where they are. Ratios are to the reference's step in the same turn; spreads are
     first and third quartile; cosines are to PyTorch's gradient, tensor by tensor.
 
     `gemm_peak_share` is of the products' peak in the base's own type, float32 or int8.
@@ -130,15 +130,19 @@ def run(
             )
         }
         rows = [
-            (engine, precision, entry.name)
+            (engine, precision, entry.name, packed)
             for (engine, precision), bundle in bundles.items()
             for entry in bundle.manifest.programs
-            if f"{entry.name}.".startswith(f"train_step.b{batch}.")
+            for packed in ((True, False) if entry.unpacked_memory_bytes else (True,))
         ]
-        for engine, precision, program in rows:
-            path = bundles[engine, precision].path
-            name = f"{engine} {precision} {program}"
-            everyone[name] = start(name, "device_process", "train", path, engine, threads, program)
+        for engine, precision, program, packed in rows:
+            variant = variant_of(program, packed)
+            everyone[f"{engine} {precision} {variant}"] = start(
+                f"{engine} {precision} {variant}",
+                "device_process",
+                *("train", bundles[engine, precision].path, engine, threads, program),
+                *(() if packed else ("--unpacked",)),
+            )
         machine_limits = start("limits", "limits", threads)
         losses = {name: each.ask("step")[1] for name, each in everyone.items()}
         _compare_losses(losses)
@@ -160,14 +164,15 @@ def run(
         peak: float = limits[f"{dtype}_gflops"]
         return work / median(seconds[name]) / peak
 
-    def row(engine: str, precision: str, program: str) -> Row:
-        name = f"{engine} {precision} {program}"
+    def row(engine: str, precision: str, program: str, packed: bool) -> Row:
+        variant = variant_of(program, packed)
+        name = f"{engine} {precision} {variant}"
         ratios = [a / b for a, b in zip(seconds[name], seconds[REFERENCE], strict=True)]
         worst = min(cosines[name], key=lambda tensor: cosines[name][tensor])
         return {
             "engine": engine,
             "base_dtype": precision,
-            "variant": program.partition(f"train_step.b{batch}")[2].strip(".") or "standard",
+            "variant": variant,
             "time_ratio": median(ratios),
             "time_ratio_spread": quartiles(ratios),
             "seconds": median(seconds[name]),
@@ -203,6 +208,12 @@ def run(
         },
         "rows": [row(*each) for each in rows],
     }
+
+
+def variant_of(program: str, packed: bool) -> str:
+    """What sets a program, and how it is loaded, apart from others for the same batch."""
+    parts = [*program.split(".")[2:], *([] if packed else ["unpacked"])]
+    return " ".join(parts) or "standard"
 
 
 def step_gflop(base: Base, bundle: Bundle, batch: int) -> float:
