@@ -33,10 +33,11 @@ Spread = tuple[float, float]
 
 
 class Row(TypedDict):
-    """One program of an engine and base type. `variant` is `standard`, or what is done for less
-    memory: `recompute`, activations twice; `unpacked`, weights read where they are. Ratios are to the reference's step in the same turn; spreads are
-    first and third quartile; cosines are to PyTorch's gradient, tensor by tensor.
+    """One program of an engine and base type.
 
+    `variant` is `standard`, or what is done for less memory: `recompute`, activations computed
+    twice; `unpacked`, weights read where they are. Ratios are to the reference's step in the same
+    turn; spreads are first and third quartile; cosines are to PyTorch's gradient, tensor by tensor.
     `gemm_peak_share` is of the products' peak in the base's own type, float32 or int8.
     """
 
