@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lint protos clean
+.PHONY: help demo test soak lint protos results clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,16 @@ lint: $(STAMP) ## ruff and mypy
 
 protos: $(STAMP) ## Generate the Python of protos/*.proto again
 	$(BIN)/python -m protos
+
+BENCH := $(BIN)/comigs bench
+KEPT := --cache build/bench --format json
+results: $(STAMP) ## Measure again, for an hour and more on an idle machine, and write benchmarks/RESULTS.md
+	$(BENCH) train $(KEPT) > benchmarks/results/train-1x128.json
+	$(BENCH) train --batch 4 $(KEPT) > benchmarks/results/train-4x128.json
+	$(BENCH) decode --peers $(KEPT) > benchmarks/results/decode.json
+	$(BENCH) tier $(KEPT) > benchmarks/results/tier.json
+	$(BENCH) profile $(KEPT) > benchmarks/results/profile.json
+	$(BIN)/python -m benchmarks.results
 
 clean: ## Remove everything that the other targets made
 	rm -rf .venv demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

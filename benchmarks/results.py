@@ -306,14 +306,17 @@ def draw_tier(figure: Any, result: dict[str, Any]) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, what in zip(axes, ("suggesting", "training"), strict=True):
         peaks = [row[what]["peak_rss_mib"] if row[what] else 0.0 for row in rows]
-        shown = ["{:.0f}" if row[what] else "does not fit" for row in rows]
-        _bars(axis, names, peaks, [OURS] * len(rows), shown)
-        for index, row in enumerate(rows):
-            limit = row["memory_limit_mib"]
+        limits = [row["memory_limit_mib"] for row in rows]
+        shown = [
+            f"{{:.0f}} of {limit}" if row[what] else f"more than {limit}"
+            for row, limit in zip(rows, limits, strict=True)
+        ]
+        _bars(axis, names, peaks, [OURS] * len(rows), shown, beyond=limits)
+        for index, limit in enumerate(limits):
             axis.plot([limit, limit], [index - 0.4, index + 0.4], color=LIMIT, linewidth=2)
         axis.set_title(f"{what}: peak memory and limit, MiB")
         axis.set_xscale("symlog", linthresh=100)
-        axis.set_xlim(0, 3 * max(row["memory_limit_mib"] for row in rows))
+        axis.set_xlim(0, 9 * max(limits))
 
 
 def _bars(
@@ -323,8 +326,10 @@ def _bars(
     colours: Sequence[str],
     form: str | Sequence[str],
     spreads: Sequence[Sequence[float]] | None = None,
+    beyond: Sequence[float] | None = None,
 ) -> None:
-    """Horizontal bars, the first on top, each with its value; spreads as thin lines."""
+    """Horizontal bars, the first on top, each with its value, if asked for `beyond` a place;
+    spreads as thin lines."""
     places = range(len(names))
     axis.barh(places, values, color=colours, height=0.65)
     axis.set_yticks(places, names)
@@ -332,6 +337,7 @@ def _bars(
     for place, (low, high) in zip(places, spreads or [], strict=False):
         axis.plot([low, high], [place, place], color="black", linewidth=1)
     ends = [max(v, s[1]) for v, s in zip(values, spreads or [(0, 0)] * len(values), strict=True)]
+    ends = [max(pair) for pair in zip(ends, beyond or ends, strict=True)]
     forms = [form] * len(values) if isinstance(form, str) else form
     for place, end, value, each in zip(places, ends, values, forms, strict=True):
         axis.annotate(
