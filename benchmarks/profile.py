@@ -80,15 +80,16 @@ def run(
     from export.tiers import tiers
 
     base = load_base(base_name, random_weights=random_weights)
-    tier = replace(tiers()["laptop"], micro_batches=(1,)).fitted(base.architecture.positions)
+    laptop = tiers()["laptop"].fitted(base.architecture.positions)
+    one = replace(laptop, micro_batches=(1,))
     rows: list[Any] = []
     with ExitStack() as stack:
         folder = stack.enter_context(kept_in(cache))
         compiler = Compiler(base=base, folder=folder, progress=progress)
         for engine, precision in contestants:
-            for program, kinds in (
-                ("train_step.b1", ("train_step",)),
-                ("decode", ("prefill", "decode")),
+            for program, tier, kinds in (
+                ("train_step.b1", one, ("train_step",)),
+                ("decode", laptop, ("prefill", "decode")),
             ):
                 bundle = compiler.bundle(tier, engine=engine, precision=precision, programs=kinds)
                 progress(f"profiling {program} of {engine} {precision}")
