@@ -41,7 +41,14 @@ LONGEST_TEXT = 500
 COORDINATOR = "coordinator"
 NOBODY = "nobody"
 # Events that are noted beside acts and refusals: what they led to.
-NOTED = {"device_enrolled", "round_closed", "round_abandoned"}
+NOTED = {
+    "budget_spent",
+    "device_enrolled",
+    "round_abandoned",
+    "round_closed",
+    "settings_changed",
+    "update_damaged",
+}
 
 
 @dataclass(frozen=True)

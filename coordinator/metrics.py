@@ -81,10 +81,20 @@ class Metrics:
         self._budget = self._gauge(
             "comigs_privacy_budget", "The largest epsilon that is allowed, if any.", ["cohort"]
         )
-        self._enrolled = self._counter("comigs_enrolments", "Invitations that were used.", [])
-        self._storage = self._counter(
-            "comigs_storage_failures", "Times that the state could not be written.", []
-        )
+        # Events that are only counted.
+        self._counted = {
+            "device_enrolled": self._counter(
+                "comigs_enrolments", "Invitations that were used.", []
+            ),
+            "storage_failed": self._counter(
+                "comigs_storage_failures", "Times that the state could not be written.", []
+            ),
+            "upload_broken": self._counter(
+                "comigs_uploads_broken",
+                "Uploads that ended before all was there, which devices go on with.",
+                [],
+            ),
+        }
         self._calls = self._counter(
             "comigs_calls", "gRPC calls that ended, by status code.", ["method", "code"]
         )
@@ -120,6 +130,8 @@ class Metrics:
     def observe(self, event: str, fields: dict[str, Any]) -> None:
         """Takes the coordinator's events."""
         cohort = fields.get("cohort", "")
+        if event in self._counted:
+            self._counted[event].inc()
         if "epsilon" in fields:
             self._epsilon.labels(cohort).set(fields["epsilon"])
             if fields.get("budget") is not None:
@@ -145,10 +157,6 @@ class Metrics:
                 self._accepted.labels(cohort).inc()
             case "update_refused":
                 self._refused.labels(cohort, fields["kind"]).inc()
-            case "device_enrolled":
-                self._enrolled.inc()
-            case "storage_failed":
-                self._storage.inc()
 
     def ended(self, call: Call) -> None:
         """Takes every call that has ended."""

@@ -159,7 +159,7 @@ def test_acts_and_refusals_of_a_coordinator_that_is_killed(fleet: Fleet) -> None
         ben.check_in(0)
     until_logged(fleet.state, lambda e: e.fields.get("call") == "CheckIn")
     served.kill()
-    again = fleet.serve(bundle)
+    again = fleet.serve(bundle, "--rounds", "9")
     again.ready()
     again.stop()
 
@@ -167,7 +167,7 @@ def test_acts_and_refusals_of_a_coordinator_that_is_killed(fleet: Fleet) -> None
     assert [entry["event"] for entry in logged] == [
         *("administrator_made", "started", "act", "act", "device_enrolled", "device_enrolled"),
         *("update_refused", "call_refused", "act", "act_failed", "act", "call_refused"),
-        *("started", "stopped"),
+        *("settings_changed", "started", "stopped"),
     ]
     assert logged[1]["fields"]["administrator"] == admin
     invite, refused, denied = logged[2], logged[6], logged[7]
