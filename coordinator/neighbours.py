@@ -38,9 +38,13 @@ class Graph:
     threshold: int
     """Shares that restore a secret. Its owner and the neighbours hold one each."""
 
+    @property
+    def is_complete(self) -> bool:
+        return self.degree == self.devices - 1
+
     def neighbours(self, number: int) -> list[int]:
         """Of device `number`, in order."""
-        if self.degree == self.devices - 1:
+        if self.is_complete:
             return [other for other in range(1, self.devices + 1) if other != number]
         reach = self.degree // 2
         around = [d for d in range(-reach, reach + 1) if d]

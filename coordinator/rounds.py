@@ -293,10 +293,11 @@ class Rounds:
     def _settle(self, masked: SecureAggregation, current: Round) -> bool:
         """Lets those who have trained begin with secure aggregation, if it is time."""
         number = current.number
-        trained = masked.advertised(number) - self._state.revoked()
         due = self._seconds_left(current) == 0
-        enough = len(trained) >= self._policy.min_devices
-        if enough and (due or self._is_complete(number)):
+        if not due and not self._is_complete(number):
+            return False
+        trained = masked.advertised(number) - self._state.revoked()
+        if len(trained) >= self._policy.min_devices:
             masked.settle(number, trained)
             self._report("masking_began", {"round": number, "devices": len(trained)})
             return True
@@ -727,8 +728,8 @@ class Rounds:
         assert self._masked is not None, "the service refuses it otherwise"
         end = time.monotonic() + min(max(0.0, request.wait_seconds), MAX_WAIT_SECONDS)
         if self._takes_part(device.id, request.round):
-            advertised = self._masked.advertised(request.round)
-            if device.id not in advertised and self._is_full(request.round):
+            known = self._state.masking_standing(request.round, device.id) is not None
+            if not known and self._is_full(request.round):
                 return over(f"round {request.round} has all the updates that it wanted")
             self._masked.take(device, request)
             self._nudged.set()
@@ -802,7 +803,7 @@ class Rounds:
         return (
             number == current.number != self._closing
             and current.status == Status.OPEN
-            and device in self._state.participants(number)
+            and self._state.standing(number, device).participates
         )
 
     def _is_over(self, current: Round) -> bool:
@@ -839,7 +840,7 @@ class Rounds:
         if selection is None:
             return False
         if self._masked is not None:
-            return len(self._masked.advertised(number)) >= selection.wanted
+            return self._state.count_masking(number) >= selection.wanted
         return self._state.count_updates(number) >= selection.wanted
 
     def _is_complete(self, number: int) -> bool:

@@ -21,7 +21,15 @@ from cryptography import x509
 from coordinator.aggregation import AggregationError
 from coordinator.aggregation.updates import Flat
 from coordinator.neighbours import Graph, graph_for, least_devices
-from coordinator.state import Device, MaskingGroup, MaskingMember, MaskingStage, State, Update
+from coordinator.state import (
+    Device,
+    MaskingGroup,
+    MaskingMember,
+    MaskingStage,
+    MaskingStanding,
+    State,
+    Update,
+)
 from edge_runtime import masking, shamir
 from edge_runtime.quantization import Grid, Integers, Residues, grid_for, signed
 from edge_runtime.secure_aggregation import COUNTERS, LEAST_DEVICES, payload_numbers, verify
@@ -36,6 +44,8 @@ COORDINATE_BOUND = 1.0
 LEAST_SIGMA = 8.0
 STAGE_SECONDS = 60.0
 STAYING = 0.75
+# In a sparse group it takes a look at all to see whether enough is revealed: after every so many.
+LOOK_EVERY = 16
 _SEALED_BYTES = masking.NONCE_BYTES + 2 * shamir.SHARE_BYTES + 16
 _COMMITMENT_BYTES = 32
 
@@ -122,6 +132,7 @@ class SecureAggregation:
         self._clock: tuple[tuple[int, str], float] = ((0, ""), 0.0)
         # Of the open round; what does not change any more.
         self._keys: tuple[int, dict[int, bytes]] = (0, {})
+        self._settled: tuple[int, tuple[set[int], set[int]]] = (0, (set(), set()))
         self._inboxes: tuple[int, dict[int, pb.IncomingShares]] = (0, {})
 
     # The course of a round
@@ -178,6 +189,8 @@ class SecureAggregation:
         """
         number = group.round
         due = not self.seconds_left(group)
+        if not due and self._surely_waits(group, len(gone)):
+            return False
         members = _numbered(self._state.masking_numbers(number))
         sharers = _numbered(self._state.masking_numbers(number, said="shares"))
         least = pb.MaskingGroup.FromString(group.terms).least_devices
@@ -200,6 +213,13 @@ class SecureAggregation:
             return True
         return False
 
+    def _surely_waits(self, group: MaskingGroup, gone: int) -> bool:
+        """Whether more are missing in the present stage than are not waited for: a quick look."""
+        number, shared = group.round, self._state.count_masking(group.round, said="shares")
+        if group.stage == MaskingStage.SHARE:
+            return shared + gone < self._state.count_masking(number)
+        return self._state.count_updates(number) + gone < shared
+
     def is_unmasked(self, group: MaskingGroup, gone: set[str]) -> bool:
         """Whether enough shares were revealed, in the last stage.
 
@@ -208,18 +228,27 @@ class SecureAggregation:
         """
         if group.stage != MaskingStage.UNMASK:
             return False
-        graph = _graph(group)
-        sharers = _numbered(self._state.masking_numbers(group.round, said="shares"))
+        graph, due = _graph(group), not self.seconds_left(group)
+        count = self._state.count_masking(group.round, said="revealed")
+        if not due and count < graph.threshold:
+            return False
         revealed = _numbered(self._state.masking_numbers(group.round, said="revealed"))
-        holders = set(revealed.values())
-        enough = all(
-            len(holders & {number, *graph.neighbours(number)}) >= graph.threshold
-            for number in sharers.values()
-        )
+        summed = {update.device for update in self._state.updates(group.round)}
+        over = due or not summed - gone - revealed.keys()
+        if graph.is_complete:  # every device holds a share of every secret
+            enough = count >= graph.threshold
+        elif over or count % LOOK_EVERY == 0:
+            sharers, _ = self._ends(group)
+            holders = set(revealed.values())
+            enough = all(
+                len(holders & {number, *graph.neighbours(number)}) >= graph.threshold
+                for number in sharers
+            )
+        else:
+            return False
         if enough:
             return True
-        summed = {update.device for update in self._state.updates(group.round)}
-        if not self.seconds_left(group) or not summed - gone - revealed.keys():
+        if over:
             raise AggregationError(
                 f"{len(revealed)} of {len(summed)} devices stayed to reveal shares of the masks, "
                 "which is too few"
@@ -303,7 +332,8 @@ class SecureAggregation:
         group = self._state.masking_group(number)
         if group is None or group.stage == MaskingStage.SHARE:
             return "no masked steps are asked for yet"
-        if device not in self._state.masking_numbers(number, said="shares"):
+        standing = self._state.masking_standing(number, device)
+        if standing is None or not standing.shared:
             return "this device shared no secrets in this round"
         if group.stage != MaskingStage.MASK:
             return "the masked step came too late: the round goes on without it"
@@ -323,17 +353,18 @@ class SecureAggregation:
         number = request.round
         group = self._state.masking_group(number)
         step = request.WhichOneof("step")
+        standing = self._state.masking_standing(number, device.id)
         if step == "keys" and group is None:
             self._check_keys(device, number, request.keys)
             self._state.advertise(number, device.id, request.keys.SerializeToString())
         elif step == "shares" and group is not None and group.stage == MaskingStage.SHARE:
-            self._check_shares(device, group, request.shares)
-            if device.id not in self._state.masking_numbers(number, said="shares"):
+            self._check_shares(standing, group, request.shares)
+            if standing is not None and not standing.shared:
                 shares = request.shares.SerializeToString(deterministic=True)
                 self._state.add_masking_shares(number, device.id, shares)
         elif step == "revealed" and group is not None and group.stage == MaskingStage.UNMASK:
-            self._check_revealed(device, group, request.revealed)
-            if device.id not in self._state.masking_numbers(number, said="revealed"):
+            self._check_revealed(device, standing, group, request.revealed)
+            if standing is not None and not standing.revealed:
                 revealed = request.revealed.SerializeToString(deterministic=True)
                 self._state.add_revealed_shares(number, device.id, revealed)
 
@@ -341,35 +372,36 @@ class SecureAggregation:
         """What a participant of the open round is to do next."""
         number = request.round
         group = self._state.masking_group(number)
-        members = self._state.masking_numbers(number)
+        standing = self._state.masking_standing(number, device)
         if group is None:
-            if device in members:
+            if standing is not None:
                 return pb.AggregateReply(wait=pb.AggregateWait())
             return over("this device has advertised no keys")
-        if device not in members:
+        if standing is None:
             return over(f"round {number} goes on without this device: its keys came too late")
-        index = members[device]
+        index = standing.number
         assert index is not None, "the group is settled"
         if request.HasField("keys") and not self._has_keys(number, index, request.keys):
             return over(f"round {number} goes on with other keys of this device")
-        return self._next(device, index, group)
+        return self._next(device, index, standing, group)
 
-    def _next(self, device: str, index: int, group: MaskingGroup) -> pb.AggregateReply:
+    def _next(
+        self, device: str, index: int, standing: MaskingStanding, group: MaskingGroup
+    ) -> pb.AggregateReply:
         """What a member of a settled group is to do in the present stage."""
         number = group.round
         wait = pb.AggregateReply(wait=pb.AggregateWait())
         lost = f"round {number} goes on without this device"
-        shared = device in self._state.masking_numbers(number, said="shares")
         if group.stage == MaskingStage.SHARE:
-            return wait if shared else pb.AggregateReply(share=self._seen_by(group, index))
-        if not shared:
+            return wait if standing.shared else pb.AggregateReply(share=self._seen_by(group, index))
+        if not standing.shared:
             return over(f"{lost}: its shares came too late")
         masked = self._state.update(number, device) is not None
         if group.stage == MaskingStage.MASK:
             return wait if masked else pb.AggregateReply(mask=self._inbox(group, index))
         if not masked:
             return over(f"{lost}: its step came too late")
-        if device in self._state.masking_numbers(number, said="revealed"):
+        if standing.revealed:
             return over()
         return pb.AggregateReply(unmask=self._unmasking(group, index))
 
@@ -383,12 +415,13 @@ class SecureAggregation:
         if enrolment != device.enrolment:
             raise RefusedStepError("the keys are another device's")
 
-    def _check_shares(self, device: Device, group: MaskingGroup, shares: pb.OutgoingShares) -> None:
-        index = self._state.masking_numbers(group.round).get(device.id)
-        if index is None:
+    def _check_shares(
+        self, standing: MaskingStanding | None, group: MaskingGroup, shares: pb.OutgoingShares
+    ) -> None:
+        if standing is None or standing.number is None:
             raise RefusedStepError("this device is not in the round's group")
         receivers = [share.index for share in shares.shares]
-        if sorted(receivers) != _graph(group).neighbours(index):
+        if sorted(receivers) != _graph(group).neighbours(standing.number):
             raise RefusedStepError("the shares are not one for each neighbour")
         if any(len(share.sealed) != _SEALED_BYTES for share in shares.shares):
             raise RefusedStepError(f"a sealed share has {_SEALED_BYTES} bytes")
@@ -396,13 +429,16 @@ class SecureAggregation:
             raise RefusedStepError(f"a commitment has {_COMMITMENT_BYTES} bytes")
 
     def _check_revealed(
-        self, device: Device, group: MaskingGroup, revealed: pb.RevealedShares
+        self,
+        device: Device,
+        standing: MaskingStanding | None,
+        group: MaskingGroup,
+        revealed: pb.RevealedShares,
     ) -> None:
-        if self._state.update(group.round, device.id) is None:
+        reported = self._state.update(group.round, device.id) is not None
+        if standing is None or standing.number is None or not reported:
             raise RefusedStepError("this device was not asked to reveal anything")
-        index = self._state.masking_numbers(group.round)[device.id]
-        assert index is not None, "the group is settled"
-        asked = self._unmasking(group, index)
+        asked = self._unmasking(group, standing.number)
         for shares, numbers in ((revealed.seeds, asked.summed), (revealed.keys, asked.dropped)):
             told = [share.index for share in shares]
             if len(set(told)) != len(told) or not set(told) <= set(numbers):
@@ -444,10 +480,18 @@ class SecureAggregation:
         return self._inboxes[1].get(index, pb.IncomingShares())
 
     def _unmasking(self, group: MaskingGroup, index: int) -> pb.Unmasking:
-        sharers = _numbered(self._state.masking_numbers(group.round, said="shares"))
-        summed = {sharers[update.device] for update in self._state.updates(group.round)}
-        near = {index, *_graph(group).neighbours(index)}.intersection(sharers.values())
+        sharers, summed = self._ends(group)
+        near = sharers.intersection([index, *_graph(group).neighbours(index)])
         return pb.Unmasking(summed=sorted(near & summed), dropped=sorted(near - summed))
+
+    def _ends(self, group: MaskingGroup) -> tuple[set[int], set[int]]:
+        """Numbers of those who shared their secrets, and of those who are summed up; in the last
+        stage, when neither changes any more."""
+        if self._settled[0] != group.round:
+            sharers = _numbered(self._state.masking_numbers(group.round, said="shares"))
+            summed = {sharers[update.device] for update in self._state.updates(group.round)}
+            self._settled = group.round, (set(sharers.values()), summed)
+        return self._settled[1]
 
 
 def over(reason: str = "") -> pb.AggregateReply:

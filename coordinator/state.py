@@ -261,6 +261,16 @@ class MaskingMember(Base):
     revealed: Mapped[bytes | None]
 
 
+@dataclass(frozen=True)
+class MaskingStanding:
+    """How one device stands in a round's secure aggregation."""
+
+    number: int | None
+    """In the group; None before it is settled."""
+    shared: bool
+    revealed: bool
+
+
 class Settings(Base):
     """Of each cohort: the bundle that it belongs to, and how the last start wanted the rounds."""
 
@@ -846,6 +856,25 @@ class State:
             chosen = self._masking_members(number).where(column.is_not(None))
             columns = chosen.with_only_columns(MaskingMember.device, MaskingMember.number)
             return {device: given for device, given in session.execute(columns)}
+
+    def masking_standing(self, number: int, device: str) -> MaskingStanding | None:
+        """How a device stands in the round's secure aggregation; None if it advertised no keys."""
+        columns = (
+            MaskingMember.number,
+            MaskingMember.shares.is_not(None),
+            MaskingMember.revealed.is_not(None),
+        )
+        chosen = self._masking_members(number).where(MaskingMember.device == device)
+        with self._transaction() as session:
+            row = session.execute(chosen.with_only_columns(*columns)).one_or_none()
+        return None if row is None else MaskingStanding(row[0], bool(row[1]), bool(row[2]))
+
+    def count_masking(self, number: int, *, said: str = "keys") -> int:
+        """How many devices `masking_numbers` would list."""
+        column = getattr(MaskingMember, said)
+        counted = select(func.count()).where(self._in(MaskingMember, number), column.is_not(None))
+        with self._transaction() as session:
+            return session.scalar(counted) or 0
 
     def settle(
         self,
