@@ -242,6 +242,13 @@ def serve(
     training: Annotated[
         Path | None, typer.Option(help="How devices train: TrainingConfig as JSON.")
     ] = None,
+    compression: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How devices may compress updates: float16, int8, top-k; repeat it, best first.",
+            show_default="not at all",
+        ),
+    ] = None,
     name: Annotated[
         list[str] | None,
         typer.Option(help="Further host name or address that devices reach it by."),
@@ -290,6 +297,7 @@ def serve(
     from coordinator.selection import select
     from coordinator.server import Options
     from coordinator.server import serve as run
+    from edge_runtime import compression as compressions
 
     least = asynchronous or (MIN_DEVICES if min_devices is None else min_devices)
     try:
@@ -330,6 +338,15 @@ def serve(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    for chosen in compression or ():
+        if chosen not in compressions.NAMES:
+            known = ", ".join(compressions.NAMES)
+            raise typer.BadParameter(f"--compression {chosen} is not one of {known}")
+    if compression and masking is not None:
+        raise typer.BadParameter(
+            "--compression does not go with --secure-aggregation: masked steps are integers that "
+            "must add up, and look random, so there is nothing to compress; leave one out"
+        )
     if quality_tolerance is not None and quality_gate is None:
         raise typer.BadParameter("--quality-tolerance means nothing without --quality-gate")
     gate = None
@@ -356,6 +373,7 @@ def serve(
             privacy=differential,
             buffering=buffering,
             training=config,
+            compressions=tuple(compressions.NAMES[name] for name in compression or ()),
         ),
         enrolment_port=enrolment_port,
         names=tuple(name or ()),

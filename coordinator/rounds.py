@@ -113,6 +113,8 @@ class Policy:
     buffering: Buffering | None
     """None: rounds are synchronous."""
     training: pb.TrainingConfig
+    compressions: tuple[pb.Compression.ValueType, ...] = ()
+    """That updates may have, the preferred one first."""
 
 
 class Reason(StrEnum):
@@ -795,6 +797,7 @@ class Rounds:
             training=self._policy.training,
             seconds_left=left or 0,
             secure_aggregation=self._masked is not None,
+            compressions=self._policy.compressions,
         )
 
     def _takes_part(self, device: str, number: int) -> bool:

@@ -210,6 +210,7 @@ class _Parts:
             authority=authority,
             manifest=self.manifest,
             masked=self.options.policy.masking is not None,
+            compressions=self.options.policy.compressions,
             traffic=self.live.traffic,
             report=self.report,
         )

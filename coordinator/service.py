@@ -43,12 +43,14 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         authority: Authority | None,
         manifest: manifest_pb2.Manifest,
         masked: bool,
+        compressions: tuple[pb.Compression.ValueType, ...],
         traffic: Traffic,
         report: Report,
     ) -> None:
         """
         Args:
             masked: whether updates come by secure aggregation only.
+            compressions: that updates may have.
         """
         self._state = state
         self._rounds = rounds
@@ -56,6 +58,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         self._authority = authority
         self._manifest = manifest
         self._masked = masked
+        self._compressions = compressions
         self._traffic = traffic
         self._report = report
         self._uploads = Uploads(state=state, manifest=manifest, traffic=traffic, masked=masked)
@@ -183,6 +186,8 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             )
         if len(header.sha256) != hashlib.sha256().digest_size:
             raise RefusedUpdateError("the header holds no SHA-256")
+        if header.compression not in (pb.COMPRESSION_NONE, *self._compressions):
+            raise RefusedUpdateError("it is compressed in a way that was not offered")
         if header.offset > header.total_bytes:
             raise RefusedUpdateError(
                 f"its offset {header.offset} is beyond its {header.total_bytes} bytes"

@@ -749,18 +749,21 @@ class State:
             path.touch()
         return path
 
-    def keep_partial(self, number: int, device: str, sha256: bytes) -> str:
-        """Makes a gathered update's bytes durable; only `add_update` makes them count.
+    def keep_partial(self, path: Path, number: int, device: str, sha256: bytes) -> str:
+        """Makes a gathered update durable; only `add_update` makes it count.
+
+        Args:
+            path: where it is, whole and checked.
+            sha256: of what the device sent.
 
         Returns:
-            The path below the state directory. It holds the content's hash, so another update of
-            the same device never replaces it.
+            The path below the state directory. It holds that hash, so another update of the same
+            device never replaces it.
 
         Raises:
             FileNotFoundError: the round is over, and they are gone.
         """
         relative = f"{self._updates_of(number)}/{device}-{sha256.hex()}.safetensors"
-        path = self.partial(number, device, sha256)
         if not path.exists():
             raise FileNotFoundError(path)
         with storage_errors(self.directory / relative):

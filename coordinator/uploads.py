@@ -11,14 +11,17 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from coordinator.rounds import RefusedUpdateError
 from coordinator.state import State
-from edge_runtime import wire
+from edge_runtime import compression, wire
 from edge_runtime.connection import Traffic
 from edge_runtime.errors import AdapterError
 from edge_runtime.files import storage_errors
@@ -48,6 +51,8 @@ class Uploads:
         self._masked = masked
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._open: dict[str, asyncio.Timeout] = {}
+        # Held while an update is in memory as a whole.
+        self._unpacking = threading.Lock()
 
     def offset(self, device: str, header: pb.UploadHeader) -> int:
         """How many bytes of this update have come before a break."""
@@ -134,13 +139,37 @@ class Uploads:
                     path.unlink()
                     raise BrokenUploadError("the bytes before the offset are damaged")
                 raise RefusedUpdateError("the data does not match the announced SHA-256")
-            if not self._masked:
+            if header.compression:
+                with self._unpacking:
+                    path = self._unpack(path, header)
+            elif not self._masked:
                 wire.check(self._manifest, path)
-            return self._state.keep_partial(header.round, device, header.sha256)
+            return self._state.keep_partial(path, header.round, device, header.sha256)
         except AdapterError as error:
             raise RefusedUpdateError(str(error)) from error
         except FileNotFoundError as error:
             raise BrokenUploadError(f"round {header.round} ended meanwhile") from error
+
+    def _unpack(self, path: Path, header: pb.UploadHeader) -> Path:
+        """What an update would be that was not compressed, in a file beside it."""
+        started = self._state.round(header.round)
+        if started is None:
+            raise FileNotFoundError
+        file = self._state.directory / started.generalist_file
+        vectors = wire.decode(self._manifest, file.read_bytes())
+        parts = wire.shared_parts(self._manifest)
+        size = max(part.stop for part in parts.values())
+        step = compression.decompress(header.compression, path.read_bytes(), size)
+        with np.errstate(over="ignore"):
+            for role, part in parts.items():
+                vectors[role] += step[part]
+        payload = wire.encode(self._manifest, vectors)
+        wire.decode(self._manifest, payload)  # a sum may be beyond float32
+        unpacked = path.with_suffix(".unpacked")
+        with storage_errors(unpacked):
+            unpacked.write_bytes(payload)
+        path.unlink()
+        return unpacked
 
 
 async def _to_its_end(work: Callable[[], T]) -> T:

@@ -19,6 +19,7 @@ from edge_runtime import adapters, planner, training_config, wire
 from edge_runtime.bundle import Bundle, contract_sha256, open_bundle
 from edge_runtime.cli import Format, FormatOption, emit, messages
 from edge_runtime.client import Client
+from edge_runtime.compression import NAMES
 from edge_runtime.connection import Patience, Traffic, Unproven, connect
 from edge_runtime.data import load_tokenizer, read_all, read_splits, tokenize
 from edge_runtime.device import Device
@@ -100,6 +101,13 @@ def run(
     retry: Annotated[
         float, typer.Option(help="Seconds to retry an unreachable coordinator.")
     ] = 120,
+    compression: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of updates: {', '.join(NAMES)} (if the coordinator takes it) or none.",
+            show_default="what it prefers",
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
@@ -116,6 +124,8 @@ def run(
         raise typer.BadParameter(
             "this device has not enrolled: give --invitation (from `comigs invite`) or --alone"
         )
+    if compression not in (None, "none", *NAMES):
+        raise typer.BadParameter(f"--compression {compression} is not one of {', '.join(NAMES)}")
     config = _training_config(training, rounds)
     batch = config.batch_sequences
     report = _reporter(output)
@@ -145,6 +155,7 @@ def run(
             memory_bytes=limit,
             compute_seconds=planner.parse_seconds(compute) if compute else None,
             report=report,
+            compression=compression,
         )
         list(device.batches(config))  # too little text: say so before anything is computed
         if device_config != at.config():

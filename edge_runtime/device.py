@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from edge_runtime import planner, wire
-from edge_runtime.adapters import Vectors
+from edge_runtime.adapters import Vector, Vectors
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
+from edge_runtime.compression import NAMES, Feedback, compress, decompress
 from edge_runtime.data import Batches, Tokens, load_tokenizer, read_splits, tokenize
 from edge_runtime.engines import Engine
 from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
@@ -49,6 +50,8 @@ class Device:
         memory_bytes: the budget that plans must fit (None: no limit).
         compute_seconds: training time per round (None: no limit). Training stops before the step
             that would exceed it, and the round goes on with the steps that were made.
+        compression: of updates, if the coordinator offers it: a name, "none", or None for what it
+            prefers.
         report: told what happens, as dictionaries with an "event".
     """
 
@@ -62,6 +65,7 @@ class Device:
     compute_seconds: float | None
     report: Report
     save_every: int = 10
+    compression: str | None = None
     state: TrainingState = field(init=False)
     progress: Progress = field(init=False)
     tokens: dict[str, Tokens] = field(init=False)
@@ -92,6 +96,8 @@ class Device:
         while True:
             self._renew(client)
             reply = client.check_in(CHECK_IN_SECONDS)
+            if self.progress.sending:  # killed before it knew whether its last update counts
+                self._report_compressed(client)
             answered = self.progress.uploaded and reply.round == self.progress.round
             if reply.action == pb.CheckInReply.TRAIN and not answered:
                 self._round(client, reply)
@@ -118,8 +124,9 @@ class Device:
         progress = self.progress
         if progress.rounds_of != group:
             progress.rounds_of = group
-            progress.round = progress.finished = 0
+            progress.round = progress.finished = progress.sending = 0
             progress.uploaded = False
+            self.state.feedback = None
 
     def _renew(self, client: Client) -> None:
         """Replaces a certificate of which little time is left."""
@@ -130,8 +137,10 @@ class Device:
             self.report({"event": "renewed", "valid_until": renewed.valid_until.isoformat()})
 
     def _round(self, client: Client, reply: pb.CheckInReply) -> None:
-        if reply.round != self.progress.round:
+        resumed = reply.round == self.progress.round
+        if not resumed:
             self._receive(client, reply.round)
+            self._choose_compression(client, reply)
             self._start_round(reply.round, reply.training)
         self._train(reply.training)
         steps = self.state.expert_steps - self.progress.round_start
@@ -139,15 +148,63 @@ class Device:
             round=reply.round,
             tokens=steps * reply.training.batch_sequences * self._length,
         )
+        if self.progress.compression:
+            self.progress.sending = header.tokens
+            self._save()
+            self._report_compressed(client)
+            return
         if reply.secure_aggregation:
             accepted, reason = self._report_masked(client, header)
         else:
-            answer = client.upload(header, wire.encode(self.bundle.manifest, self.state.vectors))
+            payload = wire.encode(self.bundle.manifest, self.state.vectors)
+            answer = client.upload(header, payload, resume=resumed)
             accepted, reason = answer.accepted, answer.reason
+        self._answered(accepted, reason)
+
+    def _answered(self, accepted: bool, reason: str) -> None:
+        """Remembers that the coordinator has answered to the round's update."""
         self.progress.uploaded = True
+        self.progress.sending = 0
         self._save()
         event = "uploaded" if accepted else "refused"
-        self.report({"event": event, "round": reply.round, "reason": reason})
+        self.report({"event": event, "round": self.progress.round, "reason": reason})
+
+    def _choose_compression(self, client: Client, reply: pb.CheckInReply) -> None:
+        """How the update of the round that begins will be sent; only before it is trained."""
+        offered = [name for name, kind in NAMES.items() if kind in reply.compressions]
+        offered.sort(key=lambda name: list(reply.compressions).index(NAMES[name]))
+        chosen = ""
+        if client.protocol > 1 and not reply.secure_aggregation:
+            wanted = self.compression
+            chosen = wanted if wanted in offered else ""
+            if wanted is None and offered:
+                chosen = offered[0]
+        self.progress.compression = chosen
+        if chosen:
+            incoming = self._shared()
+            feedback = self.state.feedback or Feedback(incoming, np.zeros_like(incoming))
+            self.state.feedback = Feedback(incoming, feedback.residual)
+
+    def _report_compressed(self, client: Client) -> None:
+        """Sends the round's step and what earlier ones left out, as bytes that depend on nothing
+        but the saved state: however often it is killed, the coordinator counts them once, and what
+        they leave out is remembered in the same write as that they count."""
+        feedback, kind = self.state.feedback, NAMES[self.progress.compression]
+        assert feedback is not None, "`_choose_compression` made it"
+        step = self._shared() - feedback.incoming + feedback.residual
+        payload = compress(kind, step)
+        header = pb.UploadHeader(
+            round=self.progress.round, tokens=self.progress.sending, compression=kind
+        )
+        answer = client.upload(header, payload, resume=True)
+        if answer.accepted:
+            feedback.residual = step - decompress(kind, payload, step.size)
+        self._answered(answer.accepted, answer.reason)
+
+    def _shared(self) -> Vector:
+        """The shared roles as one vector, (D,), a copy."""
+        roles = wire.shared_roles(self.bundle.manifest)
+        return np.concatenate([self.state.vectors[role] for role in roles])
 
     def _report_masked(self, client: Client, header: pb.UploadHeader) -> tuple[bool, str]:
         """Reports the round's step by secure aggregation.

@@ -29,6 +29,7 @@ from safetensors.numpy import save
 
 from edge_runtime.adapters import load_fresh
 from edge_runtime.bundle import Bundle, contract_sha256
+from edge_runtime.compression import Feedback
 from edge_runtime.errors import AdapterError, StorageError
 from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
 from edge_runtime.identity import Identity, read_identity, write_identity
@@ -69,6 +70,8 @@ class Progress:
     uploaded: bool = False  # its update was accepted
     finished: int = 0  # round whose generalist is in place as the final one, 0 before
     rounds_of: str = ""  # whose rounds these are: see `Device.take_part`
+    compression: str = ""  # of the round's update, as `compression.NAMES` says; empty: none
+    sending: int = 0  # tokens of the round's finished update, while that is compressed, else 0
     curve: list[tuple[int, float]] = field(default_factory=list)  # (expert step, held-out loss)
 
 
@@ -139,6 +142,9 @@ class Home:
             arrays[f"{role}/value"] = vector
             arrays[f"{role}/first_moment"] = state.first_moment[role]
             arrays[f"{role}/second_moment"] = state.second_moment[role]
+        if state.feedback is not None:
+            arrays["incoming"] = state.feedback.incoming
+            arrays["residual"] = state.feedback.residual
         metadata = {
             "version": STATE_VERSION,
             "contract": contract_sha256(bundle.manifest),
@@ -225,6 +231,11 @@ def _state_of(
         expert_steps=metadata["expert_steps"],
         router_steps=metadata["router_steps"],
     )
+    if "residual" in writable:
+        shared = sum(role.size for role in bundle.manifest.roles if role.shared)
+        if not writable["residual"].shape == writable["incoming"].shape == (shared,):
+            raise ValueError("its residual is of another size")
+        state.feedback = Feedback(writable["incoming"], writable["residual"])
     progress = Progress(**metadata["progress"])
     progress.curve = [(int(step), float(loss)) for step, loss in progress.curve]
     return state, progress

@@ -17,6 +17,7 @@ import numpy as np
 
 from edge_runtime.adapters import ROUTER, Vector, Vectors, views, zeros
 from edge_runtime.bundle import Bundle
+from edge_runtime.compression import Feedback
 from edge_runtime.data import Batches
 from edge_runtime.engines import Array, Engine, allocate
 from protos import coordinator_pb2 as pb
@@ -38,6 +39,8 @@ class TrainingState:
     second_moment: Vectors
     expert_steps: int = 0
     router_steps: int = 0
+    feedback: Feedback | None = None
+    """None unless updates are compressed."""
 
 
 def new_state(manifest: manifest_pb2.Manifest, vectors: Vectors) -> TrainingState:

@@ -97,6 +97,16 @@ def shared_roles(manifest: pb.Manifest) -> list[str]:
     return [role.name for role in manifest.roles if role.shared]
 
 
+def shared_parts(manifest: pb.Manifest) -> dict[str, slice]:
+    """Where each shared role is in the flat vector of them all, one after the other."""
+    parts, size = {}, 0
+    for role in manifest.roles:
+        if role.shared:
+            parts[role.name] = slice(size, size + role.size)
+            size += role.size
+    return parts
+
+
 def max_bytes(manifest: pb.Manifest) -> int:
     """Largest size in bytes that an honest payload can have: the numbers plus their header."""
     tensors = shared_tensors(manifest)

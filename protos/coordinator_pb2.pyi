@@ -32,6 +32,36 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Compression:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CompressionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Compression.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPRESSION_NONE: _Compression.ValueType  # 0
+    """The shared tensors as they are, as safetensors."""
+    COMPRESSION_FLOAT16: _Compression.ValueType  # 1
+    """Half precision."""
+    COMPRESSION_INT8: _Compression.ValueType  # 2
+    """8 bits, with a scale for every 256 coordinates."""
+    COMPRESSION_TOP_K: _Compression.ValueType  # 3
+    """The largest coordinates only, in half precision, with their indices."""
+
+class Compression(_Compression, metaclass=_CompressionEnumTypeWrapper):
+    """What the payload of an update is (edge_runtime/compression.py). Where it is compressed, it is the
+    step from the round's generalist, flat: the shared roles one after the other.
+    """
+
+COMPRESSION_NONE: Compression.ValueType  # 0
+"""The shared tensors as they are, as safetensors."""
+COMPRESSION_FLOAT16: Compression.ValueType  # 1
+"""Half precision."""
+COMPRESSION_INT8: Compression.ValueType  # 2
+"""8 bits, with a scale for every 256 coordinates."""
+COMPRESSION_TOP_K: Compression.ValueType  # 3
+"""The largest coordinates only, in half precision, with their indices."""
+Global___Compression: _TypeAlias = Compression  # noqa: Y015
+
 @_typing.final
 class Invitation(_message.Message):
     """Everything a device needs to enrol. A person passes it on as text: "COMIGS1", then in base32
@@ -543,6 +573,7 @@ class CheckInReply(_message.Message):
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     PROTOCOL_FIELD_NUMBER: _builtins.int
     SECURE_AGGREGATION_FIELD_NUMBER: _builtins.int
+    COMPRESSIONS_FIELD_NUMBER: _builtins.int
     action: Global___CheckInReply.Action.ValueType
     round: _builtins.int
     """Round to take part in, from 1; with FINISH, the round whose generalist is final."""
@@ -558,6 +589,10 @@ class CheckInReply(_message.Message):
     def training(self) -> Global___TrainingConfig:
         """How to train. Set with TRAIN."""
 
+    @_builtins.property
+    def compressions(self) -> _containers.RepeatedScalarFieldContainer[Global___Compression.ValueType]:
+        """With TRAIN: how updates may be compressed, the preferred way first. None: not at all."""
+
     def __init__(
         self,
         *,
@@ -568,10 +603,11 @@ class CheckInReply(_message.Message):
         seconds_left: _builtins.float = ...,
         protocol: _builtins.int = ...,
         secure_aggregation: _builtins.bool = ...,
+        compressions: _abc.Iterable[Global___Compression.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "protocol", b"protocol", "retry_seconds", b"retry_seconds", "round", b"round", "seconds_left", b"seconds_left", "secure_aggregation", b"secure_aggregation", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "compressions", b"compressions", "protocol", b"protocol", "retry_seconds", b"retry_seconds", "round", b"round", "seconds_left", b"seconds_left", "secure_aggregation", b"secure_aggregation", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -707,6 +743,7 @@ class UploadHeader(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round that the update belongs to."""
     total_bytes: _builtins.int
@@ -719,6 +756,8 @@ class UploadHeader(_message.Message):
     """
     offset: _builtins.int
     """Where the data that follows begins, in bytes from the payload's start."""
+    compression: Global___Compression.ValueType
+    """One of those that the coordinator offered for the round, or none."""
     def __init__(
         self,
         *,
@@ -727,10 +766,11 @@ class UploadHeader(_message.Message):
         sha256: _builtins.bytes = ...,
         tokens: _builtins.int = ...,
         offset: _builtins.int = ...,
+        compression: Global___Compression.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "round", b"round", "sha256", b"sha256", "tokens", b"tokens", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "offset", b"offset", "round", b"round", "sha256", b"sha256", "tokens", b"tokens", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
