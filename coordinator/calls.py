@@ -17,7 +17,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import json_format
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from coordinator.audit import NOBODY, Auditor
 from coordinator.tls import Role, subject_of
@@ -95,7 +95,7 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     yield message
 
         watched = generate if inspect.isasyncgenfunction(behaviour) else answer
-        return wrap(watched, handler.request_deserializer, handler.response_serializer)
+        return wrap(watched, _reading(handler.request_deserializer), handler.response_serializer)
 
     @contextlib.asynccontextmanager
     async def _watch(
@@ -116,7 +116,7 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         error: BaseException | None = None
         self.open[service, method] += 1
         try:
-            if is_act:
+            if is_act and isinstance(request, Message):
                 await self._record_act(method, request, context, by, address)
             yield
         except BaseException as raised:
@@ -160,8 +160,26 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._auditor.refused("call_refused", call.by, fields)
 
 
+class _Unreadable:
+    """Stands for bytes that are no message of the kind that they should be."""
+
+
+def _reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """`deserialize`; its error would be a traceback in the log that anybody can cause."""
+
+    def read(content: bytes) -> Any:
+        try:
+            return deserialize(content)
+        except DecodeError:
+            return _Unreadable()
+
+    return read
+
+
 async def _limited(request: Any, context: Any) -> Any:
-    """`request`, a message or a stream of them; ends the call if one is too large."""
+    """`request`, a message or a stream of them; ends the call if one is too large, or is none."""
+    if isinstance(request, _Unreadable):
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message cannot be read")
     if not isinstance(request, Message):
         return _each_limited(request, context)
     try:

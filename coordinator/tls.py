@@ -218,7 +218,7 @@ def requested_key(pkcs10: bytes, name: str) -> ec.EllipticCurvePublicKey:
         key = request.public_key()
         signed = request.is_signature_valid
         names = [a.value for a in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise RefusedRequestError("this is no certificate signing request") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise RefusedRequestError("the key is not an EC key on P-256")
