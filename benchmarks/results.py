@@ -86,9 +86,16 @@ def ran_on(result: dict[str, Any]) -> str:
         f"{LIMITS[name]} {value:.0f} {unit(name)}"
         for name, value in result.get("limits", {}).items()
     )
+    load, cores = result["machine"]["load_average"], result["machine"]["cores"]
+    noise = (
+        f" **On {cores} cores that is other programs' work as well: the figures are rough, and "
+        "speeds lower than alone.**"
+        if load > cores + 1
+        else ""
+    )
     return (
         f"{threads}{versions}; {limits + '; ' if limits else ''}load of the machine at the end "
-        f"{result['machine']['load_average']:.1f}."
+        f"{load:.1f}.{noise}"
     )
 
 
