@@ -217,6 +217,19 @@ def test_rounds_with_and_without_noise_do_not_mix(tmp_path: Path) -> None:
     assert Ledger(noisy, privacy).spent() == epsilon({2.0: 1}, 1e-5), "at the noise that it had"
 
 
+def test_a_state_with_noise_is_not_served_without(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    common = ("--insecure", "--min-devices", "3", "--rounds", "9")
+    served = fleet.serve(bundle, *PRIVATE, *common, "--over-selection", "1")
+    clients = [fleet.client(Unproven(served.ready(), f"device {i}")) for i in range(3)]
+    train_round(fleet, bundle, clients)
+    served.wait_for("privacy_spent")
+    served.kill()
+    again = fleet.serve(bundle, *common)
+    assert again.process.wait(timeout=60) == 2
+    assert "--dp-noise" in again.stderr()
+
+
 def test_a_round_whose_quality_was_told_is_paid_for(tmp_path: Path) -> None:
     """The gate looked at what would have come of it, and said so."""
     state = cohort_after_a_round(tmp_path, 2.0, kept=False)
