@@ -237,6 +237,12 @@ def bench_coordinator(
     devices: Annotated[int, typer.Option(min=10, help="Devices in a round.")] = 1000,
     processes: Annotated[int, typer.Option(min=1, help="Processes that they share.")] = 2,
     repetitions: Annotated[int, typer.Option(min=1, help="Rounds, in turns with the rest.")] = 1,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Beside Flower; see benchmarks/peers/README.md.")
+    ] = False,
+    peers_python: Annotated[
+        Path, typer.Option(help="Interpreter of the environment that has flwr.")
+    ] = Path(".venv-flower/bin/python"),
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Time a round of many devices beside the least that receiving costs."""
@@ -244,7 +250,11 @@ def bench_coordinator(
 
     with messages.status("starting") as status:
         result = load.run(
-            devices=devices, processes=processes, repetitions=repetitions, progress=status.update
+            devices=devices,
+            processes=processes,
+            repetitions=repetitions,
+            peers_python=peers_python if peers else None,
+            progress=status.update,
         )
     if output is Format.JSON:
         emit(dict(result))

@@ -43,16 +43,17 @@ from google.protobuf import json_format
 from benchmarks.load_devices import COORDINATOR, FLOOR
 from coordinator.cohorts import UNNAMED
 from coordinator.state import State
-from coordinator.tls import Authority
+from coordinator.tls import CA_FILE, Authority
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle, contract_sha256, open_bundle, sha256_of
 from edge_runtime.identity import Identity, new_key, public_key_of
 from protos import manifest_pb2 as pb
 
 MIB = 1024**2
+FLOWER = Path(__file__).parent / "peers" / "flower.py"
 HOST = "127.0.0.1"
 # Devices that check in all the time.
-POLLERS = 4
+POLLERS = 8
 DEADLINE_SECONDS = 3600
 
 
@@ -78,9 +79,16 @@ class Floor(TypedDict):
 
 
 class Peer(TypedDict):
+    """What `benchmarks/peers/flower.py` prints."""
+
     name: str
     round_seconds: float
+    """From the model's going out until its successor."""
     peak_rss_mib: float
+    """Of all its server processes together."""
+    processes: dict[str, float]
+    """The same for each."""
+    settings: str
 
 
 class Result(TypedDict):
@@ -97,6 +105,8 @@ class Result(TypedDict):
     checkin_p99_ms: float
     """Of check-ins that were sent while a round went on."""
     peers: list[Peer]
+    missing: dict[str, str]
+    """Peers that were asked for and could not run, with the reason."""
     update_bytes: int
     repetitions: int
     rounds: list[Phases]
@@ -116,9 +126,13 @@ def run(
     devices: int,
     processes: int,
     repetitions: int,
+    peers_python: Path | None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Result:
-    """Runs rounds and bare loops in turns.
+    """Runs rounds and bare loops in turns, then the peers.
+
+    Args:
+        peers_python: of an environment that has `flwr`; None for no peers.
 
     Raises:
         RuntimeError: a process ended early, or the aggregate is not the mean of the updates.
@@ -152,12 +166,49 @@ def run(
             if repetition == 0:
                 pollers.do("poll")
             rounds.append(_round(crowd, served))
+            end = time.monotonic()
+            began = end - sum(rounds[-1][name] for name in ("check_in", "download", "upload"))
             polls = pollers.do("polled")[0]
-            began = served.opened_at
-            latencies += [seconds for when, seconds in polls if when >= began]
+            latencies += [seconds for when, seconds in polls if began <= when <= end]
             _check(state, bundle, payload, devices, repetition + 2)
         peak = rss(served.process.pid)["VmHWM"]
-    return _result(devices, processes, payload, rounds, floors, latencies, idle, peak)
+    result = _result(devices, processes, payload, rounds, floors, latencies, idle, peak)
+    if peers_python is not None:
+        progress("a round of Flower's SuperLink")
+        found = _flower(peers_python, devices, processes, len(payload))
+        if isinstance(found, str):
+            result["missing"]["Flower SuperLink"] = found
+        else:
+            result["peers"].append(found)
+    return result
+
+
+def _flower(python: Path, devices: int, processes: int, size: int) -> Peer | str:
+    """A round of as many nodes with updates of `size` bytes; or why there was none."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        authority = Authority.open(folder, timedelta(days=1))
+        made = authority.server_credentials([])
+        (folder / "key.pem").write_bytes(made.private_key)
+        (folder / "chain.pem").write_bytes(made.certificate_chain)
+        try:
+            done = subprocess.run(
+                [
+                    *(str(python), str(FLOWER), "--devices", str(devices)),
+                    *("--processes", str(processes), "--size", str(size // 4)),
+                    *("--ca", str(folder / CA_FILE), "--key", str(folder / "key.pem")),
+                    *("--chain", str(folder / "chain.pem")),
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except FileNotFoundError:
+            return f"there is no {python}; benchmarks/peers/README.md says how to set it up"
+    if done.returncode:
+        return done.stderr.strip()[-2000:]
+    peer: Peer = json.loads(done.stdout.splitlines()[-1])
+    return peer
 
 
 def _bare_loop(
@@ -242,6 +293,7 @@ def _result(
         "peak_rss_mib": peak,
         "checkin_p99_ms": ordered[math.ceil(0.99 * len(ordered)) - 1],
         "peers": [],
+        "missing": {},
         "update_bytes": len(payload),
         "repetitions": len(rounds),
         "rounds": rounds,
@@ -429,8 +481,6 @@ class _Served:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.opened_at = 0.0
-        """When the last round was opened (monotonic)."""
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         self.address = str(self.wait_for("listening")["address"])
@@ -438,10 +488,7 @@ class _Served:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            event = json.loads(line)
-            if event["event"] == "round_opened":
-                self.opened_at = time.monotonic()
-            self._events.put(event)
+            self._events.put(json.loads(line))
         self._events.put(None)
 
     def wait_for(self, name: str) -> dict[str, Any]:
@@ -491,3 +538,5 @@ def table(result: Result) -> Iterator[str]:
     )
     for peer in result["peers"]:
         yield f"{peer['name']}: {peer['round_seconds']:.1f} s, {peer['peak_rss_mib']:.0f} MiB"
+    for name, reason in result["missing"].items():
+        yield f"{name} did not run: {reason}"

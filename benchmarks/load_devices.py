@@ -23,6 +23,7 @@ import grpc
 import numpy as np
 
 from edge_runtime import wire
+from edge_runtime.protocol import NEWEST
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc
 
@@ -30,7 +31,7 @@ COORDINATOR = f"/{pb.DESCRIPTOR.services_by_name['Coordinator'].full_name}"
 FLOOR = "/comigs.bench.Floor"
 WAIT_SECONDS = 30.0
 # Between two check-ins of a device that polls.
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.2
 # Nobody else on this machine has these connections to share.
 OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 
@@ -87,7 +88,7 @@ class Device:
 
     async def check_in(self, wait: float = WAIT_SECONDS) -> pb.CheckInReply:
         stub = coordinator_pb2_grpc.CoordinatorStub(self._channels[COORDINATOR])
-        return await stub.CheckIn(pb.CheckInRequest(wait_seconds=wait))
+        return await stub.CheckIn(pb.CheckInRequest(wait_seconds=wait, protocol=NEWEST))
 
     async def told_to_train(self) -> int:
         """The round."""

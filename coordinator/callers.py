@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from coordinator.limits import CALLS_AT_ONCE, Pace
 from coordinator.rounds import PRESENT_SECONDS, Report, Rounds
 from coordinator.state import Device, State
 from coordinator.tls import Role, Subject, subject_of
@@ -58,12 +59,16 @@ async def common_protocol(newest: int, context: Context, oldest: int | None = No
 class Callers:
     """Knows the parties of one coordinator."""
 
-    def __init__(self, *, state: State, rounds: Rounds, administrator: str | None) -> None:
+    def __init__(
+        self, *, state: State, rounds: Rounds, administrator: str | None, calls_per_second: float
+    ) -> None:
         """
         Args:
             administrator: the id in the one administrator's certificate; None without TLS, where
                 devices are who they say they are, and nobody is administrator.
+            calls_per_second: of each device, on average.
         """
+        self._pace = Pace(calls_per_second)
         self._state = state
         self._rounds = rounds
         self._administrator = administrator
@@ -76,6 +81,11 @@ class Callers:
         """The device that calls. `shut_out` cancels the body and ends the call."""
         device = await self._device(context)
         self.last_seen[device.id] = time.time()
+        if len(self._open[device.id]) >= CALLS_AT_ONCE:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"this device has {CALLS_AT_ONCE} calls open; end one first",
+            )
         scope = asyncio.timeout(None)
         self._open[device.id].add(scope)
         try:
@@ -114,10 +124,21 @@ class Callers:
         if self._administrator is None:
             return await self._believed(context)
         subject = await self._subject(context, Role.DEVICE)
+        await self._slow_down(subject.id, context)
         device = self._state.enrolled(subject.id)
         if device is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, UNKNOWN)
         return device
+
+    async def _slow_down(self, who: str, context: Context) -> None:
+        """Lets `who` wait, or ends the call, if it calls too often."""
+        delay = self._pace.delay(who)
+        if delay is None:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "this device calls too often; wait a little"
+            )
+        if delay:
+            await asyncio.sleep(delay)
 
     async def _subject(self, context: Context, role: Role) -> Subject:
         """Whom the connection's certificate is for. TLS checked it when the connection began."""
@@ -141,4 +162,5 @@ class Callers:
         name = name.decode(errors="replace") if isinstance(name, bytes) else name
         if not is_name(name):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NAMING)
+        await self._slow_down(name, context)
         return self._state.named(name, cohort=self._state.cohort, contract_sha256="")

@@ -30,6 +30,7 @@ DEADLINE_SECONDS = 600.0
 PRIVACY = "Privacy"
 QUALITY = "Quality gate"
 QUALITY_TOLERANCE = 0.01
+LIMITS = "Limits"
 
 
 def _device_names(names: list[str]) -> list[str]:
@@ -275,6 +276,37 @@ def serve(
             help="Send OpenTelemetry traces to a collector, such as http://127.0.0.1:4317.",
         ),
     ] = None,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="To each port.", rich_help_panel=LIMITS)
+    ] = 4096,
+    max_connections_per_address: Annotated[
+        int, typer.Option(min=1, help="From one IP address.", rich_help_panel=LIMITS)
+    ] = 2048,
+    handshake_timeout: Annotated[
+        float, typer.Option(min=0.1, help="In seconds.", rich_help_panel=LIMITS)
+    ] = 10,
+    max_idle: Annotated[
+        float,
+        typer.Option(
+            min=0.1, help="Of a connection without calls, in seconds.", rich_help_panel=LIMITS
+        ),
+    ] = 300,
+    max_age: Annotated[
+        float, typer.Option(min=0.1, help="Of a connection, in seconds.", rich_help_panel=LIMITS)
+    ] = 3600,
+    calls_per_second: Annotated[
+        float, typer.Option(min=0.01, help="Of one device, on average.", rich_help_panel=LIMITS)
+    ] = 10,
+    transfers: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Uploads at once, and downloads likewise.", rich_help_panel=LIMITS
+        ),
+    ] = 16,
+    least_rate: Annotated[
+        float,
+        typer.Option(min=1, help="Of a transfer, in bytes per second.", rich_help_panel=LIMITS),
+    ] = 8192,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -292,6 +324,7 @@ def serve(
     from coordinator.accounting import UnsoundError
     from coordinator.aggregation import choose
     from coordinator.buffering import buffer
+    from coordinator.limits import Limits
     from coordinator.quality import QualityGate
     from coordinator.rounds import Policy
     from coordinator.selection import select
@@ -378,6 +411,16 @@ def serve(
         enrolment_port=enrolment_port,
         names=tuple(name or ()),
         certificate_lifetime=datetime.timedelta(days=certificate_days),
+        limits=Limits(
+            connections=max_connections,
+            connections_per_address=max_connections_per_address,
+            handshake_seconds=handshake_timeout,
+            idle_seconds=max_idle,
+            age_seconds=max_age,
+            calls_per_second=calls_per_second,
+            transfers=transfers,
+            least_rate=least_rate,
+        ),
         insecure=insecure,
         exit_when_done=exit_when_done,
         monitor=monitor,
@@ -691,6 +734,7 @@ TEXTS = {
         "round {round}: aggregated {updates} updates{clipping} after {seconds:.1f} s{measured}"
     ),
     "round_abandoned": "round {round}: abandoned with {updates} updates: {reason}",
+    "connections_closed": "closed {connections} connections from {address}: too many from there",
     "storage_failed": "nothing can be stored for now, and devices try again: {reason}",
     "storage_recovered": "the state can be written again",
     "paused": "paused by the administrator; updates of the open round are still accepted",

@@ -74,6 +74,8 @@ PRESENT_SECONDS = MAX_WAIT_SECONDS + 5.0
 GATHER_SECONDS = 5.0
 # Between two attempts to go on while the state cannot be written.
 STORAGE_SECONDS = 1.0
+# Between two looks at whether a round can begin or end.
+LOOK_SECONDS = 0.05
 # How long to wait for the last round's devices to store the final generalist.
 DELIVERY_SECONDS = 60.0
 
@@ -180,6 +182,8 @@ class Rounds:
         self._changed = asyncio.Event()
         # Wakes `run`.
         self._nudged = asyncio.Event()
+        # When it last woke, by the monotonic clock.
+        self._looked = 0.0
 
     # The course of things
 
@@ -381,6 +385,8 @@ class Rounds:
         )
         if self._ledger is not None:
             self._report("privacy_spent", {"round": current.number, **self._ledger.described()})
+        # A round's files are many; nobody waits for that.
+        await asyncio.to_thread(self._state.clean)
 
     async def _measure(self, gate: QualityGate, current: Round, generalist: bytes) -> Quality:
         try:
@@ -616,19 +622,16 @@ class Rounds:
             self._heard.pop(device, None)
         return reply
 
-    def check_update(self, device: str, header: pb.UploadHeader) -> Update | None:
-        """Whether an update with this header could count now.
-
-        Returns:
-            The accepted update if it is that one, sent again; else None.
+    def check_update(self, device: str, header: pb.UploadHeader) -> bool:
+        """Whether an update with this header could count now; False if it does already.
 
         Raises:
             RefusedUpdateError: it could not.
         """
-        accepted = self._accepted(device, header)
-        if accepted is None:
-            self._place(device, header)
-        return accepted
+        if self._accepted(device, header) is not None:
+            return False
+        self._place(device, header)
+        return True
 
     def _accepted(self, device: str, header: pb.UploadHeader) -> Update | None:
         """The accepted update if this is that one, sent again; raises as `check_update`."""
@@ -922,7 +925,10 @@ class Rounds:
         self._changed = asyncio.Event()
 
     async def _wait_for_nudge(self, seconds: float | None) -> None:
+        """Not more often than every LOOK_SECONDS: many devices may report at once."""
         await _wait(self._nudged, seconds)
+        await asyncio.sleep(max(0.0, self._looked + LOOK_SECONDS - time.monotonic()))
+        self._looked = time.monotonic()
 
 
 def _perplexities(quality: Quality | None) -> dict[str, Any]:

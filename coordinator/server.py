@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from coordinator.audit import COORDINATOR, AuditLog, Auditor
 from coordinator.callers import Callers
 from coordinator.calls import Calls
 from coordinator.enrolment import Enrolment
+from coordinator.limits import Limits, raise_file_limit, share_heap, watch_connections
 from coordinator.metrics import Metrics
 from coordinator.monitor import Monitor
 from coordinator.overview import Live, Overview
@@ -32,7 +33,7 @@ from coordinator.secure_aggregation import SecureAggregation
 from coordinator.service import Service
 from coordinator.state import Settings, State
 from coordinator.tls import ADMIN_FILE, Authority, administrator, subject_of
-from edge_runtime import adapters, protocol, wire
+from edge_runtime import adapters, wire
 from edge_runtime.bundle import contract_sha256, open_bundle
 from edge_runtime.connection import Traffic
 from edge_runtime.errors import AddressError, MissingPartError
@@ -45,18 +46,6 @@ if TYPE_CHECKING:  # it needs packages of the extra "tracing"
 WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - recognised, not listened on
 # How long calls that are being answered may take to end when the coordinator stops.
 GRACE_SECONDS = 5.0
-CHANNEL_OPTIONS: list[tuple[str, Any]] = [
-    # Anything larger is an attack or a mistake; `Calls` holds every message to its own limit.
-    ("grpc.max_receive_message_length", protocol.LARGEST),
-    ("grpc.max_send_message_length", protocol.LARGEST_LIST),
-    ("grpc.max_metadata_size", 16 * 1024),
-    # Two coordinators on one port would each get half of the devices.
-    ("grpc.so_reuseport", 0),
-    # Devices vanish without a word: notice within about 30 seconds.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-]
 
 
 @dataclass(frozen=True)
@@ -74,6 +63,7 @@ class Options:
     """Further host names and IP addresses for the certificate; devices are told the first."""
     certificate_lifetime: datetime.timedelta
     """Of the certificates that devices get."""
+    limits: Limits
     insecure: bool
     exit_when_done: bool
     monitor: str | None = None
@@ -93,6 +83,7 @@ async def serve(options: Options, report: Report) -> None:
         TrustError: the authority or the administrator's file in the state directory is damaged.
         UnsoundError: its rounds and the wanted ones do not go together in privacy.
     """
+    share_heap()
     bundle = open_bundle(options.bundle)
     host, port = _split(options.listen)
     generalist = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
@@ -198,7 +189,12 @@ class _Parts:
         await asyncio.wrap_future(self.auditor.record(event, COORDINATOR, fields))
 
     def callers(self, administrator: str | None) -> Callers:
-        callers = Callers(state=self.state, rounds=self.rounds, administrator=administrator)
+        callers = Callers(
+            state=self.state,
+            rounds=self.rounds,
+            administrator=administrator,
+            calls_per_second=self.options.limits.calls_per_second,
+        )
         self.live.connected = callers.connected
         return callers
 
@@ -212,8 +208,18 @@ class _Parts:
             masked=self.options.policy.masking is not None,
             compressions=self.options.policy.compressions,
             traffic=self.live.traffic,
+            limits=self.options.limits,
             report=self.report,
         )
+
+    def watch(self, stack: contextlib.AsyncExitStack, *ports: int) -> None:
+        """Holds the connections to `ports` to their limit per address until `stack` unwinds."""
+
+        def report(address: str, count: int) -> None:
+            self.report("connections_closed", {"address": address, "connections": count})
+
+        most = self.options.limits.connections_per_address
+        stack.callback(asyncio.create_task(watch_connections(ports, most, report)).cancel)
 
 
 def _tracing(endpoint: str) -> Tracing:
@@ -252,7 +258,7 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
     authority = Authority.open(options.state, options.certificate_lifetime)
     made = authority.server_credentials([host.strip("[]"), *options.names])
     pairs = [(made.private_key, made.certificate_chain)]
-    main, enrolment = _server(parts.live.calls), _server(parts.live.calls)
+    main, enrolment = _server(parts), _server(parts)
     mutual = grpc.ssl_server_credentials(pairs, authority.pem, require_client_auth=True)
     bound = _bind(main, host, port, "--listen", mutual)
     wanted = options.enrolment_port
@@ -296,6 +302,7 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
     )
     await _start(main, ["Coordinator", "Admin"], stack)
     await _start(enrolment, ["Enrolment"], stack)
+    parts.watch(stack, bound, bound_enrolment)
     await parts.log("started", {"address": f"{host}:{bound}", "administrator": holder_id})
     return {
         "address": f"{host}:{bound}",
@@ -306,18 +313,21 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
 
 async def _insecure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
     """Like `_secure` without TLS, so without enrolment and administrator."""
-    main = _server(parts.live.calls)
+    main = _server(parts)
     bound = _bind(main, parts.host, parts.port, "--listen", None)
     service = parts.service(parts.callers(administrator=None), authority=None)
     coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, main)
     await _start(main, ["Coordinator"], stack)
+    parts.watch(stack, bound)
     address = f"{parts.host}:{bound}"
     await parts.log("started", {"address": address, "administrator": None})
     return {"address": f"{parts.host}:{bound}", "enrolment": None, "admin": None}
 
 
-def _server(calls: Calls) -> grpc.aio.Server:
-    return grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=[calls])
+def _server(parts: _Parts) -> grpc.aio.Server:
+    limits = parts.options.limits
+    limits = replace(limits, connections=raise_file_limit(limits.connections))
+    return grpc.aio.server(options=limits.channel_options(), interceptors=[parts.live.calls])
 
 
 def _bind(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 import grpc
 
 from coordinator.callers import Callers, common_protocol, storage_errors
+from coordinator.limits import Limits, TooSlowError, Transfers
 from coordinator.rounds import RefusedUpdateError, Report, Rounds
 from coordinator.secure_aggregation import RefusedStepError
-from coordinator.state import State
+from coordinator.state import Round, State
 from coordinator.tls import Authority, RefusedRequestError, requested_key
 from coordinator.uploads import BrokenUploadError, Uploads
 from edge_runtime import protocol, wire
@@ -45,6 +46,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         masked: bool,
         compressions: tuple[pb.Compression.ValueType, ...],
         traffic: Traffic,
+        limits: Limits,
         report: Report,
     ) -> None:
         """
@@ -61,7 +63,10 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         self._compressions = compressions
         self._traffic = traffic
         self._report = report
-        self._uploads = Uploads(state=state, manifest=manifest, traffic=traffic, masked=masked)
+        self._uploads = Uploads(
+            state=state, manifest=manifest, limits=limits, traffic=traffic, masked=masked
+        )
+        self._downloads = Transfers(limits)
 
     async def CheckIn(self, request: pb.CheckInRequest, context: Context) -> pb.CheckInReply:  # noqa: N802
         self._traffic.receive(request)
@@ -83,16 +88,11 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                     grpc.StatusCode.NOT_FOUND,
                     f"there is no generalist of round {request.round} yet",
                 )
-            with (self._state.directory / wanted.generalist_file).open("rb", buffering=0) as file:
-                chunk = pb.Chunk(
-                    total_bytes=file.seek(0, os.SEEK_END),
-                    sha256=bytes.fromhex(wanted.generalist_sha256),
-                )
-                file.seek(min(request.offset, chunk.total_bytes))
-                chunk.data = file.read(wire.CHUNK_BYTES)
-                while chunk.total_bytes or chunk.data:
-                    await context.write(self._traffic.send(chunk))
-                    chunk = pb.Chunk(data=file.read(wire.CHUNK_BYTES))
+            try:
+                async with self._downloads.turn() as moved:
+                    await self._send(wanted, request.offset, context, moved)
+            except TooSlowError as error:
+                await context.abort(grpc.StatusCode.ABORTED, str(error))
 
     async def Upload(  # noqa: N802
         self, request_iterator: _MaybeAsyncIterator[pb.UploadPart], context: Context
@@ -104,7 +104,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                     parts = aiter(request_iterator)
                     header = await self._receive_header(parts)
                     self._check_header(header)
-                    if self._rounds.check_update(device.id, header) is None:
+                    if self._rounds.check_update(device.id, header):
                         file = await self._uploads.receive(device.id, header, parts)
                         self._rounds.accept(device, header, file)
             except TimeoutError:
@@ -167,6 +167,23 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             issued = self._authority.issue_to_device(key, device.name, device.enrolment)
             self._state.extend(device.enrolment, issued.valid_until)
             return self._traffic.send(pb.Certificate(pem=issued.pem))
+
+    async def _send(
+        self, wanted: Round, offset: int, context: Context, moved: Callable[[int], None]
+    ) -> None:
+        """The generalist that round `wanted` starts from, in chunks."""
+        with (self._state.directory / wanted.generalist_file).open("rb", buffering=0) as file:
+            chunk = pb.Chunk(
+                total_bytes=file.seek(0, os.SEEK_END),
+                sha256=bytes.fromhex(wanted.generalist_sha256),
+            )
+            file.seek(min(offset, chunk.total_bytes))
+            data = chunk.data = file.read(wire.CHUNK_BYTES)
+            while chunk.total_bytes or data:
+                await context.write(self._traffic.send(chunk))
+                moved(len(data))
+                data = file.read(wire.CHUNK_BYTES)
+                chunk = pb.Chunk(data=data)
 
     async def _receive_header(self, parts: AsyncIterator[pb.UploadPart]) -> pb.UploadHeader:
         part = await anext(parts, None)

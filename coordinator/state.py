@@ -321,7 +321,7 @@ class State:
         with self._storage_errors():
             self._check_schema()
             Base.metadata.create_all(self._engine)
-        self._clean()
+        self.clean()
         written = (directory / name for name in (GENERALISTS, MEMORIES))
         for place in (directory, *written, *(directory / UPDATES).glob("*")):
             remove_leftovers(place)
@@ -557,7 +557,7 @@ class State:
         reach: int = 0,
     ) -> None:
         """Closes an open round. The next one, now waiting, starts from `generalist` and, with a
-        server optimizer, from its `memory`.
+        server optimizer, from its `memory`. What is not needed any more stays until `clean`.
 
         Args:
             noise: noise multiplier of differential privacy; None without it.
@@ -580,7 +580,6 @@ class State:
                     oldest=max(closed.oldest, number + 1 - reach),
                 )
             )
-        self._clean()
 
     def abandon(
         self,
@@ -615,7 +614,7 @@ class State:
                     command=command,
                 )
             )
-        self._clean()
+        self.clean()
 
     def roll_back(self, to: int, reason: str, *, command: str) -> None:
         """Abandons the current round; the next one, now waiting, starts from the generalist that
@@ -641,7 +640,38 @@ class State:
                     command=command,
                 )
             )
-        self._clean()
+        self.clean()
+
+    def clean(self) -> None:
+        """Deletes the updates and the optimizer's memory of rounds that are over; what cannot be
+        deleted now is another time."""
+        try:
+            with self._transaction() as session:
+                rounds = session.scalars(select(Round).where(_ongoing())).all()
+                # In asynchronous rounds they are beside others that still count.
+                over = session.scalars(
+                    select(Update.file)
+                    .join(Round, (Round.cohort == Update.cohort) & (Update.round >= Round.oldest))
+                    .where(_ongoing(), Update.counted < Round.number)
+                ).all()
+        except StorageError:
+            return
+        for file in over:
+            with contextlib.suppress(OSError):
+                (self.directory / file).unlink(missing_ok=True)
+        updates = self.directory / UPDATES
+        kept = {
+            _updates_directory(ongoing.cohort, number)
+            for ongoing in rounds
+            for number in range(ongoing.oldest, ongoing.number + 1)
+        }
+        for other in updates.glob("*"):
+            if f"{UPDATES}/{other.name}" not in kept:
+                shutil.rmtree(other, ignore_errors=True)
+        memories = self.directory / MEMORIES
+        for path in memories.glob("*.safetensors"):
+            if f"{MEMORIES}/{path.name}" not in {ongoing.memory_file for ongoing in rounds}:
+                path.unlink(missing_ok=True)
 
     # Participants, updates and refusals
 
@@ -993,37 +1023,6 @@ class State:
 
     def _updates_of(self, number: int) -> str:
         return _updates_directory(self.cohort, number)
-
-    def _clean(self) -> None:
-        """Deletes the updates and the optimizer's memory of rounds that are over; what cannot be
-        deleted now is another time."""
-        try:
-            with self._transaction() as session:
-                rounds = session.scalars(select(Round).where(_ongoing())).all()
-                # In asynchronous rounds they are beside others that still count.
-                over = session.scalars(
-                    select(Update.file)
-                    .join(Round, (Round.cohort == Update.cohort) & (Update.round >= Round.oldest))
-                    .where(_ongoing(), Update.counted < Round.number)
-                ).all()
-        except StorageError:
-            return
-        for file in over:
-            with contextlib.suppress(OSError):
-                (self.directory / file).unlink(missing_ok=True)
-        updates = self.directory / UPDATES
-        kept = {
-            _updates_directory(ongoing.cohort, number)
-            for ongoing in rounds
-            for number in range(ongoing.oldest, ongoing.number + 1)
-        }
-        for other in updates.glob("*"):
-            if f"{UPDATES}/{other.name}" not in kept:
-                shutil.rmtree(other, ignore_errors=True)
-        memories = self.directory / MEMORIES
-        for path in memories.glob("*.safetensors"):
-            if f"{MEMORIES}/{path.name}" not in {ongoing.memory_file for ongoing in rounds}:
-                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Session]:

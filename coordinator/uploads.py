@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from coordinator.limits import Limits, TooSlowError, Transfers
 from coordinator.rounds import RefusedUpdateError
 from coordinator.state import State
 from edge_runtime import compression, wire
@@ -39,12 +40,19 @@ class Uploads:
     """Gathers the updates of one coordinator. One event loop, one instance per State."""
 
     def __init__(
-        self, *, state: State, manifest: manifest_pb2.Manifest, traffic: Traffic, masked: bool
+        self,
+        *,
+        state: State,
+        manifest: manifest_pb2.Manifest,
+        limits: Limits,
+        traffic: Traffic,
+        masked: bool,
     ) -> None:
         """
         Args:
             masked: whether updates are masked, so that any bytes of the right number will do.
         """
+        self._transfers = Transfers(limits)
         self._state = state
         self._manifest = manifest
         self._traffic = traffic
@@ -72,16 +80,19 @@ class Uploads:
 
         Raises:
             RefusedUpdateError: it is not what was announced, or not this bundle's shared tensors.
-            BrokenUploadError: it ended early, the bytes before the offset are not here, or another
-                upload of the device took its place.
+            BrokenUploadError: it ended early or was too slow, the bytes before the offset are not
+                here, or another upload of the device took its place.
             StorageError: it cannot be written.
         """
         async with self._turn(device):
             path = self._state.begin_partial(header.round, device, header.sha256)
             try:
-                with storage_errors(path):
-                    await self._gather(path, header, parts)
+                async with self._transfers.turn() as moved:
+                    with storage_errors(path):
+                        await self._gather(path, header, parts, moved)
                 return await _to_its_end(lambda: self._keep(path, device, header))
+            except TooSlowError as error:
+                raise BrokenUploadError(str(error)) from error
             except RefusedUpdateError:
                 path.unlink(missing_ok=True)
                 raise
@@ -104,7 +115,11 @@ class Uploads:
                 del self._open[device]
 
     async def _gather(
-        self, path: Path, header: pb.UploadHeader, parts: AsyncIterator[pb.UploadPart]
+        self,
+        path: Path,
+        header: pb.UploadHeader,
+        parts: AsyncIterator[pb.UploadPart],
+        moved: Callable[[int], None],
     ) -> None:
         """Writes what comes into the file, from the header's offset on, piece by piece."""
         with path.open("r+b", buffering=0) as file:
@@ -115,12 +130,14 @@ class Uploads:
                 self._traffic.receive(part)
                 if part.WhichOneof("part") != "data":
                     raise RefusedUpdateError("something other than data follows the header")
-                received += len(part.data)
+                data = part.data  # each look at it is a copy
+                moved(len(data))
+                received += len(data)
                 if received > header.total_bytes:
                     raise RefusedUpdateError(
                         f"more data came than the {header.total_bytes} bytes that were announced"
                     )
-                rest = memoryview(part.data)
+                rest = memoryview(data)
                 while rest:
                     rest = rest[file.write(rest) :]
         if received < header.total_bytes:

@@ -46,6 +46,7 @@ CHANNEL_OPTIONS = [
 # is to be taken up again.
 TRANSIENT = {
     grpc.StatusCode.ABORTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,

@@ -89,6 +89,12 @@ def _check_type(name: str, dtype: str, shape: list[int], wanted: tuple[int, ...]
 
 
 def _check_finite(name: str, value: NDArray[np.float32]) -> None:
+    # A NaN or an infinity makes the sum of squares one. That is four times as fast, and only when
+    # the sum is beyond float32 the question is open.
+    flat = value.ravel()
+    with np.errstate(over="ignore"):
+        if np.isfinite(np.dot(flat, flat)):
+            return
     if not np.isfinite(value).all():
         raise AdapterError(f"{name} holds a NaN or an infinity")
 

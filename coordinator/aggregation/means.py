@@ -27,7 +27,8 @@ class Mean:
     def accept(self, update: Update) -> None:
         weight = update.decay * (update.tokens if self._by_tokens else 1)
         vector = update.read(0, self._sum.size)
-        vector *= weight
+        if weight != 1:
+            vector *= weight
         self._sum += vector
         self._total += weight
 

@@ -1,0 +1,253 @@
+"""How much of the coordinator one caller, one address and all of them together may take.
+
+Connections are gRPC's to accept, and it has no limit per address; so `watch_connections` looks at
+the kernel's list of them and closes what is too many. A caller without a certificate gets no
+further than the handshake, which has a time limit. Everything else is counted per device, which its
+certificate names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import ipaddress
+import os
+import resource
+import socket
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_runtime import protocol
+
+# File descriptors for everything that is no connection: updates that come in, the database, files.
+OTHER_FILES = 512
+# Calls that a device may have open. An honest one has one or two.
+CALLS_AT_ONCE = 8
+# On one connection; gRPC is not exact about it and ends calls that it should have held back.
+STREAMS = 4 * CALLS_AT_ONCE
+# Calls that a device may make before it is slowed down.
+BURST = 50
+# A device is slowed down by so much at most; then its calls are refused.
+LONGEST_DELAY_SECONDS = 2.0
+# Seconds that a transfer may lag behind the least rate.
+GRACE_SECONDS = 10.0
+# What a device may send before anybody looks at it, of each call.
+WINDOW_BYTES = 16 * 1024
+LOOK_SECONDS = 1.0
+ESTABLISHED = "01"
+# Of mallopt(3).
+M_ARENA_MAX = -8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """As `comigs serve` takes them."""
+
+    connections: int = 4096
+    """To each port, in all."""
+    connections_per_address: int = 2048
+    """To both ports together, from one IP address."""
+    handshake_seconds: float = 10.0
+    """For TLS and the first HTTP/2 settings."""
+    idle_seconds: float = 300.0
+    """After so long without a call a connection is closed; a device opens another when it needs."""
+    age_seconds: float = 3600.0
+    """After about so long a connection gets no more calls and ends with those that are open."""
+    calls_per_second: float = 10.0
+    """Of one device on average; after BURST, they are slowed down to that."""
+    transfers: int = 16
+    """Uploads at once, and downloads likewise; others wait for their turn."""
+    least_rate: float = 8192.0
+    """Bytes per second of a transfer on average, once it has its turn; a slower one is broken
+    off, and may go on from there."""
+
+    def channel_options(self) -> list[tuple[str, Any]]:
+        """For gRPC's servers."""
+        handshake = int(1000 * self.handshake_seconds)
+        return [
+            # Anything larger is an attack or a mistake; `Calls` holds each message to its limit.
+            ("grpc.max_receive_message_length", protocol.LARGEST),
+            ("grpc.max_send_message_length", protocol.LARGEST_LIST),
+            ("grpc.max_metadata_size", 16 * 1024),
+            ("grpc.max_concurrent_streams", STREAMS),
+            ("grpc.max_allowed_incoming_connections", self.connections),
+            ("grpc.server_handshake_timeout_ms", handshake),
+            ("grpc.http2.settings_timeout", handshake),
+            ("grpc.max_connection_idle_ms", int(1000 * self.idle_seconds)),
+            ("grpc.max_connection_age_ms", int(1000 * self.age_seconds)),
+            # Left to itself gRPC lets a fast sender fill megabytes of memory per call.
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+            # Of these, every connection keeps what it once needed.
+            ("grpc.experimental.tcp_max_read_buffer_size", 2 * WINDOW_BYTES),
+            # Two coordinators on one port would each get half of the devices.
+            ("grpc.so_reuseport", 0),
+            # Devices vanish without a word: notice within about 30 seconds.
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ]
+
+
+class TooSlowError(Exception):
+    """A transfer is broken off; the message is one line that says why."""
+
+
+class Transfers:
+    """Transfers in one direction."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._free = asyncio.Semaphore(limits.transfers)
+        self._rate = limits.least_rate
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[Callable[[int], None]]:
+        """Waits until there is room for another one, which the body is.
+
+        Yields:
+            What to tell of every byte that has moved.
+
+        Raises:
+            TooSlowError: too few have.
+        """
+        async with self._free:
+            due = asyncio.get_running_loop().time() + GRACE_SECONDS
+            scope = asyncio.timeout_at(due)
+
+            def moved(count: int) -> None:
+                nonlocal due
+                due += count / self._rate
+                scope.reschedule(due)
+
+            try:
+                async with scope:
+                    yield moved
+            except TimeoutError:
+                if not scope.expired():
+                    raise
+                raise TooSlowError(f"slower than {self._rate:.0f} bytes per second") from None
+
+
+class Pace:
+    """Slows down whoever calls too often: the generic cell rate algorithm (ITU-T I.371)."""
+
+    def __init__(self, per_second: float) -> None:
+        self._interval = 1 / per_second
+        self._next: dict[str, float] = {}
+
+    def delay(self, who: str) -> float | None:
+        """Seconds until the call that `who` makes now may be answered; None refuses it."""
+        now = time.monotonic()
+        due = max(self._next.get(who, 0.0), now - BURST * self._interval)
+        if due - now > LONGEST_DELAY_SECONDS:
+            return None
+        self._next[who] = due + self._interval
+        return max(0.0, due - now)
+
+
+def raise_file_limit(connections: int) -> int:
+    """Lets this process open as many files as it may.
+
+    Returns:
+        The connections that fit: `connections`, or fewer.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return connections if most == resource.RLIM_INFINITY else min(connections, most - OTHER_FILES)
+
+
+def share_heap() -> None:
+    """Lets all threads allocate from one heap: glibc gives each its own, which keeps what its
+    thread once needed."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
+async def watch_connections(
+    ports: Collection[int], most: int, on_closed: Callable[[str, int], None]
+) -> None:
+    """Closes the latest connections of an address that has more than `most` to `ports`.
+
+    Runs until it is cancelled.
+
+    Args:
+        on_closed: is told the address, and how many.
+    """
+    known: dict[str, int] = {}
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        for address, count in (await asyncio.to_thread(_close_excess, ports, most, known)).items():
+            on_closed(_readable(address), count)
+
+
+def _close_excess(ports: Collection[int], most: int, known: dict[str, int]) -> dict[str, int]:
+    """One look.
+
+    Args:
+        known: socket -> when it was first seen, as a number that grows; updated.
+
+    Returns:
+        Address -> how many of its connections were closed.
+    """
+    inodes: defaultdict[str, list[str]] = defaultdict(list)
+    for address, inode in _connections(ports):
+        inodes[address].append(inode)
+    present = {inode for each in inodes.values() for inode in each}
+    for gone in known.keys() - present:
+        del known[gone]
+    turn = max(known.values(), default=0) + 1
+    for inode in present:
+        known.setdefault(inode, turn)
+    excess: dict[str, str] = {}
+    for address, each in inodes.items():
+        for inode in sorted(each, key=known.__getitem__)[most:]:
+            excess[inode] = address
+    closed: defaultdict[str, int] = defaultdict(int)
+    if excess:
+        for inode in _shut_down(excess):
+            closed[excess[inode]] += 1
+    return closed
+
+
+def _connections(ports: Collection[int]) -> Iterator[tuple[str, str]]:
+    """Remote address and socket of each connection of this machine to `ports`, as the kernel
+    writes them."""
+    wanted = tuple(f":{port:04X}" for port in ports)
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError), Path(f"/proc/self/net/{table}").open() as file:
+            for line in file:
+                _, local, remote, state, _, _, _, _, _, inode, *_ = line.split(maxsplit=10)
+                if state == ESTABLISHED and local.endswith(wanted):
+                    yield remote.partition(":")[0], inode
+
+
+def _shut_down(inodes: Collection[str]) -> Iterator[str]:
+    """Ends those connections that are this process's; gRPC then sees that they broke."""
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if _inode(descriptor) in inodes:
+                # A duplicate, behind which nobody can put another connection meanwhile.
+                with socket.socket(fileno=os.dup(int(descriptor))) as duplicate:
+                    inode = _inode(str(duplicate.fileno()))
+                    if inode in inodes:
+                        duplicate.shutdown(socket.SHUT_RDWR)
+                        yield inode
+
+
+def _inode(descriptor: str) -> str:
+    """Of the socket behind a file descriptor; "" if it is none."""
+    name = os.readlink(f"/proc/self/fd/{descriptor}")
+    return name[len("socket:[") : -1] if name.startswith("socket:[") else ""
+
+
+def _readable(address: str) -> str:
+    """An IP address that the kernel wrote as hexadecimal words in its own byte order."""
+    words = [bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8)]
+    found = ipaddress.ip_address(b"".join(words))
+    mapped = getattr(found, "ipv4_mapped", None)
+    return str(mapped or found)
