@@ -11,6 +11,7 @@ import pytest
 from coordinator_help import Fleet, header, join_round, serve_command
 from test_coordinator_listing import listed, rows
 
+from coordinator.administrator import Administrator
 from coordinator.quality import Quality, QualityGate
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle
@@ -18,6 +19,7 @@ from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import BundleError, DataError, MissingPartError
 from edge_runtime.training import Evaluator
+from protos import coordinator_pb2 as pb
 
 
 def moved(bundle: Bundle, payload: bytes, step: float, seed: int = 0) -> bytes:
@@ -86,6 +88,43 @@ def test_a_worse_generalist_is_refused_and_a_better_one_is_not(
     assert lines[1].endswith(refused["reason"])
     good = perplexity(better)
     assert lines[2].endswith(f"perplexity {before:.2f} to {good:.2f}")
+
+
+def test_commands_while_a_round_is_being_closed(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path
+) -> None:
+    """Measuring takes a while: paused meanwhile, the round is closed after the pause, as it would
+    have been; aborted meanwhile, nothing comes of it."""
+    options = ("--rounds", "9", "--min-devices", "1", "--quality-gate", str(text_dir / "test.txt"))
+    served = fleet.serve(tiny_bundle, *options, "--quality-tolerance", "1000")
+    (ada,) = fleet.enrolled(served, tiny_bundle, "ada")
+    start = ada.download(1)
+    update = moved(tiny_bundle, start, 0.02)
+    with Administrator(served.administrator()) as administrator:
+        join_round(ada)
+        assert ada.upload(header(1), update).accepted
+        administrator.pause()
+        served.wait_for("paused")
+        assert ada.check_in(3).action == pb.CheckInReply.WAIT, "longer than measuring takes"
+        (paused,) = rows(fleet.state)
+        assert (paused["status"], paused["accepted"]) == ("open", 1)
+        assert "round_closed" not in [event["event"] for event in served.events]
+        administrator.resume()
+        served.wait_for("round_closed", round=1)
+        assert ada.download(2) == update
+
+        join_round(ada)
+        assert ada.upload(header(2), moved(tiny_bundle, update, 0.02)).accepted
+        assert administrator.abort() == 2
+        join_round(ada)
+        assert ada.download(3) == update
+        assert ada.upload(header(3), moved(tiny_bundle, update, 0.01)).accepted
+        served.wait_for("round_closed", round=3)
+    assert [row["status"] for row in rows(fleet.state)][:3] == [
+        "aggregated",
+        "abandoned",
+        "aggregated",
+    ]
 
 
 def test_what_gets_worse_by_no_more_than_the_tolerance_passes() -> None:
