@@ -131,7 +131,7 @@ function drawNow(group, now) {
   const rest = [];
   if (round.status === "open") {
     rest.push(`open for ${span(Math.max(0, now - round.opened_at))}`);
-    if (round.deadline !== null && !round.paused) rest.push(`at most ${span(Math.max(0, round.deadline - now))} more`);
+    if (round.deadline !== null && !round.paused) rest.push(round.deadline > now ? `at most ${span(round.deadline - now)} more` : "closing");
   } else {
     rest.push(`begins with ${plural(group.min_devices, "device")} or more`);
   }
@@ -269,11 +269,12 @@ function draw(all) {
   drawCohorts(all.cohorts);
   drawNow(group, all.time);
   drawTiles(group, all);
+  // These first: whether they are there decides how wide the others are.
+  drawQuality(group);
+  drawPrivacy(group);
   drawUpdates(group);
   drawSeconds(group);
   drawSteps(group);
-  drawQuality(group);
-  drawPrivacy(group);
   drawTraffic(all.traffic);
   drawTiers(all.tiers);
   drawRounds(group);
