@@ -1,5 +1,4 @@
-"""`comigs serve`, `rounds` and `audit`, and for administrators `invite`, `revoke` and `devices`,
-`pause`, `resume`, `abort` and `rollback`."""
+"""Commands of the coordinator, and of its administrator."""
 
 from __future__ import annotations
 
@@ -56,6 +55,8 @@ def register(app: typer.Typer) -> None:
     app.command("rounds")(rounds)
     app.command("models")(models)
     app.command("audit")(audit)
+    app.command("backup")(backup)
+    app.command("restore")(restore)
     app.command("invite")(invite)
     app.command("revoke")(revoke)
     app.command("devices")(devices)
@@ -510,6 +511,58 @@ def audit(
         emit({"entries": count, "head": head})
     elif verify:
         _print(f"{count} entries, none altered; the last one's hash is {head}")
+
+
+def backup(
+    *,
+    state: Annotated[Path, typer.Option(help="State directory of a coordinator, running or not.")],
+    out: Annotated[Path, typer.Option(help="File to write; it must not exist.")],
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Copies what a coordinator remembers into one file, also while it runs."""
+    from coordinator import backup
+
+    try:
+        summary = backup.back_up(state, out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if output is Format.JSON:
+        emit(vars(summary))
+    else:
+        _print(f"{out}: {summary.files} files, {summary.bytes} bytes")
+    messages.print(
+        f"{out} holds the keys of the authority and of the administrator: whoever reads it can let "
+        "devices in",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+
+
+def restore(
+    *,
+    file: Annotated[Path, typer.Argument(help="What `comigs backup` wrote.")],
+    state: Annotated[Path, typer.Option(help="State directory to make; not there, or empty.")],
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Makes a coordinator's state out of a backup."""
+    from coordinator import backup
+
+    try:
+        summary = backup.restore(file, state)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--state") from error
+    if output is Format.JSON:
+        emit(vars(summary))
+    else:
+        _print(f"{state} is as it was on {summary.made_at}: {summary.files} files")
+    messages.print(
+        "what happened since is forgotten: revoke again who was revoked, invite again who "
+        "enrolled, and see that the coordinator that this was copied from does not run any more",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
 
 
 def invite(

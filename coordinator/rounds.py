@@ -171,6 +171,7 @@ class Rounds:
         self._masked = masked
         self._ledger = None if policy.privacy is None else Ledger(state, policy.privacy)
         self._told_spent = False
+        self._history = state.history()
         self._stopping = False
         self._closing: int | None = None
         # When the open round's deadline is, by the monotonic clock.
@@ -620,6 +621,7 @@ class Rounds:
             self._heard[device] = time.monotonic()
         else:
             self._heard.pop(device, None)
+        reply.history = self._history
         return reply
 
     def check_update(self, device: str, header: pb.UploadHeader) -> bool:
@@ -645,6 +647,12 @@ class Rounds:
 
     def _place(self, device: str, header: pb.UploadHeader) -> int:
         """The round in which an update with this header would count; raises as `check_update`."""
+        if header.history not in ("", self._history):
+            raise RefusedUpdateError(
+                f"round {header.round} was forgotten when the coordinator was restored from a "
+                "backup",
+                Reason.LATE,
+            )
         current = self._state.current()
         if self._policy.buffering is not None:
             return self._place_in_buffer(self._policy.buffering, current, device, header)

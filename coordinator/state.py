@@ -287,6 +287,9 @@ class Settings(Base):
     asynchronous: Mapped[str | None]
     training: Mapped[str]
     """TrainingConfig in proto3 JSON."""
+    history: Mapped[str]
+    """Drawn at the beginning, and again when a backup is restored: rounds of another history have
+    the same numbers and are not the same."""
 
 
 class State:
@@ -371,9 +374,35 @@ class State:
                     "tensors; serve that bundle, or choose another --state"
                 )
             settings.cohort = self.cohort
+            settings.history = secrets.token_hex(8) if known is None else known.history
             changed = {} if known is None else _changes(known, settings)
             session.merge(settings)
             return changed
+
+    def history(self) -> str:
+        """Names the course of the rounds that these are. See Settings."""
+        with self._transaction() as session:
+            return session.get_one(Settings, self.cohort).history
+
+    def begin_anew(self) -> None:
+        """What is right once the state was restored from a backup.
+
+        Nobody knows here what has happened since. So the rounds get another history; the round
+        that was open is abandoned, since it may have ended, or have been in the middle of secure
+        aggregation; and invitations that were not used yet lapse, since they may have been.
+        """
+        for cohort in self.cohorts():
+            restored = self.of(cohort)
+            current = restored.current()
+            if current.status == Status.OPEN:
+                restored.abandon(current.number, "restored from a backup")
+            later = Update.counted >= restored.current().number
+            with self._transaction() as session:  # asynchronous ones, whose files no backup has
+                session.execute(delete(Update).where(Update.cohort == cohort, later))
+        with self._transaction() as session:
+            for settings in session.scalars(select(Settings)):
+                settings.history = secrets.token_hex(8)
+            session.execute(delete(Invitation).where(Invitation.key_sha256.is_(None)))
 
     # Devices
 

@@ -92,12 +92,12 @@ class Device:
         """
         who = client.who
         proof = who.ca.encode() if isinstance(who, Identity) else who.coordinator.encode()
-        self._take_rounds_of(hashlib.sha256(proof).hexdigest())
         while True:
             self._renew(client)
             reply = client.check_in(CHECK_IN_SECONDS)
+            self._take_rounds_of(hashlib.sha256(proof + reply.history.encode()).hexdigest())
             if self.progress.sending:  # killed before it knew whether its last update counts
-                self._report_compressed(client)
+                self._report_compressed(client, reply.history)
             answered = self.progress.uploaded and reply.round == self.progress.round
             if reply.action == pb.CheckInReply.TRAIN and not answered:
                 self._round(client, reply)
@@ -120,7 +120,8 @@ class Device:
     # --- a round ---------------------------------------------------------------------------
 
     def _take_rounds_of(self, group: str) -> None:
-        """Forgets how far it was in rounds of another coordinator, or alone: the numbers differ."""
+        """Forgets how far it was in other rounds with the same numbers: alone, of another
+        coordinator, or of this one before it was restored from a backup."""
         progress = self.progress
         if progress.rounds_of != group:
             progress.rounds_of = group
@@ -146,12 +147,13 @@ class Device:
         steps = self.state.expert_steps - self.progress.round_start
         header = pb.UploadHeader(
             round=reply.round,
+            history=reply.history,
             tokens=steps * reply.training.batch_sequences * self._length,
         )
         if self.progress.compression:
             self.progress.sending = header.tokens
             self._save()
-            self._report_compressed(client)
+            self._report_compressed(client, reply.history)
             return
         if reply.secure_aggregation:
             accepted, reason = self._report_masked(client, header)
@@ -185,7 +187,7 @@ class Device:
             feedback = self.state.feedback or Feedback(incoming, np.zeros_like(incoming))
             self.state.feedback = Feedback(incoming, feedback.residual)
 
-    def _report_compressed(self, client: Client) -> None:
+    def _report_compressed(self, client: Client, history: str) -> None:
         """Sends the round's step and what earlier ones left out, as bytes that depend on nothing
         but the saved state: however often it is killed, the coordinator counts them once, and what
         they leave out is remembered in the same write as that they count."""
@@ -194,7 +196,10 @@ class Device:
         step = self._shared() - feedback.incoming + feedback.residual
         payload = compress(kind, step)
         header = pb.UploadHeader(
-            round=self.progress.round, tokens=self.progress.sending, compression=kind
+            round=self.progress.round,
+            history=history,
+            tokens=self.progress.sending,
+            compression=kind,
         )
         answer = client.upload(header, payload, resume=True)
         if answer.accepted:

@@ -21,6 +21,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | 21 | RefusedError | the coordinator refused an update or a request |
 | 22 | AuditError | the audit log was altered or is damaged |
 | 23 | VersionError | device and coordinator are of versions that do not understand each other |
+| 24 | BackupError | a backup is damaged, or of another version |
 | 130 | | interrupted |
 """
 
@@ -85,3 +86,7 @@ class AuditError(ComigsError):
 
 class VersionError(ComigsError):
     code = 23
+
+
+class BackupError(ComigsError):
+    code = 24

@@ -574,6 +574,7 @@ class CheckInReply(_message.Message):
     PROTOCOL_FIELD_NUMBER: _builtins.int
     SECURE_AGGREGATION_FIELD_NUMBER: _builtins.int
     COMPRESSIONS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     action: Global___CheckInReply.Action.ValueType
     round: _builtins.int
     """Round to take part in, from 1; with FINISH, the round whose generalist is final."""
@@ -585,6 +586,10 @@ class CheckInReply(_message.Message):
     """Version to speak from here on, the newest that both do; 0 means 1."""
     secure_aggregation: _builtins.bool
     """With TRAIN: the update is only to be sent by secure aggregation, masked."""
+    history: _builtins.str
+    """Names the course of rounds that `round` is one of. After the coordinator was restored from a
+    backup it is another one, and rounds of the same number are not the same.
+    """
     @_builtins.property
     def training(self) -> Global___TrainingConfig:
         """How to train. Set with TRAIN."""
@@ -604,10 +609,11 @@ class CheckInReply(_message.Message):
         protocol: _builtins.int = ...,
         secure_aggregation: _builtins.bool = ...,
         compressions: _abc.Iterable[Global___Compression.ValueType] | None = ...,
+        history: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "compressions", b"compressions", "protocol", b"protocol", "retry_seconds", b"retry_seconds", "round", b"round", "seconds_left", b"seconds_left", "secure_aggregation", b"secure_aggregation", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "compressions", b"compressions", "history", b"history", "protocol", b"protocol", "retry_seconds", b"retry_seconds", "round", b"round", "seconds_left", b"seconds_left", "secure_aggregation", b"secure_aggregation", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -744,6 +750,7 @@ class UploadHeader(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round that the update belongs to."""
     total_bytes: _builtins.int
@@ -758,6 +765,8 @@ class UploadHeader(_message.Message):
     """Where the data that follows begins, in bytes from the payload's start."""
     compression: Global___Compression.ValueType
     """One of those that the coordinator offered for the round, or none."""
+    history: _builtins.str
+    """Of the CheckInReply that the device was sent to train with; empty is not compared."""
     def __init__(
         self,
         *,
@@ -767,10 +776,11 @@ class UploadHeader(_message.Message):
         tokens: _builtins.int = ...,
         offset: _builtins.int = ...,
         compression: Global___Compression.ValueType = ...,
+        history: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "offset", b"offset", "round", b"round", "sha256", b"sha256", "tokens", b"tokens", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "history", b"history", "offset", b"offset", "round", b"round", "sha256", b"sha256", "tokens", b"tokens", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,206 @@
+"""A backup of a running coordinator is whole, and rounds go on soundly from an older one."""
+
+import json
+import random
+import sqlite3
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from coordinator_help import (
+    TIMEOUT,
+    Fleet,
+    enrol_with,
+    finish,
+    free_port,
+    header,
+    in_parallel,
+    invited,
+    join_round,
+    train,
+)
+
+from coordinator import backup
+from edge_runtime import adapters, wire
+from edge_runtime.bundle import Bundle
+from edge_runtime.client import Client
+from edge_runtime.errors import BackupError, TrustError
+from edge_runtime.store import Home
+from protos import coordinator_pb2 as pb
+
+
+def comigs(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edge_runtime", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False)
+
+
+def test_backups_while_rounds_end(fleet: Fleet, tmp_path: Path) -> None:
+    """Each is the state of one moment, with every file that belongs to it."""
+    bundle = fleet.bundle(width=60_000)
+    options = ("--rounds", "15", "--server-optimizer", "momentum", "--exit-when-done")
+    served = fleet.serve(bundle, *options)
+    clients = fleet.enrolled(served, bundle, "ada", "ben")
+    began: dict[int, bytes] = {}
+
+    def live(client: Client, seed: int) -> None:
+        while (reply := client.check_in(5)).action != pb.CheckInReply.FINISH:
+            if reply.action == pb.CheckInReply.TRAIN:
+                began[reply.round] = client.download(reply.round)
+                update = train(bundle, began[reply.round], seed, reply.round)
+                assert client.upload(header(reply.round), update).accepted
+        finish(client, reply.round)
+
+    def back_up_again_and_again() -> list[Path]:
+        files = []
+        while served.process.poll() is None:
+            files.append(tmp_path / f"backup-{len(files)}")
+            backup.back_up(fleet.state, files[-1])
+        return files
+
+    files, *_ = in_parallel(
+        back_up_again_and_again, *(lambda i=i: live(clients[i], i) for i in range(2))
+    )
+    assert len(files) > 3
+    seen = set()
+    for file in files:
+        state = tmp_path / "restored" / file.name
+        backup.restore(file, state)
+        with sqlite3.connect(state / "coordinator.sqlite3") as connection:
+            query = "select generalist_file, memory_file from rounds order by number desc"
+            generalist, memory = connection.execute(query).fetchone()
+            (ended,) = connection.execute("select count(*) from rounds where status = 'aggregated'")
+        content = (state / generalist).read_bytes()
+        # What was open is abandoned: the next round starts from what that one did.
+        if ended[0] + 1 in began:
+            assert content == began[ended[0] + 1]
+        assert memory is None or (state / memory).exists()
+        assert (memory is None) == (ended[0] == 0)
+        seen.add(ended[0])
+    assert len(seen) > 1
+
+
+def test_rounds_go_on_from_an_older_backup(fleet: Fleet, tmp_path: Path) -> None:
+    bundle = fleet.bundle()
+    ports = ("--enrolment-port", str(free_port()))
+    listen = f"127.0.0.1:{free_port()}"
+    served = fleet.serve(bundle, "--rounds", "5", *ports, listen=listen)
+    ada, ben, eve = fleet.enrolled(served, bundle, "ada", "ben", "eve")
+    (unused,) = invited(served, "cy")
+    before, _ = join_round(ada, ben)
+    start = ada.download(1)
+    assert ada.upload(header(1), train(bundle, start, 0, 1)).accepted
+
+    made = comigs("backup", "--state", fleet.state, "--out", tmp_path / "b", "--format", "json")
+    assert made.returncode == 0, made.stderr
+    assert "keys of the authority" in made.stderr
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o600
+    with tarfile.open(tmp_path / "b") as archive:
+        names = archive.getnames()
+    assert {"coordinator.sqlite3", "ca-key.pem", "admin.json", "audit.jsonl"} <= {*names}
+    assert not [name for name in names if "updates" in name], "they are personal"
+
+    # What the backup knows nothing of: a round, and the device that came for it.
+    assert ben.upload(header(1), train(bundle, start, 1, 1)).accepted
+    served.wait_for("round_closed", round=1)
+    later = fleet.client(enrol_with(unused, bundle))
+    join_round(ada, ben, later)
+    served.kill()
+
+    fleet.state = tmp_path / "restored"
+    restored = comigs("restore", tmp_path / "b", "--state", fleet.state)
+    assert restored.returncode == 0, restored.stderr
+    assert "is forgotten" in restored.stderr
+    again = fleet.serve(bundle, "--rounds", "5", *ports, listen=listen)
+    again.ready()
+    after, _ = join_round(ada, ben)
+    assert after.round == 2
+    assert after.history != before.history
+    assert ada.download(2) == start, "round 2 as it was before is forgotten"
+    late = ada.upload(header(2, history=before.history), train(bundle, start, 0, 2))
+    assert not late.accepted
+    assert "restored from a backup" in late.reason
+    for seed, client in enumerate((ben, eve)):
+        if client is eve:
+            join_round(eve)
+        update = train(bundle, start, seed, 2)
+        assert client.upload(header(2, history=after.history), update).accepted
+    assert again.wait_for("round_closed")["updates"] == 2
+    with pytest.raises(TrustError, match="ask for a new invitation"):
+        later.check_in(0)
+    with pytest.raises(TrustError, match="ask for a new one"):
+        enrol_with(unused, bundle)
+    events = [json.loads(line)["event"] for line in (fleet.state / "audit.jsonl").open()]
+    assert "restored" in events
+    assert comigs("audit", "--state", fleet.state, "--verify").returncode == 0
+
+
+def test_a_device_ahead_of_a_restored_coordinator_trains_again(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    training = tmp_path / "training.json"
+    training.write_text('{"local_steps": 2, "batch_sequences": 2}')
+    options = ("--rounds", "1", "--min-devices", "1", "--training", str(training))
+    options = (*options, "--enrolment-port", "0")
+    listen = f"127.0.0.1:{free_port()}"
+    served = fleet.serve(tiny_bundle, *options, listen=listen)
+    (invitation,) = invited(served, "ada")
+    home = ("--home", tmp_path / "home", "--data", text_dir, "--bundle", tiny_bundle.path)
+
+    def device(*more: object) -> list[tuple[str, int]]:
+        run = ("device", "run", *home, "--threads", 1, "--retry", 10, "--format", "json", *more)
+        result = comigs(*run)
+        assert result.returncode == 0, result.stderr
+        events = [json.loads(line) for line in result.stdout.splitlines()]
+        return [(e["event"], e["round"]) for e in events if e["event"] in ("uploaded", "finished")]
+
+    Home(tmp_path / "home").save_identity(enrol_with(invitation, tiny_bundle))
+    backup.back_up(fleet.state, tmp_path / "backup")
+    assert device() == [("uploaded", 1), ("finished", 2)]
+    assert device() == [("finished", 2)]
+    served.kill()
+    fleet.state = tmp_path / "restored"
+    backup.restore(tmp_path / "backup", fleet.state)
+    fleet.serve(tiny_bundle, *options, listen=listen).ready()
+    assert device() == [("uploaded", 1), ("finished", 2)]
+
+
+def test_damaged_backups_and_places_that_are_taken(fleet: Fleet, tmp_path: Path) -> None:
+    bundle = fleet.bundle()
+    fleet.serve(bundle).ready()
+    good, target = tmp_path / "good", tmp_path / "target"
+    backup.back_up(fleet.state, good)
+    whole = good.read_bytes()
+    with tarfile.open(good) as archive:
+        *members, manifest = archive.getmembers()
+    generator = random.Random(5)
+    end = manifest.offset_data + manifest.size  # zeros follow
+    damaged = [b"", b"no backup", *(whole[: generator.randrange(end)] for _ in range(10))]
+    for member in members:
+        for _ in range(3):
+            flipped = bytearray(whole)
+            flipped[member.offset_data + generator.randrange(member.size)] ^= 1
+            damaged.append(bytes(flipped))
+    for content in damaged:
+        (tmp_path / "bad").write_bytes(content)
+        with pytest.raises(BackupError):
+            backup.restore(tmp_path / "bad", target)
+        assert not target.exists()
+    assert not list(tmp_path.glob(".target*")), "nothing is left behind"
+
+    (tmp_path / "bad").write_bytes(damaged[-1])
+    for arguments, code, words in (
+        (("backup", "--state", fleet.state, "--out", good), 2, "exists"),
+        (("backup", "--state", tmp_path / "none", "--out", target), 2, "holds no state"),
+        (("restore", good, "--state", fleet.state), 2, "not empty"),
+        (("restore", tmp_path / "bad", "--state", target), BackupError.code, "damaged"),
+        (("restore", tmp_path / "none", "--state", target), BackupError.code, "there is no"),
+    ):
+        result = comigs(*arguments)
+        assert result.returncode == code, result.stderr
+        assert words in " ".join(result.stderr.replace("│", " ").split())
+    assert good.read_bytes() == whole
+    start = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
+    backup.restore(good, target)
+    assert [file.read_bytes() for file in (target / "generalists").iterdir()] == [start]
