@@ -43,6 +43,15 @@ def _device_names(names: list[str]) -> list[str]:
 AdminOption = Annotated[
     Path, typer.Option(help="The administrator's file, or a copy; `comigs serve` says where it is.")
 ]
+DatabaseOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="COMIGS_DATABASE",
+        metavar="URL",
+        help="PostgreSQL database with its rows, postgresql://...; without it SQLite in --state.",
+        show_envvar=True,
+    ),
+]
 AddressOption = Annotated[
     str | None, typer.Option(help="HOST:PORT of the coordinator, if not the one in that file.")
 ]
@@ -71,6 +80,7 @@ def serve(
     bundle: Annotated[Path, typer.Option(help="Bundle whose generalist the devices share.")],
     state: Annotated[Path, typer.Option(help="Directory that holds everything it remembers.")],
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")],
+    database: DatabaseOption = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in all.")] = 3,
     min_devices: Annotated[
         int | None, typer.Option(min=1, help="Updates that a round needs.", show_default="2")
@@ -325,6 +335,7 @@ def serve(
     from coordinator.accounting import UnsoundError
     from coordinator.aggregation import choose
     from coordinator.buffering import buffer
+    from coordinator.database import postgres_engine
     from coordinator.limits import Limits
     from coordinator.quality import QualityGate
     from coordinator.rounds import Policy
@@ -392,10 +403,16 @@ def serve(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--training") from error
     config.rounds = rounds
+    if database is not None:
+        try:
+            postgres_engine(database)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--database") from error
     options = Options(
         bundle=bundle,
         listen=listen,
         state=state,
+        database=database,
         policy=Policy(
             rounds=rounds,
             min_devices=least,
@@ -436,13 +453,14 @@ def serve(
 def rounds(
     *,
     state: Annotated[Path, typer.Option(help="State directory of a coordinator, running or not.")],
+    database: DatabaseOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Lists the rounds of a coordinator, also while it runs."""
     from coordinator import listing
 
     try:
-        rows = listing.rounds(state)
+        rows = listing.rounds(state, database)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--state") from error
     if output is Format.JSON:
@@ -455,13 +473,14 @@ def rounds(
 def models(
     *,
     state: Annotated[Path, typer.Option(help="State directory of a coordinator, running or not.")],
+    database: DatabaseOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Lists the generalists: which round starts from each, and how far it is from the last."""
     from coordinator import models
 
     try:
-        rows = models.generalists(state)
+        rows = models.generalists(state, database)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--state") from error
     if output is Format.JSON:
@@ -768,6 +787,7 @@ def _print_text(event: str, fields: dict[str, Any]) -> None:
 TEXTS = {
     "listening": "listening on {address}, {trust}",
     "monitoring": "dashboard on http://{address}/, metrics on http://{address}/metrics",
+    "standing_by": "another coordinator uses {state}; this one goes on when that one ends",
     "device_enrolled": "{device} has enrolled",
     "device_revoked": "{device} is revoked",
     "round_opened": "round {round}: open",

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import NullPool, Select, create_engine, func, select
+from sqlalchemy import Engine, NullPool, Select, create_engine, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from coordinator.database import postgres_engine
 from coordinator.state import DATABASE, Participant, Refusal, Round, Settings, Status, Update
 from edge_runtime.errors import StorageError
 
@@ -44,9 +45,9 @@ class Row:
     """Likewise, of what came of it."""
 
 
-def rounds(state: Path) -> list[Row]:
+def rounds(state: Path, url: str | None = None) -> list[Row]:
     """All rounds in the state directory `state`, by cohort, in order; raises as `reading` does."""
-    with reading(state) as session:
+    with reading(state, url) as session:
         chosen = session.execute(select(Settings.cohort, Settings.rounds))
         wanted = {cohort: rounds for cohort, rounds in chosen}
         return [
@@ -58,28 +59,45 @@ def rounds(state: Path) -> list[Row]:
 
 
 @contextlib.contextmanager
-def reading(state: Path) -> Iterator[Session]:
+def reading(state: Path, url: str | None = None) -> Iterator[Session]:
     """The database in the state directory `state`, to read. Writes nothing and waits for nobody.
+
+    Args:
+        url: of the PostgreSQL database with the rows, if there is one.
 
     Raises:
         ValueError: there is no coordinator's state.
         StorageError: it cannot be read.
     """
-    database = state / DATABASE
-    if not database.exists():
-        raise ValueError(f"{state} holds no state of a coordinator; give what `comigs serve` has")
-    # Its own connections: SQLAlchemy's URLs cannot say "read only" for every path.
-    uri = f"{database.resolve().as_uri()}?mode=ro"
-    engine = create_engine(
-        "sqlite://", creator=lambda: sqlite3.connect(uri, uri=True), poolclass=NullPool
-    )
+    if url is None:
+        engine, place = _sqlite(state), str(state / DATABASE)
+    else:
+        engine = postgres_engine(url)
+        place = engine.url.render_as_string(hide_password=True)
     try:
         with Session(engine) as session:
             yield session
     except DBAPIError as error:
+        reason = " ".join(str(error.orig).split())
         raise StorageError(
-            f"cannot read {database}: {error.orig}; it is damaged or of another version of comigs"
+            f"cannot read {place}: {reason}; it is damaged or of another version of comigs"
         ) from error
+    finally:
+        engine.dispose()
+
+
+def _sqlite(state: Path) -> Engine:
+    database = state / DATABASE
+    if not database.exists():
+        raise ValueError(
+            f"{state} holds no state of a coordinator; give what `comigs serve` has, --database "
+            "too if it has one"
+        )
+    # Its own connections: SQLAlchemy's URLs cannot say "read only" for every path.
+    uri = f"{database.resolve().as_uri()}?mode=ro"
+    return create_engine(
+        "sqlite://", creator=lambda: sqlite3.connect(uri, uri=True), poolclass=NullPool
+    )
 
 
 def _counted() -> Select[Round, int, int, int]:

@@ -38,9 +38,9 @@ class Generalist:
     """Whether the present round starts from it."""
 
 
-def generalists(state: Path) -> list[Generalist]:
+def generalists(state: Path, url: str | None = None) -> list[Generalist]:
     """All in the state directory `state`, by cohort, in order; raises as `listing.reading` does."""
-    with listing.reading(state) as session:
+    with listing.reading(state, url) as session:
         cohorts = session.scalars(select(Round.cohort).distinct().order_by(Round.cohort)).all()
         return [found for cohort in cohorts for found in of_cohort(session, state, cohort)]
 

@@ -45,8 +45,10 @@ class Live:
 class Overview:
     """Call it for all there is to show, as JSON values; any thread may."""
 
-    def __init__(self, state: Path, live: Live) -> None:
+    def __init__(self, state: Path, live: Live, url: str | None = None) -> None:
+        """`url` is of the PostgreSQL database with the rows, if there is one."""
         self._state = state
+        self._url = url
         self._live = live
         self._samples: deque[tuple[float, int, int]] = deque(maxlen=MOST_SAMPLES)
         self._lock = threading.Lock()
@@ -90,7 +92,7 @@ class Overview:
         }
 
     def _cohorts(self) -> list[dict[str, Any]]:
-        with listing.reading(self._state) as session:
+        with listing.reading(self._state, self._url) as session:
             return [
                 {
                     "name": setting.cohort,
@@ -111,7 +113,7 @@ class Overview:
 
     def _tiers(self) -> list[dict[str, Any]]:
         """How many devices of each tier may take part, and are connected; the largest first."""
-        with listing.reading(self._state) as session:
+        with listing.reading(self._state, self._url) as session:
             found = session.execute(
                 select(Device.id, Device.tier).where(Device.revoked_at.is_(None))
             )

@@ -57,6 +57,7 @@ from coordinator.aggregation import (
     conclude_sum,
 )
 from coordinator.buffering import Buffering
+from coordinator.database import TakenOverError
 from coordinator.quality import Quality, QualityGate
 from coordinator.secure_aggregation import Masking, SecureAggregation, over
 from coordinator.selection import Selection
@@ -222,6 +223,8 @@ class Rounds:
         while True:
             try:
                 result = await step()
+            except TakenOverError:
+                raise
             except StorageError as error:
                 if not failed:
                     self._report("storage_failed", {"reason": str(error)})

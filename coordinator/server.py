@@ -23,6 +23,7 @@ from coordinator.aggregation.updates import Layout
 from coordinator.audit import COORDINATOR, AuditLog, Auditor
 from coordinator.callers import Callers
 from coordinator.calls import Calls
+from coordinator.database import InUseError, TakenOverError
 from coordinator.enrolment import Enrolment
 from coordinator.limits import Limits, raise_file_limit, share_heap, watch_connections
 from coordinator.metrics import Metrics
@@ -36,7 +37,7 @@ from coordinator.tls import ADMIN_FILE, Authority, administrator, subject_of
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import contract_sha256, open_bundle
 from edge_runtime.connection import Traffic
-from edge_runtime.errors import AddressError, MissingPartError
+from edge_runtime.errors import AddressError, MissingPartError, StorageError
 from edge_runtime.identity import read_identity
 from protos import coordinator_pb2, coordinator_pb2_grpc, manifest_pb2
 
@@ -46,6 +47,10 @@ if TYPE_CHECKING:  # it needs packages of the extra "tracing"
 WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - recognised, not listened on
 # How long calls that are being answered may take to end when the coordinator stops.
 GRACE_SECONDS = 5.0
+# How often one that stands by looks whether the coordinator in front of it is gone.
+STANDBY_SECONDS = 0.5
+# How often one that may have been taken over without its noticing looks.
+CHECK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Options:
     enrolment_port: int | None
     """Where invitations are used; None: the port after `listen`'s, or a free one if that is 0."""
     state: Path
+    database: str | None
+    """URL of a PostgreSQL database for the rows; None: SQLite, in `state`."""
     policy: Policy
     names: tuple[str, ...]
     """Further host names and IP addresses for the certificate; devices are told the first."""
@@ -78,7 +85,9 @@ async def serve(options: Options, report: Report) -> None:
     Raises:
         BundleError: no usable bundle, or the state belongs to another one.
         AddressError: the address is malformed or cannot be listened on.
-        StorageError: the state directory is in use or cannot be written.
+        StorageError: the state directory is in use or cannot be written, or another coordinator has
+            taken it over.
+        ValueError, MissingPartError: see `Postgres`.
         AuditError: the audit log in the state directory cannot be continued.
         TrustError: the authority or the administrator's file in the state directory is damaged.
         UnsoundError: its rounds and the wanted ones do not go together in privacy.
@@ -87,14 +96,18 @@ async def serve(options: Options, report: Report) -> None:
     bundle = open_bundle(options.bundle)
     host, port = _split(options.listen)
     generalist = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
+    stopped = _stop_signals()
+    taken = await _take_state(options, report, stopped)
+    if taken is None:
+        return
     with (
         contextlib.ExitStack() as stack,
-        contextlib.closing(State(options.state)) as whole,
+        contextlib.closing(taken) as whole,
         contextlib.closing(AuditLog(options.state)) as log,
         contextlib.closing(Auditor(log)) as auditor,
     ):
         live = Live(calls=Calls(auditor), traffic=Traffic())
-        metrics, overview = Metrics(live), Overview(options.state, live)
+        metrics, overview = Metrics(live), Overview(options.state, live, options.database)
         live.calls.observers.append(metrics.ended)
         report = to_all(report, auditor.observe, metrics.observe, overview.observe)
         if options.traces is not None:
@@ -130,7 +143,6 @@ async def serve(options: Options, report: Report) -> None:
             auditor=auditor,
             report=report,
         )
-        stopped = _stop_signals()
         async with contextlib.AsyncExitStack() as running:
             if options.monitor is not None:
                 report("monitoring", {"address": _monitor(options, metrics, overview, running)})
@@ -140,6 +152,27 @@ async def serve(options: Options, report: Report) -> None:
                 await _run(parts, stopped)
             finally:
                 auditor.note("stopped", COORDINATOR, {})
+
+
+async def _take_state(options: Options, report: Report, stopped: asyncio.Event) -> State | None:
+    """The state, for this coordinator alone. One in PostgreSQL is waited for, so that another
+    machine or process can go on with it; None if this one is told to stop meanwhile."""
+    waiting = False
+    while not stopped.is_set():
+        try:
+            return State(options.state, options.database)
+        except InUseError:
+            if options.database is None:
+                raise
+            if not waiting:
+                report("standing_by", {"state": str(options.state)})
+            waiting = True
+        except StorageError:
+            if not waiting:
+                raise
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopped.wait(), STANDBY_SECONDS)
+    return None
 
 
 def _settings(policy: Policy, contract: str) -> Settings:
@@ -377,17 +410,32 @@ def _stop_signals() -> asyncio.Event:
 
 async def _run(parts: _Parts, stopped: asyncio.Event) -> None:
     """Runs the rounds; returns when it is time to stop."""
-    course = asyncio.create_task(_course(parts))
-    waiting = asyncio.create_task(stopped.wait())
+    tasks = [
+        asyncio.create_task(what)
+        for what in (_course(parts), _notice_takeover(parts.state), stopped.wait())
+    ]
     try:
-        await asyncio.wait({course, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if course.done():
-            course.result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
     finally:
         parts.rounds.stop()
-        for task in (course, waiting):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(course, waiting, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _notice_takeover(state: State) -> None:
+    """Raises TakenOverError when another coordinator has taken `state` over."""
+    while True:
+        await asyncio.sleep(CHECK_SECONDS)
+        try:
+            state.check()
+        except TakenOverError:
+            raise
+        except StorageError:
+            pass  # the rounds see to it
 
 
 async def _course(parts: _Parts) -> None:

@@ -1,4 +1,4 @@
-"""What the coordinator remembers: a SQLite database, and files of generalists, updates and moments.
+"""What the coordinator remembers: a database, and files of generalists, updates and moments.
 
 A file is written before the row that names it, and the row is committed before anyone is told, so a
 kill at any moment loses nothing that was acknowledged. Rounds are numbered within their cohort. A
@@ -21,18 +21,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import (
-    URL,
+    BigInteger,
     ColumnElement,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
+    Integer,
     Select,
-    create_engine,
     delete,
-    event,
     func,
     inspect,
     select,
@@ -48,6 +47,8 @@ from sqlalchemy.orm import (
     mapped_column,
 )
 
+from coordinator import database
+from coordinator.database import InUseError, Postgres, Sqlite
 from coordinator.quality import Quality
 from edge_runtime.errors import BundleError, StorageError
 from edge_runtime.files import (
@@ -57,7 +58,7 @@ from edge_runtime.files import (
     write_atomic,
 )
 
-DATABASE = "coordinator.sqlite3"
+DATABASE = database.FILE
 LOCK = "lock"
 GENERALISTS = "generalists"
 MEMORIES = "memories"
@@ -74,7 +75,8 @@ class Status(StrEnum):
 
 
 class Base(DeclarativeBase):
-    pass
+    # SQLite's own integers have 64 bits, and only they number rows by themselves.
+    type_annotation_map: ClassVar = {int: BigInteger().with_variant(Integer, "sqlite")}
 
 
 class Device(Base):
@@ -301,12 +303,19 @@ class State:
 
     cohort = ""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, url: str | None = None) -> None:
         """Opens or makes the state in `directory` and keeps other coordinators out of it.
 
+        Args:
+            url: of a PostgreSQL database for the rows; None: SQLite, in `directory`.
+
         Raises:
-            StorageError: not writable, not ours to read, or in use by another process.
+            InUseError: another coordinator uses it.
+            StorageError: not writable, or not ours to read.
+            ValueError, MissingPartError: see `Postgres`.
         """
+        self._database = Postgres(url) if url else Sqlite(directory)
+        self._engine = self._database.engine
         self.directory = directory
         with storage_errors(directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -315,23 +324,37 @@ class State:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise StorageError(
+            raise InUseError(
                 f"{directory} is in use by another coordinator; stop that one first, or choose "
                 "another --state"
             ) from error
-        self._engine = create_engine(URL.create("sqlite", database=str(directory / DATABASE)))
-        event.listen(self._engine, "connect", _configure)
-        with self._storage_errors():
-            self._check_schema()
-            Base.metadata.create_all(self._engine)
+        try:
+            with self._storage_errors():
+                self._database.take()
+                self._check_schema()
+                Base.metadata.create_all(self._engine)
+            if url:
+                self._check_files()
+        except BaseException:
+            self.close()
+            raise
         self.clean()
         written = (directory / name for name in (GENERALISTS, MEMORIES))
         for place in (directory, *written, *(directory / UPDATES).glob("*")):
             remove_leftovers(place)
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
         os.close(self._lock)
+
+    def check(self) -> None:
+        """
+        Raises:
+            TakenOverError: another coordinator goes on with this state.
+            StorageError: it cannot be reached.
+        """
+        with self._transaction():
+            pass
 
     def of(self, cohort: str) -> State:
         """The same state, for the rounds of `cohort`."""
@@ -851,7 +874,7 @@ class State:
                     cohort=self.cohort,
                     round=number,
                     device=device,
-                    reason=reason,
+                    reason=reason.replace("\0", "\ufffd"),  # PostgreSQL keeps no such text
                     time=time.time(),
                 )
             )
@@ -994,14 +1017,23 @@ class State:
     def _check_schema(self) -> None:
         """Marks a new database with SCHEMA; refuses one with another mark."""
         new = not inspect(self._engine).has_table(Round.__tablename__)
-        with self._engine.begin() as connection:
-            if new:
-                connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA}")
-            elif connection.exec_driver_sql("PRAGMA user_version").scalar() != SCHEMA:
-                raise StorageError(
-                    f"{self.directory} was made by another version of comigs; go on with that "
-                    "one, or choose another --state"
-                )
+        if new:
+            self._database.mark(SCHEMA)
+        elif self._database.schema() != SCHEMA:
+            raise StorageError(
+                f"{self._database.place} was made by another version of comigs; go on with that "
+                "one, or choose another --state"
+            )
+
+    def _check_files(self) -> None:
+        """Refuses a database of another directory."""
+        with self._transaction() as session:
+            for ongoing in session.scalars(select(Round).where(_ongoing())):
+                if not (self.directory / ongoing.generalist_file).exists():
+                    raise StorageError(
+                        f"{self.directory} lacks {ongoing.generalist_file}, which "
+                        f"{self._database.place} names; give the --state that belongs to it"
+                    )
 
     def _current(self, session: Session) -> Round:
         chosen = select(Round).where(Round.cohort == self.cohort, _ongoing())
@@ -1060,6 +1092,7 @@ class State:
             Session(self._engine, expire_on_commit=False) as session,
             session.begin(),
         ):
+            self._database.guard(session)
             yield session
 
     @contextlib.contextmanager
@@ -1067,9 +1100,11 @@ class State:
         try:
             yield
         except DBAPIError as error:
+            self._database.lost()
+            reason = " ".join(str(error.orig).split())
             raise StorageError(
-                f"cannot use {self.directory / DATABASE}: {error.orig}; free some space or check "
-                "the file, then start again: what was acknowledged before is intact"
+                f"cannot use {self._database.place}: {reason}; free some space or check that it "
+                "is there: what was acknowledged before is intact"
             ) from error
 
 
@@ -1111,9 +1146,3 @@ def _ongoing() -> ColumnElement[bool]:
 
 def _updates_directory(cohort: str, number: int) -> str:
     return f"{UPDATES}/{number}-{cohort}"
-
-
-def _configure(connection: Any, _record: Any) -> None:
-    """Every commit reaches the disk before it returns."""
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")

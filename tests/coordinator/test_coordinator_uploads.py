@@ -175,5 +175,7 @@ def test_an_endless_upload_is_cut_off_without_being_buffered(fleet: Fleet) -> No
 def test_an_upload_has_no_room_for_anything_but_the_generalist() -> None:
     """A new field here is a decision about what leaves a device."""
     fields = {field.name for field in pb.UploadHeader.DESCRIPTOR.fields}
-    assert fields == {"round", "total_bytes", "sha256", "tokens", "offset", "compression"}
+    assert fields == {
+        *("round", "total_bytes", "sha256", "tokens", "offset", "compression", "history")
+    }
     assert {field.name for field in pb.UploadPart.DESCRIPTOR.fields} == {"header", "data"}

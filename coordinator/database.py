@@ -1,0 +1,199 @@
+"""Where the coordinator's rows are: a SQLite file in the state directory, or PostgreSQL by URL.
+
+One coordinator at a time uses a state. With PostgreSQL that is made sure of twice, by a lock in the
+database for as long as the coordinator's connection lives, and by a term: each coordinator that
+takes the state over raises it, and every transaction of an earlier one then fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.orm import Session
+
+from edge_runtime.errors import MissingPartError, StorageError
+
+FILE = "coordinator.sqlite3"
+# "comigs", as the number that PostgreSQL wants.
+LOCK = int.from_bytes(b"comigs", "big")
+CONNECT_SECONDS = 5
+# A coordinator whose machine vanished loses its lock within about 25 seconds.
+KEEPALIVE = "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
+
+
+class TakenOverError(StorageError):
+    """Another coordinator goes on with this state."""
+
+
+class InUseError(StorageError):
+    """Another coordinator uses the state."""
+
+
+class Database(ABC):
+    """Of one coordinator, from when it takes the state until it ends."""
+
+    engine: Engine
+    place: str
+    """What it is, for people."""
+
+    @abstractmethod
+    def take(self) -> None:
+        """Keeps other coordinators away from now on.
+
+        Raises:
+            InUseError: one is there.
+        """
+
+    @abstractmethod
+    def schema(self) -> int | None:
+        """As `mark` wrote it; None in a new database."""
+
+    @abstractmethod
+    def mark(self, schema: int) -> None: ...
+
+    @abstractmethod
+    def guard(self, session: Session) -> None:
+        """Begins a transaction: it commits only if this is still the coordinator of the state.
+
+        Raises:
+            TakenOverError: it is not.
+        """
+
+    @abstractmethod
+    def lost(self) -> None:
+        """A connection has broken."""
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+class Sqlite(Database):
+    """The lock of the state directory is enough for it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.place = str(directory / FILE)
+        self.engine = create_engine(URL.create("sqlite", database=self.place))
+        event.listen(self.engine, "connect", _configure)
+
+    def take(self) -> None: ...
+
+    def schema(self) -> int | None:
+        with self.engine.begin() as connection:
+            return connection.exec_driver_sql("PRAGMA user_version").scalar() or None
+
+    def mark(self, schema: int) -> None:
+        with self.engine.begin() as connection:
+            connection.exec_driver_sql(f"PRAGMA user_version={schema}")
+
+    def guard(self, session: Session) -> None: ...
+
+    def lost(self) -> None: ...
+
+
+class Postgres(Database):
+    def __init__(self, url: str) -> None:
+        """
+        Raises:
+            ValueError: `url` is no address of a PostgreSQL database.
+            MissingPartError: its driver is not installed.
+        """
+        self.engine = postgres_engine(url)
+        self.place = self.engine.url.render_as_string(hide_password=True)
+        self._holder: Connection | None = None
+        self._doubtful = False
+        self._term = 0
+
+    def take(self) -> None:
+        self._hold()
+        with self.engine.begin() as connection:
+            connection.execute(
+                text(
+                    "create table if not exists lead "
+                    "(id int primary key, term bigint not null, schema int)"
+                )
+            )
+            self._term = connection.execute(
+                text(
+                    "insert into lead values (1, 1, null) "
+                    "on conflict (id) do update set term = lead.term + 1 returning term"
+                )
+            ).scalar_one()
+
+    def schema(self) -> int | None:
+        with self.engine.begin() as connection:
+            schema: int | None = connection.execute(text("select schema from lead")).scalar_one()
+            return schema
+
+    def mark(self, schema: int) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(text("update lead set schema = :schema"), {"schema": schema})
+
+    def guard(self, session: Session) -> None:
+        if self._doubtful:
+            with contextlib.suppress(InUseError):  # perhaps by our own connection that broke
+                self._hold()
+        # Whoever takes over waits for transactions that have begun, and ends those that have not.
+        term = session.execute(text("select term from lead for share")).scalar_one()
+        if term != self._term:
+            raise TakenOverError(
+                f"another coordinator has taken over {self.place}, so this one stops; start it "
+                "again to stand by"
+            )
+
+    def lost(self) -> None:
+        self._doubtful = True
+
+    def close(self) -> None:
+        self._release()
+        super().close()
+
+    def _hold(self) -> None:
+        """Takes the lock, anew if the connection that had it broke."""
+        self._release()
+        holder = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if not holder.execute(text("select pg_try_advisory_lock(:key)"), {"key": LOCK}).scalar():
+            holder.close()
+            raise InUseError(f"{self.place} is in use by another coordinator")
+        self._holder, self._doubtful = holder, False
+
+    def _release(self) -> None:
+        if self._holder is not None:
+            # Closed for good, since back in the pool it would keep the lock.
+            with contextlib.suppress(DBAPIError):
+                self._holder.invalidate()
+            self._holder.close()
+            self._holder = None
+
+
+def postgres_engine(url: str) -> Engine:
+    """Connections to the database of `url`.
+
+    Raises:
+        ValueError: `url` is no address of a PostgreSQL database.
+        MissingPartError: its driver is not installed.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        parsed = None
+    # Without `url` in the message: there may be a password in it.
+    if parsed is None or parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise ValueError("give postgresql://USER:PASSWORD@HOST:PORT/NAME; SQLite needs no URL")
+    options = {"connect_timeout": CONNECT_SECONDS, "options": KEEPALIVE}
+    try:
+        return create_engine(parsed.set(drivername="postgresql+psycopg"), connect_args=options)
+    except ImportError as error:
+        raise MissingPartError(
+            "PostgreSQL needs psycopg; install the extra: pip install 'comigs[postgresql]'"
+        ) from error
+
+
+def _configure(connection: Any, _record: Any) -> None:
+    """Every commit reaches the disk before it returns."""
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")

@@ -1,0 +1,265 @@
+"""PostgreSQL instead of SQLite, with a real server: lost, found again, and taken over."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from coordinator_help import (
+    Fleet,
+    Served,
+    finish,
+    free_port,
+    header,
+    in_parallel,
+    join_round,
+    mean_of,
+    train,
+)
+
+from edge_runtime import adapters, wire
+from edge_runtime.bundle import Bundle
+from edge_runtime.client import Client
+from edge_runtime.connection import Patience
+from edge_runtime.errors import UnreachableError
+from protos import coordinator_pb2 as pb
+
+
+def binaries() -> Path | None:
+    """Where PostgreSQL's programs are; Debian keeps them off the PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+    on_path = shutil.which("pg_ctl")
+    return found[-1].parent if found else Path(on_path).parent if on_path else None
+
+
+class Server:
+    """A PostgreSQL cluster of our own, which does not run as root."""
+
+    def __init__(self, directory: Path, programs: Path) -> None:
+        self.directory, self.programs = directory, programs
+        self.data, self.port = directory / "data", free_port()
+        self._as_user: list[str] = []
+        if os.geteuid() == 0:
+            owner = pwd.getpwnam("postgres")
+            os.chown(directory, owner.pw_uid, owner.pw_gid)
+            # Not by `subprocess`, whose way to do it does not go with gRPC's threads.
+            ids = (f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups")
+            self._as_user = ["setpriv", *ids]
+        self._run("initdb", "-D", self.data, "-U", "comigs", "-A", "trust", "-N")
+
+    def start(self) -> None:
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.directory}"
+        log = self.directory / "log"
+        self._run("pg_ctl", "-D", self.data, "-l", log, "-w", "-o", options, "start")
+
+    def stop(self, mode: str = "immediate") -> None:
+        self._run("pg_ctl", "-D", self.data, "-m", mode, "-w", "stop")
+
+    def url(self, name: str) -> str:
+        """Of a new database."""
+        with psycopg.connect(self._url("postgres"), autocommit=True) as connection:
+            connection.execute(f"create database {name}")
+        return self._url(name)
+
+    def _url(self, name: str) -> str:
+        return f"postgresql://comigs:secret@127.0.0.1:{self.port}/{name}"
+
+    def _run(self, program: str, *arguments: object) -> None:
+        command = [*self._as_user, str(self.programs / program), *map(str, arguments)]
+        # A server that is started would keep a pipe open.
+        output = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        subprocess.run(command, cwd=self.directory, check=True, **output)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    programs = binaries()
+    if programs is None:
+        pytest.skip("there is no PostgreSQL here: apt-get install postgresql")
+    if os.geteuid() == 0 and "postgres" not in {user.pw_name for user in pwd.getpwall()}:
+        pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+    # Not below pytest's own directory, which only root may enter.
+    with tempfile.TemporaryDirectory(prefix="comigs-postgres-") as directory:
+        started = Server(Path(directory), programs)
+        started.start()
+        yield started
+        started.stop()
+
+
+@pytest.fixture
+def url(server: Server, request: pytest.FixtureRequest) -> str:
+    return server.url(f"test_{abs(hash(request.node.name))}")
+
+
+def rows(url: str, query: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(url) as connection:
+        return connection.execute(query).fetchall()
+
+
+def replay(fleet: Fleet, bundle: Bundle, url: str, lives: list[dict[int, bytes]]) -> bytes:
+    """The generalist that the acknowledged updates amount to; every one was counted once."""
+    known = dict(rows(url, "select name, id from devices"))
+    order = sorted(range(len(lives)), key=lambda i: known[f"device {i}"])
+    generalist = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
+    (count,) = rows(url, "select count(*) from rounds where status = 'aggregated'")[0]
+    for number in range(1, count + 1):
+        updates = [lives[index].pop(number) for index in order]
+        assert updates == [train(bundle, generalist, index, number) for index in order]
+        generalist = wire.encode(bundle.manifest, {"generalist": mean_of(bundle, updates)})
+    assert not any(lives), "an update was acknowledged and is in no round"
+    assert rows(url, "select count(*) from updates") == [(count * len(lives),)]
+    return generalist
+
+
+def live(bundle: Bundle, client: Client, seed: int) -> tuple[dict[int, bytes], bytes]:
+    acknowledged: dict[int, bytes] = {}
+    while (reply := client.check_in(2)).action != pb.CheckInReply.FINISH:
+        if reply.action == pb.CheckInReply.TRAIN:
+            update = train(bundle, client.download(reply.round), seed, reply.round)
+            assert client.upload(header(reply.round), update).accepted
+            acknowledged[reply.round] = update
+    return acknowledged, finish(client, reply.round)
+
+
+def test_rounds_with_postgres_and_what_is_kept_there(fleet: Fleet, url: str) -> None:
+    bundle = fleet.bundle()
+    options = ("--database", url, "--rounds", "2", "--server-optimizer", "adam")
+    served = fleet.serve(bundle, *options, "--exit-when-done")
+    clients = fleet.enrolled(served, bundle, "device 0", "device 1")
+    # A reason with a NUL in it, which PostgreSQL cannot keep, and more tokens than 32 bits hold.
+    join_round(*clients)
+    start = clients[0].download(1)
+    name = b'{"generalist/\\u0000":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    hostile = len(name).to_bytes(8, "little") + name + bytes(4)
+    assert not clients[1].upload(header(1), hostile).accepted
+    update = train(bundle, start, 0, 1)
+    assert clients[0].upload(header(1, tokens=2**50), update).accepted
+    assert clients[1].upload(header(1), train(bundle, start, 1, 1)).accepted
+    in_parallel(*(lambda i=i: live(bundle, clients[i], i) for i in range(2)))
+    assert served.end()[-1]["event"] == "finished"
+    assert not (fleet.state / "coordinator.sqlite3").exists()
+    assert rows(url, "select max(tokens) from updates") == [(2**50,)]
+    command = [*("python", "-m", "edge_runtime", "rounds", "--state", str(fleet.state))]
+    listed = subprocess.run(
+        [*command, "--format", "json"],
+        env={**os.environ, "COMIGS_DATABASE": url},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [row["status"] for row in json.loads(listed.stdout)["rounds"]] == ["aggregated"] * 2
+    # A second start goes on with the same state, and another directory is not taken for its own.
+    again = fleet.serve(bundle, *options, "--exit-when-done")
+    assert again.end()[-1]["event"] == "finished"
+    other = fleet.serve(bundle, *options, state=fleet.directory / "other")
+    assert other.process.wait(30) == 17
+    assert "give the --state that belongs to it" in other.stderr()
+
+
+def test_a_database_that_is_gone_for_a_while_loses_nothing(
+    fleet: Fleet, server: Server, url: str
+) -> None:
+    """It crashes and comes back, three times, under a coordinator and devices that go on."""
+    bundle = fleet.bundle(width=20_000)
+    served = fleet.serve(bundle, "--database", url, "--rounds", "12", "--exit-when-done")
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(2)))
+    moments = random.Random(1)
+
+    def crash_again_and_again() -> None:
+        for _ in range(3):
+            served.wait_for("round_closed")
+            time.sleep(moments.uniform(0, 0.05))
+            server.stop()
+            if not any(event["event"] == "storage_failed" for event in served.events):
+                served.wait_for("storage_failed")
+            server.start()
+
+    *lives, _ = in_parallel(
+        *(lambda i=i: live(bundle, clients[i], i) for i in range(2)), crash_again_and_again
+    )
+    assert served.end()[-1]["event"] == "finished"
+    final = replay(fleet, bundle, url, [acknowledged for acknowledged, _ in lives])
+    assert [generalist for _, generalist in lives] == [final] * 2
+    reasons = [e["reason"] for e in served.events if e["event"] == "storage_failed"]
+    assert "postgresql" in reasons[0]
+    assert "secret" not in "".join(reasons)
+
+
+def test_another_coordinator_takes_over_when_one_is_killed(fleet: Fleet, url: str) -> None:
+    """On one address, one at a time, again and again; the same round goes on."""
+    bundle = fleet.bundle(width=20_000)
+    options = ("--database", url, "--rounds", "12", "--exit-when-done", "--enrolment-port", "0")
+    listen = f"127.0.0.1:{free_port()}"
+
+    def start() -> Served:
+        return fleet.serve(bundle, *options, listen=listen)
+
+    leader = start()
+    clients = fleet.enrolled(leader, bundle, *(f"device {i}" for i in range(2)))
+    moments = random.Random(2)
+
+    def kill_again_and_again() -> Served:
+        current = leader
+        for _ in range(4):
+            standby = start()
+            standby.wait_for("standing_by")
+            current.wait_for(moments.choice(["update_accepted", "round_opened"]))
+            time.sleep(moments.uniform(0, 0.05))
+            current.kill()
+            standby.ready()
+            current = standby
+        return current
+
+    *lives, last = in_parallel(
+        *(lambda i=i: live(bundle, clients[i], i) for i in range(2)), kill_again_and_again
+    )
+    assert last.end()[-1]["event"] == "finished"
+    final = replay(fleet, bundle, url, [acknowledged for acknowledged, _ in lives])
+    assert [generalist for _, generalist in lives] == [final] * 2
+
+
+def test_whoever_was_taken_over_can_write_nothing_more(fleet: Fleet, url: str) -> None:
+    """Though it never noticed: its database refuses it, and it ends."""
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--database", url, "--rounds", "1")
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(ada, ben)
+    start = ada.download(1)
+    with psycopg.connect(url) as connection:
+        connection.execute("update lead set term = term + 1")  # as one that takes over does
+    with pytest.raises(UnreachableError):
+        impatient(fleet, ada).upload(header(1), train(bundle, start, 0, 1))
+    assert served.process.wait(30) == 17
+    assert "another coordinator has taken over" in served.stderr()
+    assert rows(url, "select count(*) from updates") == [(0,)]
+
+
+def impatient(fleet: Fleet, client: Client) -> Client:
+    return fleet.client(client.who, patience=Patience(1, on_wait=lambda _: None))
+
+
+def test_bad_addresses_of_databases(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    nobody = f"postgresql://comigs:secret@127.0.0.1:{free_port()}/comigs"
+    for url, code, words in (
+        ("mysql://root@localhost/x", 2, "give postgresql://"),
+        ("nonsense", 2, "give postgresql://"),
+        (nobody, 17, "Connection refused"),
+    ):
+        served = fleet.serve(bundle, "--database", url)
+        assert served.process.wait(30) == code
+        message = " ".join(served.stderr().replace("│", " ").split())
+        assert words in message
+        assert "secret" not in message
+        assert "Traceback" not in message
