@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from coordinator.callers import Callers, storage_errors
+from coordinator.cohorts import Cohorts
 from coordinator.rounds import NoSuchRoundError, RefusedCommandError, Report, Rounds
 from coordinator.state import State
 from edge_runtime import invitation as invitations
@@ -44,10 +45,10 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
     """Answers the administrator, and refuses everybody else."""
 
     def __init__(
-        self, *, state: State, rounds: Rounds, callers: Callers, address: Address, report: Report
+        self, *, state: State, cohorts: Cohorts, callers: Callers, address: Address, report: Report
     ) -> None:
         self._state = state
-        self._rounds = rounds
+        self._cohorts = cohorts
         self._callers = callers
         self._address = address
         self._report = report
@@ -61,6 +62,12 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"an invitation works for up to {LONGEST_INVITATION_SECONDS / 3600:.0f} hours",
             )
+        if request.cohort and request.cohort not in self._cohorts:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"there is no cohort {request.cohort}; choose from "
+                f"{', '.join(cohort.name for cohort in self._cohorts.all)}",
+            )
         if not self._address.host:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -70,7 +77,7 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
         token = secrets.token_bytes(TOKEN_BYTES)
         expires_at = time.time() + request.valid_seconds
         async with storage_errors(context, self._report):
-            self._state.invite(request.name, token, expires_at)
+            self._state.invite(request.name, token, expires_at, cohort=request.cohort or None)
         text = invitations.encode(
             pb.Invitation(
                 name=request.name,
@@ -114,6 +121,7 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
                     last_seen=self._callers.last_seen.get(device.id, 0),
                     revoked_at=device.revoked_at or 0,
                     tier=device.tier or "",
+                    cohort=device.cohort,
                 )
                 for device in devices
             )
@@ -121,12 +129,12 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
 
     async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.PauseReply:  # noqa: N802
         async with self._command(context):
-            self._rounds.pause()
+            self._rounds(request.cohort).pause()
         return pb.PauseReply()
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeReply:  # noqa: N802
         async with self._command(context):
-            self._rounds.resume()
+            self._rounds(request.cohort).resume()
         return pb.ResumeReply()
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortReply:  # noqa: N802
@@ -137,12 +145,24 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
                     grpc.StatusCode.INVALID_ARGUMENT,
                     f"a reason has at most {LONGEST_REASON} characters of printable text",
                 )
-            return pb.AbortReply(round=self._rounds.abort(request.reason, request.command))
+            rounds = self._rounds(request.cohort)
+            return pb.AbortReply(round=rounds.abort(request.reason, request.command))
 
     async def RollBack(self, request: pb.RollBackRequest, context: Context) -> pb.RollBackReply:  # noqa: N802
         async with self._command(context):
             await _check_command(request.command, context)
-            return pb.RollBackReply(round=self._rounds.roll_back(request.round, request.command))
+            rounds = self._rounds(request.cohort)
+            return pb.RollBackReply(round=rounds.roll_back(request.round, request.command))
+
+    def _rounds(self, cohort: str) -> Rounds:
+        """Of that cohort, or of the only one."""
+        if not cohort and len(self._cohorts.all) == 1:
+            return self._cohorts.all[0].rounds
+        if cohort not in self._cohorts:
+            names = ", ".join(each.name for each in self._cohorts.all)
+            problem = f"there is no cohort {cohort}" if cohort else "there are several cohorts"
+            raise RefusedCommandError(f"{problem}; give --cohort and one of {names}")
+        return self._cohorts[cohort].rounds
 
     @contextlib.asynccontextmanager
     async def _command(self, context: Context) -> AsyncIterator[None]:

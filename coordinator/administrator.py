@@ -23,9 +23,12 @@ class Administrator(Closing):
     def close(self) -> None:
         self._connection.close()
 
-    def invite(self, name: str, valid_seconds: float) -> pb.InviteReply:
-        """An invitation for a device of that name, which works for `valid_seconds`."""
-        request = pb.InviteRequest(name=name, valid_seconds=valid_seconds)
+    def invite(self, name: str, valid_seconds: float, cohort: str = "") -> pb.InviteReply:
+        """An invitation for a device of that name, which works for `valid_seconds`.
+
+        Without `cohort` the device's bundle says where it belongs.
+        """
+        request = pb.InviteRequest(name=name, valid_seconds=valid_seconds, cohort=cohort)
         return self._connection.retry(lambda: self._stub.Invite(request, timeout=CALL_SECONDS))
 
     def revoke(self, name: str) -> None:
@@ -40,26 +43,30 @@ class Administrator(Closing):
             lambda: self._stub.ListDevices(request, timeout=CALL_SECONDS)
         ).devices
 
-    def pause(self) -> None:
+    # The following are about one cohort, which need not be named if there is but one.
+
+    def pause(self, cohort: str = "") -> None:
         """No round begins or ends from now on."""
-        self._connection.retry(lambda: self._stub.Pause(pb.PauseRequest(), timeout=CALL_SECONDS))
+        request = pb.PauseRequest(cohort=cohort)
+        self._connection.retry(lambda: self._stub.Pause(request, timeout=CALL_SECONDS))
 
-    def resume(self) -> None:
+    def resume(self, cohort: str = "") -> None:
         """Ends a pause."""
-        self._connection.retry(lambda: self._stub.Resume(pb.ResumeRequest(), timeout=CALL_SECONDS))
+        request = pb.ResumeRequest(cohort=cohort)
+        self._connection.retry(lambda: self._stub.Resume(request, timeout=CALL_SECONDS))
 
-    def abort(self, reason: str = "") -> int:
+    def abort(self, reason: str = "", cohort: str = "") -> int:
         """Abandons the open round, once however often it is tried; its number."""
-        request = pb.AbortRequest(reason=reason, command=secrets.token_hex(16))
+        request = pb.AbortRequest(reason=reason, command=secrets.token_hex(16), cohort=cohort)
         return self._connection.retry(lambda: self._stub.Abort(request, timeout=CALL_SECONDS)).round
 
-    def roll_back(self, number: int) -> int:
+    def roll_back(self, number: int, cohort: str = "") -> int:
         """Goes back to what round `number` started from, once however often it is tried.
 
         Returns:
             The round that starts from it.
         """
-        request = pb.RollBackRequest(round=number, command=secrets.token_hex(16))
+        request = pb.RollBackRequest(round=number, command=secrets.token_hex(16), cohort=cohort)
         return self._connection.retry(
             lambda: self._stub.RollBack(request, timeout=CALL_SECONDS)
         ).round

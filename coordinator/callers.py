@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from coordinator.cohorts import Cohorts
 from coordinator.limits import CALLS_AT_ONCE, Pace
-from coordinator.rounds import PRESENT_SECONDS, Report, Rounds
+from coordinator.rounds import PRESENT_SECONDS, Report
 from coordinator.state import Device, State
 from coordinator.tls import Role, Subject, subject_of
 from edge_runtime import protocol
+from edge_runtime.bundle import contract_sha256
 from edge_runtime.errors import StorageError, VersionError
 from edge_runtime.invitation import NAMING, is_name
 
@@ -28,6 +30,11 @@ if TYPE_CHECKING:  # this name is in the stub only
 UNKNOWN = (
     "this device was revoked, or another one enrolled under its name, or it never enrolled here; "
     "if that is a mistake, ask for a new invitation"
+)
+
+NO_BUNDLE = (
+    "this device's bundle has another base or other shared tensors than the coordinator's; export "
+    "both from the same base with the same rank, alpha and targets"
 )
 
 
@@ -60,7 +67,7 @@ class Callers:
     """Knows the parties of one coordinator."""
 
     def __init__(
-        self, *, state: State, rounds: Rounds, administrator: str | None, calls_per_second: float
+        self, *, state: State, cohorts: Cohorts, administrator: str | None, calls_per_second: float
     ) -> None:
         """
         Args:
@@ -70,7 +77,7 @@ class Callers:
         """
         self._pace = Pace(calls_per_second)
         self._state = state
-        self._rounds = rounds
+        self._cohorts = cohorts
         self._administrator = administrator
         self._open: defaultdict[str, set[asyncio.Timeout]] = defaultdict(set)
         self.last_seen: dict[str, float] = {}
@@ -108,7 +115,7 @@ class Callers:
         """Ends the open calls of a device whose certificate the state does not accept any more."""
         for scope in self._open.pop(device, ()):
             scope.reschedule(0)
-        self._rounds.leave(device)
+        self._cohorts.leave(device)
 
     async def require_administrator(self, context: Context) -> None:
         """Ends the call unless the administrator makes it."""
@@ -158,9 +165,15 @@ class Callers:
 
     async def _believed(self, context: Context) -> Device:
         """Without TLS: the device of the name that the caller claims."""
-        name = dict(context.invocation_metadata() or ()).get("comigs-device-bin", b"")
+        said = dict(context.invocation_metadata() or ())
+        name = said.get("comigs-device-bin", b"")
         name = name.decode(errors="replace") if isinstance(name, bytes) else name
         if not is_name(name):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NAMING)
         await self._slow_down(name, context)
-        return self._state.named(name, cohort=self._state.cohort, contract_sha256="")
+        cohort = self._cohorts.all[0]
+        contract = said.get("comigs-contract") or contract_sha256(cohort.manifest)
+        placed = self._cohorts.place(str(contract), None)
+        if placed is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, NO_BUNDLE)
+        return self._state.named(name, cohort=placed.name, contract_sha256=str(contract))

@@ -7,6 +7,7 @@ import datetime
 import errno
 import io
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,15 @@ def _device_names(names: list[str]) -> list[str]:
     return names
 
 
+def _cohort_names(names: list[str] | None) -> list[str] | None:
+    for name in names or ():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            raise typer.BadParameter(
+                f"{name!r} is no name of a cohort: 1 to 64 letters, digits, '.', '_' or '-'"
+            )
+    return names
+
+
 AdminOption = Annotated[
     Path, typer.Option(help="The administrator's file, or a copy; `comigs serve` says where it is.")
 ]
@@ -55,6 +65,7 @@ DatabaseOption = Annotated[
 AddressOption = Annotated[
     str | None, typer.Option(help="HOST:PORT of the coordinator, if not the one in that file.")
 ]
+CohortOption = Annotated[str, typer.Option(help="Which cohort, if there are several.")]
 DEFAULT_ADMIN = Path("state/admin.json")
 
 
@@ -77,7 +88,9 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     *,
-    bundle: Annotated[Path, typer.Option(help="Bundle whose generalist the devices share.")],
+    bundle: Annotated[
+        list[Path], typer.Option(help="Bundle whose generalist devices share; may be repeated.")
+    ],
     state: Annotated[Path, typer.Option(help="Directory that holds everything it remembers.")],
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")],
     database: DatabaseOption = None,
@@ -167,6 +180,21 @@ def serve(
             help="How little they adapt to each coordinate.",
             show_default="0.001",
             rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    mixed_ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="Bundles of different LoRA ranks share a generalist: zero-pad, hetlora, flexlora.",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
+    cohort: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A further cohort, with rounds of its own; see `comigs invite --cohort`.",
+            callback=_cohort_names,
+            rich_help_panel=SELECTION,
         ),
     ] = None,
     devices_per_round: Annotated[
@@ -335,6 +363,7 @@ def serve(
     from coordinator.accounting import UnsoundError
     from coordinator.aggregation import choose
     from coordinator.buffering import buffer
+    from coordinator.cohorts import CohortsError
     from coordinator.database import postgres_engine
     from coordinator.limits import Limits
     from coordinator.quality import QualityGate
@@ -352,6 +381,7 @@ def serve(
             malicious=malicious,
             clip_norm=clip_norm,
             optimizer=server_optimizer,
+            ranks=mixed_ranks,
             constants={
                 "rate": server_rate,
                 "beta1": server_beta1,
@@ -397,7 +427,7 @@ def serve(
     gate = None
     if quality_gate is not None:
         tolerance = QUALITY_TOLERANCE if quality_tolerance is None else quality_tolerance
-        gate = QualityGate(bundle=bundle, text=quality_gate, tolerance=tolerance)
+        gate = QualityGate(bundle=bundle[0], text=quality_gate, tolerance=tolerance)
     try:
         config = training_config.load(training)
     except ValueError as error:
@@ -409,7 +439,8 @@ def serve(
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--database") from error
     options = Options(
-        bundle=bundle,
+        bundles=tuple(bundle),
+        cohorts=tuple(cohort or ()),
         listen=listen,
         state=state,
         database=database,
@@ -446,7 +477,7 @@ def serve(
     )
     try:
         asyncio.run(run(options, _print_json if output is Format.JSON else _print_text))
-    except UnsoundError as error:
+    except (CohortsError, UnsoundError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
@@ -592,6 +623,9 @@ def invite(
         ),
     ],
     hours: Annotated[float, typer.Option(help="How long they work.")] = 24,
+    cohort: Annotated[
+        str, typer.Option(help="Which cohort they are to be in, if not their bundle's first.")
+    ] = "",
     qr: Annotated[bool, typer.Option("--qr", help="Draw them, for a phone's camera.")] = False,
     admin: AdminOption = DEFAULT_ADMIN,
     coordinator: AddressOption = None,
@@ -601,7 +635,7 @@ def invite(
     from coordinator.administrator import Administrator
 
     with Administrator(_administrator(admin, coordinator)) as administrator:
-        replies = [administrator.invite(name, 3600 * hours) for name in names]
+        replies = [administrator.invite(name, 3600 * hours, cohort) for name in names]
     if output is Format.JSON:
         emit(
             {
@@ -658,14 +692,26 @@ def devices(
     with Administrator(_administrator(admin, coordinator)) as administrator:
         entries = administrator.devices()
     if output is Format.JSON:
-        fields = ("name", "id", "tier", "enrolled_at", "valid_until", "last_seen", "revoked_at")
+        fields = (
+            "name",
+            "id",
+            "cohort",
+            "tier",
+            "enrolled_at",
+            "valid_until",
+            "last_seen",
+            "revoked_at",
+        )
         emit({"devices": [{name: getattr(e, name) or None for name in fields} for e in entries]})
         return
-    table = Table("name", "tier", "enrolled", "certificate until", "last seen", "revoked", box=None)
+    table = Table(
+        "name", "cohort", "tier", "enrolled", "certificate until", "last seen", "revoked", box=None
+    )
     for entry in entries:
         times = (entry.enrolled_at, entry.valid_until, entry.last_seen, entry.revoked_at)
         table.add_row(
             Text(entry.name),
+            Text(entry.cohort),
             Text(entry.tier or "-"),
             *(_moment(time) if time else "-" for time in times),
         )
@@ -676,6 +722,7 @@ def devices(
 
 
 def pause(
+    cohort: CohortOption = "",
     admin: AdminOption = DEFAULT_ADMIN,
     coordinator: AddressOption = None,
     output: FormatOption = Format.TEXT,
@@ -684,11 +731,12 @@ def pause(
     from coordinator.administrator import Administrator
 
     with Administrator(_administrator(admin, coordinator)) as administrator:
-        administrator.pause()
+        administrator.pause(cohort)
     _tell(output, {"paused": True}, "paused; updates of the open round are still accepted")
 
 
 def resume(
+    cohort: CohortOption = "",
     admin: AdminOption = DEFAULT_ADMIN,
     coordinator: AddressOption = None,
     output: FormatOption = Format.TEXT,
@@ -697,12 +745,13 @@ def resume(
     from coordinator.administrator import Administrator
 
     with Administrator(_administrator(admin, coordinator)) as administrator:
-        administrator.resume()
+        administrator.resume(cohort)
     _tell(output, {"paused": False}, "rounds go on")
 
 
 def abort(
     reason: Annotated[str, typer.Option(help="Why, for those who read `comigs rounds`.")] = "",
+    cohort: CohortOption = "",
     admin: AdminOption = DEFAULT_ADMIN,
     coordinator: AddressOption = None,
     output: FormatOption = Format.TEXT,
@@ -711,7 +760,7 @@ def abort(
     from coordinator.administrator import Administrator
 
     with Administrator(_administrator(admin, coordinator)) as administrator:
-        number = administrator.abort(reason)
+        number = administrator.abort(reason, cohort)
     _tell(output, {"aborted": number}, f"round {number} is abandoned, its updates are dropped")
 
 
@@ -719,6 +768,7 @@ def rollback(
     number: Annotated[
         int, typer.Argument(metavar="ROUND", min=1, help="The first round to be undone.")
     ],
+    cohort: CohortOption = "",
     admin: AdminOption = DEFAULT_ADMIN,
     coordinator: AddressOption = None,
     output: FormatOption = Format.TEXT,
@@ -727,7 +777,7 @@ def rollback(
     from coordinator.administrator import Administrator
 
     with Administrator(_administrator(admin, coordinator)) as administrator:
-        successor = administrator.roll_back(number)
+        successor = administrator.roll_back(number, cohort)
     _tell(
         output,
         {"rolled_back_to": number, "round": successor},
@@ -781,7 +831,8 @@ def _print_json(event: str, fields: dict[str, Any]) -> None:
 
 
 def _print_text(event: str, fields: dict[str, Any]) -> None:
-    _log(TEXTS[event].format(**fields, **_readable(fields)))
+    cohort = f"{fields['cohort']}: " if "cohort" in fields else ""
+    _log(cohort + TEXTS[event].format(**fields, **_readable(fields)))
 
 
 TEXTS = {

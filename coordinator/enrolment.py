@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import grpc
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from coordinator.callers import Callers, common_protocol, storage_errors
+from coordinator.callers import NO_BUNDLE, Callers, common_protocol, storage_errors
+from coordinator.cohorts import Cohorts
 from coordinator.rounds import Report
 from coordinator.state import Invitation, State
 from coordinator.tls import Authority, RefusedRequestError, requested_key
@@ -32,14 +33,14 @@ class Enrolment(coordinator_pb2_grpc.EnrolmentServicer):
         state: State,
         callers: Callers,
         authority: Authority,
-        contract: str,
+        cohorts: Cohorts,
         traffic: Traffic,
         report: Report,
     ) -> None:
         self._state = state
         self._callers = callers
         self._authority = authority
-        self._contract = contract
+        self._cohorts = cohorts
         self._traffic = traffic
         self._report = report
 
@@ -52,12 +53,9 @@ class Enrolment(coordinator_pb2_grpc.EnrolmentServicer):
                 key = requested_key(request.request.pkcs10, invitation.name)
             except RefusedRequestError as error:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            if request.contract_sha256 != self._contract:
-                await context.abort(
-                    grpc.StatusCode.FAILED_PRECONDITION,
-                    "this device's bundle has another base or other shared tensors than the "
-                    "coordinator's; export both from the same base with the same rank and targets",
-                )
+            cohort = self._cohorts.place(request.contract_sha256, invitation.cohort)
+            if cohort is None:
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, NO_BUNDLE)
             key_sha256 = hashlib.sha256(
                 key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
             ).digest()
@@ -71,7 +69,7 @@ class Enrolment(coordinator_pb2_grpc.EnrolmentServicer):
             if invitation.enrolment is None:
                 device = self._state.enrol(
                     invitation.name,
-                    cohort=self._state.cohort,
+                    cohort=cohort.name,
                     contract_sha256=request.contract_sha256,
                     enrolment=enrolment,
                     key_sha256=key_sha256,
@@ -79,7 +77,8 @@ class Enrolment(coordinator_pb2_grpc.EnrolmentServicer):
                     tier=request.tier if is_name(request.tier) else None,
                 )
                 self._callers.shut_out(device.id)  # who had the name before
-                self._report("device_enrolled", {"device": device.name, "certificate": enrolment})
+                fields = {"device": device.name, "certificate": enrolment}
+                self._report("device_enrolled", {"cohort": cohort.name, **fields})
             else:
                 self._state.extend(enrolment, issued.valid_until)
             return self._traffic.send(pb.Certificate(pem=issued.pem))

@@ -40,7 +40,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -157,16 +157,20 @@ class Rounds:
         *,
         state: State,
         manifest: manifest_pb2.Manifest,
+        manifests: Mapping[str, manifest_pb2.Manifest],
         policy: Policy,
         report: Report,
         masked: SecureAggregation | None = None,
     ) -> None:
         """
         Args:
+            manifest: whose layout the generalist has.
+            manifests: contract -> manifest, of the bundles that devices may have; that one too.
             masked: None: updates come as they are.
         """
         self._state = state
         self._manifest = manifest
+        self._manifests = manifests
         self._policy = policy
         self._report = report
         self._masked = masked
@@ -423,7 +427,10 @@ class Rounds:
     def _contribution(self, current: Round, update: Update) -> Contribution:
         directory = self._state.directory
         given = Contribution(
-            device=update.device, path=directory / update.file, tokens=update.tokens
+            device=update.device,
+            path=directory / update.file,
+            tokens=update.tokens,
+            manifest=self._manifest_of(update),
         )
         if update.round == current.number:
             return given
@@ -466,6 +473,12 @@ class Rounds:
             contributions=contributions,
             memory=None if memory is None else (directory / memory).read_bytes(),
         )
+
+    def _manifest_of(self, update: Update) -> manifest_pb2.Manifest:
+        manifest = self._manifests.get(update.contract_sha256)
+        if manifest is None:
+            raise AggregationError("an update was made with a bundle that is not served any more")
+        return manifest
 
     def _is_still(self, closing: Round) -> bool:
         """Whether the administrator let a round that is being aggregated go on."""
@@ -722,6 +735,7 @@ class Rounds:
                 file=file,
                 sha256=header.sha256,
                 tokens=header.tokens,
+                contract_sha256=device.contract_sha256,
             )
         )
         self._report(

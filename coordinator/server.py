@@ -17,12 +17,14 @@ from google.protobuf import json_format
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from coordinator import accounting, cohorts
+from coordinator import accounting
 from coordinator.admin import Address, Admin
+from coordinator.aggregation.ranks import ordered
 from coordinator.aggregation.updates import Layout
 from coordinator.audit import COORDINATOR, AuditLog, Auditor
 from coordinator.callers import Callers
 from coordinator.calls import Calls
+from coordinator.cohorts import Cohort, Cohorts, Group, group, manifests_of
 from coordinator.database import InUseError, TakenOverError
 from coordinator.enrolment import Enrolment
 from coordinator.limits import Limits, raise_file_limit, share_heap, watch_connections
@@ -35,7 +37,8 @@ from coordinator.service import Service
 from coordinator.state import Settings, State
 from coordinator.tls import ADMIN_FILE, Authority, administrator, subject_of
 from edge_runtime import adapters, wire
-from edge_runtime.bundle import contract_sha256, open_bundle
+from edge_runtime.adapters import Vectors
+from edge_runtime.bundle import open_bundle
 from edge_runtime.connection import Traffic
 from edge_runtime.errors import AddressError, MissingPartError, StorageError
 from edge_runtime.identity import read_identity
@@ -57,7 +60,9 @@ CHECK_SECONDS = 5.0
 class Options:
     """What `comigs serve` was asked for."""
 
-    bundle: Path
+    bundles: tuple[Path, ...]
+    cohorts: tuple[str, ...]
+    """Names of further cohorts of these bundles."""
     listen: str
     """HOST:PORT; port 0 takes a free one."""
     enrolment_port: int | None
@@ -84,6 +89,7 @@ async def serve(options: Options, report: Report) -> None:
 
     Raises:
         BundleError: no usable bundle, or the state belongs to another one.
+        CohortsError: further cohorts were asked for, and the bundles share no generalist.
         AddressError: the address is malformed or cannot be listened on.
         StorageError: the state directory is in use or cannot be written, or another coordinator has
             taken it over.
@@ -93,16 +99,16 @@ async def serve(options: Options, report: Report) -> None:
         UnsoundError: its rounds and the wanted ones do not go together in privacy.
     """
     share_heap()
-    bundle = open_bundle(options.bundle)
+    bundles = [open_bundle(path) for path in options.bundles]
+    fresh = {bundle.path: adapters.load_fresh(bundle) for bundle in bundles}
     host, port = _split(options.listen)
-    generalist = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
     stopped = _stop_signals()
     taken = await _take_state(options, report, stopped)
     if taken is None:
         return
     with (
         contextlib.ExitStack() as stack,
-        contextlib.closing(taken) as whole,
+        contextlib.closing(taken) as state,
         contextlib.closing(AuditLog(options.state)) as log,
         contextlib.closing(Auditor(log)) as auditor,
     ):
@@ -114,31 +120,26 @@ async def serve(options: Options, report: Report) -> None:
             tracing = stack.enter_context(contextlib.closing(_tracing(options.traces)))
             live.calls.observers.append(tracing.ended)
             report = to_all(report, tracing.observe)
-        state = whole.of(cohorts.name_of(bundle.manifest))
-        settings = _settings(options.policy, contract_sha256(bundle.manifest))
-        changed = state.begin(settings, generalist)
-        if changed:
-            report("settings_changed", {"changes": changed})
-        accounting.check(state, options.policy.privacy)
-        if (gate := options.policy.gate) is not None:
-            current = state.current()
-            measured = await gate.check(options.state / current.generalist_file)
-            report("quality_measured", {"round": current.number, "perplexity": measured})
-        metrics.begin(state.current().number)
-        rounds = Rounds(
-            state=state,
-            manifest=bundle.manifest,
-            policy=options.policy,
-            report=report,
-            masked=_masked(options, state, bundle.manifest),
+        groups = group(
+            bundles,
+            mixed=options.policy.recipe.ranks is not None,
+            known=state.cohorts(),
+            names=options.cohorts,
         )
+        cohorts = Cohorts(
+            [
+                await _begin(each, fresh[each.bundles[0].path], state, options, report)
+                for each in groups
+            ]
+        )
+        for cohort in cohorts.all:
+            metrics.begin(cohort.state.current().number, cohort.name)
         parts = _Parts(
             options=options,
             host=host,
             port=port,
-            manifest=bundle.manifest,
             state=state,
-            rounds=rounds,
+            cohorts=cohorts,
             live=live,
             auditor=auditor,
             report=report,
@@ -147,7 +148,8 @@ async def serve(options: Options, report: Report) -> None:
             if options.monitor is not None:
                 report("monitoring", {"address": _monitor(options, metrics, overview, running)})
             listening = _insecure(parts, running) if options.insecure else _secure(parts, running)
-            report("listening", await listening)
+            names = [cohort.name for cohort in cohorts.all]
+            report("listening", {**await listening, "cohorts": names})
             try:
                 await _run(parts, stopped)
             finally:
@@ -173,6 +175,39 @@ async def _take_state(options: Options, report: Report, stopped: asyncio.Event) 
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopped.wait(), STANDBY_SECONDS)
     return None
+
+
+async def _begin(
+    group: Group, generalist: Vectors, whole: State, options: Options, report: Report
+) -> Cohort:
+    """The cohort as it was left, or at its first round, which starts from `generalist`."""
+    state, bundle, policy = whole.of(group.name), group.bundles[0], options.policy
+    if policy.gate is not None:
+        policy = replace(policy, gate=replace(policy.gate, bundle=bundle.path))
+    if policy.recipe.ranks == "flexlora":
+        generalist = ordered(Layout(bundle.manifest), generalist)
+
+    def named(event: str, fields: dict[str, Any]) -> None:
+        report(event, {"cohort": group.name, **fields})
+
+    settings = _settings(policy, group.contract_sha256)
+    changed = state.begin(settings, wire.encode(bundle.manifest, generalist))
+    if changed:
+        named("settings_changed", {"changes": changed})
+    accounting.check(state, policy.privacy)
+    if policy.gate is not None:
+        current = state.current()
+        measured = await policy.gate.check(options.state / current.generalist_file)
+        named("quality_measured", {"round": current.number, "perplexity": measured})
+    rounds = Rounds(
+        state=state,
+        manifest=bundle.manifest,
+        manifests=manifests_of(group),
+        policy=policy,
+        report=named,
+        masked=_masked(options, state, bundle.manifest),
+    )
+    return Cohort(group, state=state, rounds=rounds)
 
 
 def _settings(policy: Policy, contract: str) -> Settings:
@@ -210,9 +245,8 @@ class _Parts:
     options: Options
     host: str
     port: int
-    manifest: manifest_pb2.Manifest
     state: State
-    rounds: Rounds
+    cohorts: Cohorts
     live: Live
     auditor: Auditor
     report: Report
@@ -224,7 +258,7 @@ class _Parts:
     def callers(self, administrator: str | None) -> Callers:
         callers = Callers(
             state=self.state,
-            rounds=self.rounds,
+            cohorts=self.cohorts,
             administrator=administrator,
             calls_per_second=self.options.limits.calls_per_second,
         )
@@ -234,10 +268,9 @@ class _Parts:
     def service(self, callers: Callers, authority: Authority | None) -> Service:
         return Service(
             state=self.state,
-            rounds=self.rounds,
+            cohorts=self.cohorts,
             callers=callers,
             authority=authority,
-            manifest=self.manifest,
             masked=self.options.policy.masking is not None,
             compressions=self.options.policy.compressions,
             traffic=self.live.traffic,
@@ -315,7 +348,7 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
     )
     admin = Admin(
         state=parts.state,
-        rounds=parts.rounds,
+        cohorts=parts.cohorts,
         callers=callers,
         address=address,
         report=parts.report,
@@ -327,7 +360,7 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
             state=parts.state,
             callers=callers,
             authority=authority,
-            contract=contract_sha256(parts.manifest),
+            cohorts=parts.cohorts,
             traffic=parts.live.traffic,
             report=parts.report,
         ),
@@ -420,7 +453,8 @@ async def _run(parts: _Parts, stopped: asyncio.Event) -> None:
             if task.done():
                 task.result()
     finally:
-        parts.rounds.stop()
+        for cohort in parts.cohorts.all:
+            cohort.rounds.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -440,14 +474,36 @@ async def _notice_takeover(state: State) -> None:
 
 async def _course(parts: _Parts) -> None:
     """Runs the rounds, again after a roll-back; returns after the last one if that is asked for."""
-    while True:
-        await parts.rounds.run()
-        traffic = parts.live.traffic
-        sizes = {"bytes_received": traffic.received, "bytes_sent": traffic.sent}
-        parts.report("finished", sizes)
-        if parts.options.exit_when_done:
-            return
-        await parts.rounds.reopened()
+    running = {cohort.name for cohort in parts.cohorts.all}
+    over = asyncio.Event()
+
+    async def run(cohort: Cohort) -> None:
+        while True:
+            await cohort.rounds.run()
+            running.discard(cohort.name)
+            if not running:
+                traffic = parts.live.traffic
+                sizes = {"bytes_received": traffic.received, "bytes_sent": traffic.sent}
+                parts.report("finished", sizes)
+                over.set()
+            await cohort.rounds.reopened()
+            running.add(cohort.name)
+
+    tasks = [asyncio.create_task(run(cohort)) for cohort in parts.cohorts.all]
+    if parts.options.exit_when_done:
+        tasks.append(asyncio.create_task(_until(over)))
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _until(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 def _reached(host: str, names: Sequence[str]) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
 
 from coordinator.callers import Callers, common_protocol, storage_errors
+from coordinator.cohorts import Cohort, Cohorts
 from coordinator.limits import Limits, TooSlowError, Transfers
-from coordinator.rounds import RefusedUpdateError, Report, Rounds
+from coordinator.rounds import RefusedUpdateError, Report
 from coordinator.secure_aggregation import RefusedStepError
-from coordinator.state import Round, State
+from coordinator.state import Device, State
 from coordinator.tls import Authority, RefusedRequestError, requested_key
 from coordinator.uploads import BrokenUploadError, Uploads
 from edge_runtime import protocol, wire
@@ -33,16 +36,15 @@ UPLOAD_SECONDS = 600.0
 
 
 class Service(coordinator_pb2_grpc.CoordinatorServicer):
-    """Answers devices. Round logic is in `Rounds`, memory in `State`."""
+    """Answers devices, each for its cohort. Round logic is in `Rounds`, memory in `State`."""
 
     def __init__(
         self,
         *,
         state: State,
-        rounds: Rounds,
+        cohorts: Cohorts,
         callers: Callers,
         authority: Authority | None,
-        manifest: manifest_pb2.Manifest,
         masked: bool,
         compressions: tuple[pb.Compression.ValueType, ...],
         traffic: Traffic,
@@ -55,42 +57,44 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             compressions: that updates may have.
         """
         self._state = state
-        self._rounds = rounds
+        self._cohorts = cohorts
         self._callers = callers
         self._authority = authority
-        self._manifest = manifest
         self._masked = masked
         self._compressions = compressions
         self._traffic = traffic
         self._report = report
-        self._uploads = Uploads(
-            state=state, manifest=manifest, limits=limits, traffic=traffic, masked=masked
-        )
+        uploads = Transfers(limits)
+        self._uploads = {
+            cohort.name: Uploads(cohort=cohort, transfers=uploads, traffic=traffic, masked=masked)
+            for cohort in cohorts.all
+        }
         self._downloads = Transfers(limits)
 
     async def CheckIn(self, request: pb.CheckInRequest, context: Context) -> pb.CheckInReply:  # noqa: N802
         self._traffic.receive(request)
-        async with storage_errors(context, self._report), self._callers.device(context) as device:
+        async with self._member(context) as (device, cohort):
             oldest = protocol.SECURE_AGGREGATION if self._masked else None
             spoken = await common_protocol(request.protocol, context, oldest)
-            reply = await self._rounds.check_in(device.id, request.wait_seconds)
+            reply = await cohort.rounds.check_in(device.id, request.wait_seconds)
             reply.protocol = spoken
-            self._rounds.delivered(device.id, request.stored_round)
+            cohort.rounds.delivered(device.id, request.stored_round)
             return self._traffic.send(reply)
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
         """Writes the chunks itself: a generator could not be cancelled between two of them."""
         self._traffic.receive(request)
-        async with storage_errors(context, self._report), self._callers.device(context):
-            wanted = self._state.round(request.round)
+        async with self._member(context) as (device, cohort):
+            wanted = cohort.state.round(request.round)
             if wanted is None:
                 await context.abort(
                     grpc.StatusCode.NOT_FOUND,
                     f"there is no generalist of round {request.round} yet",
                 )
+            path, digest = await cohort.generalist(device, wanted)
             try:
                 async with self._downloads.turn() as moved:
-                    await self._send(wanted, request.offset, context, moved)
+                    await self._send(path, digest, request.offset, context, moved)
             except TooSlowError as error:
                 await context.abort(grpc.StatusCode.ABORTED, str(error))
 
@@ -98,57 +102,58 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         self, request_iterator: _MaybeAsyncIterator[pb.UploadPart], context: Context
     ) -> pb.UploadReply:
         header = pb.UploadHeader()
-        async with storage_errors(context, self._report), self._callers.device(context) as device:
+        async with self._member(context) as (device, cohort):
+            uploads = self._uploads[cohort.name]
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
                     parts = aiter(request_iterator)
                     header = await self._receive_header(parts)
-                    self._check_header(header)
-                    if self._rounds.check_update(device.id, header):
-                        file = await self._uploads.receive(device.id, header, parts)
-                        self._rounds.accept(device, header, file)
+                    self._check_header(header, cohort.manifest_of(device))
+                    if cohort.rounds.check_update(device.id, header):
+                        file = await uploads.receive(device, header, parts)
+                        cohort.rounds.accept(device, header, file)
             except TimeoutError:
                 broken = f"the upload took longer than {UPLOAD_SECONDS:.0f} seconds"
             except BrokenUploadError as error:
                 broken = str(error)
             except RefusedUpdateError as error:
-                self._rounds.refuse(device, header.round, error)
+                cohort.rounds.refuse(device, header.round, error)
                 return self._traffic.send(pb.UploadReply(accepted=False, reason=str(error)))
             else:
                 return self._traffic.send(pb.UploadReply(accepted=True))
             fields = {"round": header.round, "device": device.name, "reason": broken}
-            self._report("upload_broken", fields)
+            self._report("upload_broken", {"cohort": cohort.name, **fields})
             await context.abort(grpc.StatusCode.ABORTED, broken)
 
     async def UploadOffset(  # noqa: N802
         self, request: pb.UploadHeader, context: Context
     ) -> pb.UploadOffsetReply:
         self._traffic.receive(request)
-        async with storage_errors(context, self._report), self._callers.device(context) as device:
+        async with self._member(context) as (device, cohort):
             try:
-                self._check_header(request)
+                self._check_header(request, cohort.manifest_of(device))
             except RefusedUpdateError as error:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            accepted = self._state.update(request.round, device.id)
+            accepted = cohort.state.update(request.round, device.id)
             if accepted is not None and accepted.sha256 == request.sha256:
                 offset = request.total_bytes
             else:
-                offset = self._uploads.offset(device.id, request)
+                offset = self._uploads[cohort.name].offset(device.id, request)
             return self._traffic.send(pb.UploadOffsetReply(offset=offset))
 
     async def Aggregate(  # noqa: N802
         self, request: pb.AggregateRequest, context: Context
     ) -> pb.AggregateReply:
         self._traffic.receive(request)
-        async with storage_errors(context, self._report), self._callers.device(context) as device:
+        async with self._member(context) as (device, cohort):
             if not self._masked:
                 await context.abort(
                     grpc.StatusCode.FAILED_PRECONDITION, "rounds are without secure aggregation"
                 )
             try:
-                return self._traffic.send(await self._rounds.aggregate(device, request))
+                return self._traffic.send(await cohort.rounds.aggregate(device, request))
             except RefusedStepError as error:
-                self._rounds.refuse(device, request.round, RefusedUpdateError(str(error)))
+                cohort.rounds.refuse(device, request.round, RefusedUpdateError(str(error)))
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     async def Renew(self, request: pb.SigningRequest, context: Context) -> pb.Certificate:  # noqa: N802
@@ -169,14 +174,16 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             return self._traffic.send(pb.Certificate(pem=issued.pem))
 
     async def _send(
-        self, wanted: Round, offset: int, context: Context, moved: Callable[[int], None]
+        self,
+        path: Path,
+        digest: bytes,
+        offset: int,
+        context: Context,
+        moved: Callable[[int], None],
     ) -> None:
-        """The generalist that round `wanted` starts from, in chunks."""
-        with (self._state.directory / wanted.generalist_file).open("rb", buffering=0) as file:
-            chunk = pb.Chunk(
-                total_bytes=file.seek(0, os.SEEK_END),
-                sha256=bytes.fromhex(wanted.generalist_sha256),
-            )
+        """The file, of that SHA-256, in chunks."""
+        with path.open("rb", buffering=0) as file:
+            chunk = pb.Chunk(total_bytes=file.seek(0, os.SEEK_END), sha256=digest)
             file.seek(min(offset, chunk.total_bytes))
             data = chunk.data = file.read(wire.CHUNK_BYTES)
             while chunk.total_bytes or data:
@@ -184,6 +191,18 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                 moved(len(data))
                 data = file.read(wire.CHUNK_BYTES)
                 chunk = pb.Chunk(data=data)
+
+    @contextlib.asynccontextmanager
+    async def _member(self, context: Context) -> AsyncIterator[tuple[Device, Cohort]]:
+        """The device that calls, and its cohort."""
+        async with storage_errors(context, self._report), self._callers.device(context) as device:
+            cohort = self._cohorts.of(device)
+            if cohort is None:
+                await context.abort(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "this coordinator does not serve this device's bundle any more; ask its owner",
+                )
+            yield device, cohort
 
     async def _receive_header(self, parts: AsyncIterator[pb.UploadPart]) -> pb.UploadHeader:
         part = await anext(parts, None)
@@ -194,8 +213,8 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             raise RefusedUpdateError("the upload does not start with a header")
         return part.header
 
-    def _check_header(self, header: pb.UploadHeader) -> None:
-        limit = wire.max_bytes(self._manifest)
+    def _check_header(self, header: pb.UploadHeader, manifest: manifest_pb2.Manifest) -> None:
+        limit = wire.max_bytes(manifest)
         if not 0 < header.total_bytes <= limit:
             raise RefusedUpdateError(
                 f"{header.total_bytes} bytes were announced; the shared tensors need more than 0 "

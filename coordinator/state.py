@@ -188,6 +188,8 @@ class Update(Base):
     """Payload, as a path below the state directory; deleted once the round is over."""
     sha256: Mapped[bytes]
     tokens: Mapped[int]
+    contract_sha256: Mapped[str]
+    """Of the bundle that it was made with."""
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from coordinator.limits import Limits, TooSlowError, Transfers
+from coordinator.cohorts import Cohort
+from coordinator.limits import TooSlowError, Transfers
 from coordinator.rounds import RefusedUpdateError
-from coordinator.state import State
+from coordinator.state import Device
 from edge_runtime import compression, wire
 from edge_runtime.connection import Traffic
 from edge_runtime.errors import AdapterError
 from edge_runtime.files import storage_errors
 from protos import coordinator_pb2 as pb
-from protos import manifest_pb2
 
 T = TypeVar("T")
 
@@ -37,24 +37,18 @@ class BrokenUploadError(Exception):
 
 
 class Uploads:
-    """Gathers the updates of one coordinator. One event loop, one instance per State."""
+    """Gathers the updates of one cohort. One event loop, one instance per State."""
 
     def __init__(
-        self,
-        *,
-        state: State,
-        manifest: manifest_pb2.Manifest,
-        limits: Limits,
-        traffic: Traffic,
-        masked: bool,
+        self, *, cohort: Cohort, transfers: Transfers, traffic: Traffic, masked: bool
     ) -> None:
         """
         Args:
             masked: whether updates are masked, so that any bytes of the right number will do.
         """
-        self._transfers = Transfers(limits)
-        self._state = state
-        self._manifest = manifest
+        self._transfers = transfers
+        self._cohort = cohort
+        self._state = cohort.state
         self._traffic = traffic
         self._masked = masked
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -68,7 +62,7 @@ class Uploads:
         return path.stat().st_size if path.exists() else 0
 
     async def receive(
-        self, device: str, header: pb.UploadHeader, parts: AsyncIterator[pb.UploadPart]
+        self, device: Device, header: pb.UploadHeader, parts: AsyncIterator[pb.UploadPart]
     ) -> str:
         """Takes in the data that follows `header`, from its offset on, and checks the whole.
 
@@ -84,8 +78,8 @@ class Uploads:
                 here, or another upload of the device took its place.
             StorageError: it cannot be written.
         """
-        async with self._turn(device):
-            path = self._state.begin_partial(header.round, device, header.sha256)
+        async with self._turn(device.id):
+            path = self._state.begin_partial(header.round, device.id, header.sha256)
             try:
                 async with self._transfers.turn() as moved:
                     with storage_errors(path):
@@ -146,7 +140,7 @@ class Uploads:
                 f"the upload is truncated: {received} of {header.total_bytes} bytes came"
             )
 
-    def _keep(self, path: Path, device: str, header: pb.UploadHeader) -> str:
+    def _keep(self, path: Path, device: Device, header: pb.UploadHeader) -> str:
         """Checks what was gathered, and makes it durable. Memory stays far below its size."""
         try:
             with path.open("rb") as file:
@@ -158,30 +152,31 @@ class Uploads:
                 raise RefusedUpdateError("the data does not match the announced SHA-256")
             if header.compression:
                 with self._unpacking:
-                    path = self._unpack(path, header)
+                    path = self._unpack(path, device, header)
             elif not self._masked:
-                wire.check(self._manifest, path)
-            return self._state.keep_partial(path, header.round, device, header.sha256)
+                wire.check(self._cohort.manifest_of(device), path)
+            return self._state.keep_partial(path, header.round, device.id, header.sha256)
         except AdapterError as error:
             raise RefusedUpdateError(str(error)) from error
         except FileNotFoundError as error:
             raise BrokenUploadError(f"round {header.round} ended meanwhile") from error
 
-    def _unpack(self, path: Path, header: pb.UploadHeader) -> Path:
+    def _unpack(self, path: Path, device: Device, header: pb.UploadHeader) -> Path:
         """What an update would be that was not compressed, in a file beside it."""
         started = self._state.round(header.round)
         if started is None:
             raise FileNotFoundError
-        file = self._state.directory / started.generalist_file
-        vectors = wire.decode(self._manifest, file.read_bytes())
-        parts = wire.shared_parts(self._manifest)
+        file, _ = self._cohort.fitted(device, started)
+        manifest = self._cohort.manifest_of(device)
+        vectors = wire.decode(manifest, file.read_bytes())
+        parts = wire.shared_parts(manifest)
         size = max(part.stop for part in parts.values())
         step = compression.decompress(header.compression, path.read_bytes(), size)
         with np.errstate(over="ignore"):
             for role, part in parts.items():
                 vectors[role] += step[part]
-        payload = wire.encode(self._manifest, vectors)
-        wire.decode(self._manifest, payload)  # a sum may be beyond float32
+        payload = wire.encode(manifest, vectors)
+        wire.decode(manifest, payload)  # a sum may be beyond float32
         unpacked = path.with_suffix(".unpacked")
         with storage_errors(unpacked):
             unpacked.write_bytes(payload)

@@ -121,9 +121,12 @@ class Client(Closing):
         self.who = who
         self._connection = connect(who, self._patience)
         self._stub = coordinator_pb2_grpc.CoordinatorStub(self._connection.channel)
-        self._metadata = (
-            (("comigs-device-bin", who.name.encode()),) if isinstance(who, Unproven) else ()
-        )
+        self._metadata: tuple[tuple[str, str | bytes], ...] = ()
+        if isinstance(who, Unproven):
+            self._metadata = (
+                ("comigs-device-bin", who.name.encode()),
+                ("comigs-contract", who.contract),
+            )
 
     def close(self) -> None:
         self._connection.close()

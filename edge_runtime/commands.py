@@ -186,7 +186,8 @@ def _with_coordinator(
     try:
         who: Identity | Unproven
         if insecure:
-            who = Unproven(str(coordinator), device.config.name)
+            contract = contract_sha256(device.bundle.manifest)
+            who = Unproven(str(coordinator), device.config.name, contract)
         else:
             who = _identity(device, invited, coordinator, patience, traffic)
         with Client(who, patience=patience, traffic=traffic) as client:

@@ -103,6 +103,8 @@ class Unproven:
     coordinator: str
     """HOST:PORT."""
     name: str
+    contract: str = ""
+    """`bundle.contract_sha256` of its bundle; empty if the coordinator has but one."""
 
 
 class DamagedTransferError(Exception):

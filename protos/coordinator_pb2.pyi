@@ -120,7 +120,7 @@ class EnrollRequest(_message.Message):
     token: _builtins.bytes
     """Of the invitation."""
     contract_sha256: _builtins.str
-    """SHA-256 of the shared tensors' names, shapes and dtypes and of the base's hash (hex)."""
+    """SHA-256 of the shared tensors' names, shapes and dtypes, of alpha and of the base's hash (hex)."""
     tier: _builtins.str
     """Name of the tier that the device's bundle was compiled for, up to 64 bytes of printable text: so
     that the operator sees what the fleet consists of. Empty if it is not said.
@@ -199,21 +199,25 @@ class InviteRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     VALID_SECONDS_FIELD_NUMBER: _builtins.int
+    COHORT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the device: 1 to 64 bytes of printable text. Whoever uses the invitation takes the
     place of the device that has the name already, which is refused from then on.
     """
     valid_seconds: _builtins.float
     """How long the invitation works, in seconds, more than 0 and at most 30 days."""
+    cohort: _builtins.str
+    """Cohort that the device is to be in; empty: the first one of its bundle."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         valid_seconds: _builtins.float = ...,
+        cohort: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "valid_seconds", b"valid_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "name", b"name", "valid_seconds", b"valid_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -328,6 +332,7 @@ class DeviceEntry(_message.Message):
     LAST_SEEN_FIELD_NUMBER: _builtins.int
     REVOKED_AT_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
+    COHORT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique."""
     id: _builtins.str
@@ -342,6 +347,8 @@ class DeviceEntry(_message.Message):
     """When it was revoked; 0 if it is not."""
     tier: _builtins.str
     """Tier of its bundle, as it said when it enrolled; empty if it did not."""
+    cohort: _builtins.str
+    """Cohort in whose rounds it takes part."""
     def __init__(
         self,
         *,
@@ -352,10 +359,11 @@ class DeviceEntry(_message.Message):
         last_seen: _builtins.float = ...,
         revoked_at: _builtins.float = ...,
         tier: _builtins.str = ...,
+        cohort: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["enrolled_at", b"enrolled_at", "id", b"id", "last_seen", b"last_seen", "name", b"name", "revoked_at", b"revoked_at", "tier", b"tier", "valid_until", b"valid_until"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "enrolled_at", b"enrolled_at", "id", b"id", "last_seen", b"last_seen", "name", b"name", "revoked_at", b"revoked_at", "tier", b"tier", "valid_until", b"valid_until"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -365,12 +373,17 @@ Global___DeviceEntry: _TypeAlias = DeviceEntry  # noqa: Y015
 class PauseRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    COHORT_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.str
+    """Cohort that is meant; may be empty if there is but one."""
     def __init__(
         self,
+        *,
+        cohort: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -395,12 +408,17 @@ Global___PauseReply: _TypeAlias = PauseReply  # noqa: Y015
 class ResumeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    COHORT_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.str
+    """Cohort that is meant; may be empty if there is but one."""
     def __init__(
         self,
+        *,
+        cohort: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -427,21 +445,25 @@ class AbortRequest(_message.Message):
 
     REASON_FIELD_NUMBER: _builtins.int
     COMMAND_FIELD_NUMBER: _builtins.int
+    COHORT_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Why, for people: at most 200 characters of printable text; may be empty."""
     command: _builtins.str
     """Drawn for each command, 32 hex digits. A request that is sent again with the same id, since the
     reply was lost, is carried out once.
     """
+    cohort: _builtins.str
+    """Cohort that is meant; may be empty if there is but one."""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
         command: _builtins.str = ...,
+        cohort: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "command", b"command", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -473,19 +495,23 @@ class RollBackRequest(_message.Message):
 
     ROUND_FIELD_NUMBER: _builtins.int
     COMMAND_FIELD_NUMBER: _builtins.int
+    COHORT_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round whose incoming generalist is to be the next one's, from 1."""
     command: _builtins.str
     """As in AbortRequest."""
+    cohort: _builtins.str
+    """Cohort that is meant; may be empty if there is but one."""
     def __init__(
         self,
         *,
         round: _builtins.int = ...,
         command: _builtins.str = ...,
+        cohort: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "command", b"command", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -46,7 +46,7 @@ def make_manifest(width: int = 16, rank: int = 2) -> manifest_pb2.Manifest:
     manifest = manifest_pb2.Manifest(format_version=1, minimum_reader_version=1)
     manifest.base.sha256 = hashlib.sha256(b"a base").hexdigest()
     manifest.base.architecture = "gpt2"
-    manifest.mixture.rank = rank
+    manifest.mixture.rank, manifest.mixture.alpha = rank, 16
     manifest.mixture.specialists = 1
     manifest.tier.name = "phone-low"
     pair = {"h.0.mlp.c_fc.lora_A.weight": [rank, width], "h.0.mlp.c_fc.lora_B.weight": [8, rank]}

@@ -148,7 +148,7 @@ def test_roll_back(fleet: Fleet) -> None:
     newer = train(bundle, starts[3], 0, 3)
     assert pair[0].upload(header(3), newer).accepted
     assert commanded(fleet.state, "rollback", "2") == {"rolled_back_to": 2, "round": 4}
-    assert served.wait_for("rolled_back") == {"event": "rolled_back", "round": 4, "to": 2}
+    assert served.wait_for("rolled_back", round=4)["to"] == 2
     late = pair[1].upload(header(3), newer)
     assert (late.accepted, late.reason) == (False, "round 3 is over")
     assert pair[0].download(4) == starts[2]

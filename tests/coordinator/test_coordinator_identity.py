@@ -603,8 +603,8 @@ def test_commands_of_the_administrator(fleet: Fleet, served: Served) -> None:
     assert (ada["revoked_at"], ben["last_seen"]) == (None, None)
     assert ben["revoked_at"] >= ben["enrolled_at"]
     table = comigs("devices", *admin).stdout
-    assert re.search(r"name +tier +enrolled +certificate until +last seen +revoked", table)
-    assert re.search(r"bén +phone-low( +[-0-9]+ [:0-9]+){2} +- +[-0-9]+ [:0-9]+", table)
+    assert re.search(r"name +cohort +tier +enrolled +certificate until +last seen +revoked", table)
+    assert re.search(r"bén +default +phone-low( +[-0-9]+ [:0-9]+){2} +- +[-0-9]+ [:0-9]+", table)
 
 
 def test_what_an_administrator_gets_wrong(fleet: Fleet, served: Served) -> None:
