@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,13 @@ def open_bundle(path: Path) -> Bundle:
         )
     if manifest.format_version == 0 or not manifest.tensors:
         raise BundleError(f"{file} is not a valid manifest: it is incomplete; export it again")
+    sizes = {role.name: role.size for role in manifest.roles}
+    for tensor in manifest.tensors:
+        if tensor.offset + math.prod(tensor.shape) > sizes.get(tensor.role, 0):
+            raise BundleError(
+                f"{file} is not a valid manifest: {tensor.name} does not fit into its role; copy "
+                "the bundle again"
+            )
     return Bundle(path, manifest)
 
 

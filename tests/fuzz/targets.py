@@ -33,9 +33,7 @@ from edge_runtime.store import Home, Progress, _digest
 from edge_runtime.training import new_state
 from protos import coordinator_pb2 as pb
 
-SCRATCH = Path(
-    tempfile.mkdtemp(prefix="fuzz", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
-)
+SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz"))
 BUNDLE = make_bundle(SCRATCH / "bundle", width=4)
 MANIFEST = BUNDLE.manifest
 MANIFEST.mixture.alpha = 16
