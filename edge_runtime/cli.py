@@ -42,9 +42,9 @@ FormatOption = Annotated[
 messages = Console(stderr=True)
 
 
-def emit(value: dict[str, Any]) -> None:
-    """Prints a command's result as one JSON document."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def emit(value: dict[str, Any], *, in_a_line: bool = False) -> None:
+    """Prints a command's result, or one of several in a line each, as a JSON document."""
+    sys.stdout.write(json.dumps(value, indent=None if in_a_line else 2, ensure_ascii=False) + "\n")
 
 
 def build() -> typer.Typer:

@@ -381,7 +381,10 @@ def _existing(home: Home) -> DeviceConfig:
 def predict(
     home: HomeOption,
     text: Annotated[
-        str | None, typer.Argument(help="Text to continue; without it, an interactive line.")
+        str | None,
+        typer.Argument(
+            help="Text to continue; without it, an interactive line, or lines of stdin."
+        ),
     ] = None,
     top: Annotated[int, typer.Option(help="Number of suggestions.", min=1)] = 5,
     explain: Annotated[bool, typer.Option(help="Show where each token was routed.")] = False,
@@ -398,7 +401,7 @@ def predict(
     predictor = Predictor(
         opened, load_engine(engine or config.engine, threads=threads), state.vectors
     )
-    if text is None:
+    if text is None and sys.stdin.isatty():
         from edge_runtime.interactive import converse
 
         def refresh() -> None:
@@ -409,6 +412,22 @@ def predict(
 
         converse(predictor, top=top, refresh=refresh)
         return
+    if text is not None:
+        _answer(predictor, text, top, explain, output)
+        return
+    for line in sys.stdin:
+        _answer(predictor, line.rstrip("\n"), top, explain, output, in_a_line=True)
+
+
+def _answer(
+    predictor: Predictor,
+    text: str,
+    top: int,
+    explain: bool,
+    output: Format,
+    *,
+    in_a_line: bool = False,
+) -> None:
     suggestions = predictor.suggest(text, top)
     routing = predictor.explain(text) if explain else None
     if output is Format.JSON:
@@ -418,7 +437,7 @@ def predict(
         }
         if routing is not None:
             result["routing"] = [{"token": token, **shares} for token, shares in routing]
-        emit(result)
+        emit(result, in_a_line=in_a_line)
         return
     _print_suggestions(suggestions)
     if routing is not None:

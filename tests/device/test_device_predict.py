@@ -12,6 +12,7 @@ import select
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -323,6 +324,24 @@ def terminal(trained_home: Path) -> Iterator[Terminal]:
     opened = Terminal(trained_home)
     yield opened
     opened.close()
+
+
+def test_lines_that_are_piped_in_are_answered(trained_home: Path) -> None:
+    lines = ["Line 1", "It is", ""]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "edge_runtime", "predict", "--home", str(trained_home)),
+            *("--format", "json", "--top", "2"),
+        ],
+        input="".join(f"{line}\n" for line in lines),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["text"] for answer in answers] == lines
+    assert all(len(answer["suggestions"]) == 2 for answer in answers)
+    assert answers[0]["suggestions"] != answers[1]["suggestions"]
 
 
 def test_the_interactive_line(terminal: Terminal, trained_home: Path, tiny_bundle: Bundle) -> None:
