@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
+import hypothesis
 import pytest
 import torch
 from tiny import TIER, ExportTiny
@@ -27,6 +28,9 @@ from export.tiers import Tier
 # For child processes; here it has already been read, when it was imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 huggingface_hub.constants.HF_HUB_OFFLINE = True
+# How long an example takes says nothing on a busy machine.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 # The tensors are tiny: more threads only get in each other's way.
 torch.set_num_threads(1)
 

@@ -31,7 +31,8 @@ MAY_IMPORT = {
         *(
             f"edge_runtime.{name}"
             for name in (
-                *("adapters", "bundle", "cli", "connection", "errors", "files", "identity"),
+                *("adapters", "bundle", "cli", "compression", "connection", "errors", "files"),
+                "identity",
                 *("invitation", "masking", "noise", "protocol", "quantization"),
                 *("secure_aggregation", "shamir", "training_config", "wire"),
             )

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from coordinator_help import (
-    PATIENCE,
     Fleet,
     check_in_until,
     finish,
@@ -27,6 +26,7 @@ from coordinator import listing
 from coordinator.administrator import Administrator
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
+from edge_runtime.connection import Patience
 from edge_runtime.errors import RefusedError, TrustError
 from protos import coordinator_pb2 as pb
 
@@ -234,7 +234,10 @@ def test_kills_around_commands(fleet: Fleet) -> None:
     listen = f"127.0.0.1:{free_port()}"
     options = ("--rounds", "1000", "--min-devices", "1", "--enrolment-port", "0")
     served = fleet.serve(bundle, *options, listen=listen)
-    (ada,) = fleet.enrolled(served, bundle, "ada")
+    (enrolled,) = fleet.enrolled(served, bundle, "ada")
+    # On a busy machine it may take some kills until a call gets through between two of them.
+    patience = Patience(300, on_wait=lambda _: None)
+    ada = fleet.client(enrolled.who, patience)
     moments = random.Random(3)
     over = threading.Event()
     uploads: dict[int, bytes] = {}
@@ -261,7 +264,7 @@ def test_kills_around_commands(fleet: Fleet) -> None:
 
     def commands() -> list[tuple[str, int, int]]:
         made = []
-        with Administrator(served.administrator(), PATIENCE) as administrator:
+        with Administrator(served.administrator(), patience) as administrator:
             while not over.is_set():
                 time.sleep(moments.uniform(0, 0.1))
                 administrator.pause()
