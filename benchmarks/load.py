@@ -65,6 +65,8 @@ class Phases(TypedDict):
     upload: float
     upload_cpu: float
     """Processor time of the coordinator in `upload`."""
+    broken_uploads: int
+    """That were sent again."""
 
 
 class Floor(TypedDict):
@@ -244,13 +246,14 @@ def _round(crowd: _Crowd, served: _Served) -> Phases:
     told = time.monotonic()
     crowd.do("download", service=COORDINATOR, number=number)
     downloaded, used = time.monotonic(), cpu_seconds(served.process.pid)
-    crowd.do("upload", service=COORDINATOR, number=number)
+    broken = sum(crowd.do("upload", service=COORDINATOR, number=number))
     served.wait_for("round_closed")
     return {
         "check_in": told - began,
         "download": downloaded - told,
         "upload": time.monotonic() - downloaded,
         "upload_cpu": cpu_seconds(served.process.pid) - used,
+        "broken_uploads": broken,
     }
 
 

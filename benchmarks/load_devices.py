@@ -32,6 +32,7 @@ FLOOR = "/comigs.bench.Floor"
 WAIT_SECONDS = 30.0
 # Between two check-ins of a device that polls.
 POLL_SECONDS = 0.2
+MOST_BREAKS = 10
 # Nobody else on this machine has these connections to share.
 OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 
@@ -102,11 +103,22 @@ class Device:
         request = pb.DownloadRequest(round=number).SerializeToString()
         return sum([len(message) async for message in call(request)])
 
-    async def upload(self, service: str, number: int) -> None:
+    async def upload(self, service: str, number: int) -> int:
+        """How often it broke and was sent again, as a device does."""
         call = self._channels[service].stream_unary(f"{service}/Upload", None, None)
-        reply = await call(self._updates.parts(self._index, number))
+        broken = 0
+        while True:
+            try:
+                reply = await call(self._updates.parts(self._index, number))
+                break
+            except grpc.aio.AioRpcError:
+                if broken == MOST_BREAKS:
+                    raise
+                broken += 1
+                await asyncio.sleep(1)
         if service == COORDINATOR and not (parsed := pb.UploadReply.FromString(reply)).accepted:
             raise RuntimeError(f"an update was refused: {parsed.reason}")
+        return broken
 
     async def connect_raw(self, address: str) -> None:
         """For the same bytes without gRPC."""
@@ -157,8 +169,8 @@ class Devices:
     async def download(self, service: str, number: int) -> int:
         return sum(await self._all(lambda device: device.download(service, number)))
 
-    async def upload(self, service: str, number: int) -> None:
-        await self._all(lambda device: device.upload(service, number))
+    async def upload(self, service: str, number: int) -> int:
+        return sum(await self._all(lambda device: device.upload(service, number)))
 
     async def connect_raw(self, address: str) -> None:
         await self._all(lambda device: device.connect_raw(address))

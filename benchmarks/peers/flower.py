@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--chain")
     parser.add_argument("--address", help="Only be nodes of the SuperLink there.")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started ends, too
     if given.address:
         be_nodes(given.address, given.ca, given.devices, given.size)
     else:
