@@ -27,12 +27,17 @@ def test_a_step_is_compared_with_pytorch(tiny_base_dir: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    reference, (ours, int8) = result["reference"], result["rows"]
+    reference = result["reference"]
+    rows = {(row["base_dtype"], row["variant"]): row for row in result["rows"]}
+    ours, int8 = rows["float32", "standard"], rows["int8", "standard"]
+    # What is done for less memory is compared like the rest.
+    assert {"recompute", "unpacked"} <= {variant for _, variant in rows}
+    assert all(row["loss"] == pytest.approx(reference["loss"], rel=0.01) for row in rows.values())
     # The same base, adapters and tokens: before the first update the losses are the same.
     assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-4)
     assert ours["gradient_cosine_min"] > 0.9999
     assert 0.9 < int8["gradient_cosine_min"] <= int8["gradient_cosine_mean"] < 1
-    assert (int8["engine"], int8["base_dtype"]) == ("onnxruntime", "int8")
+    assert int8["engine"] == "onnxruntime"
     low, high = ours["time_ratio_spread"]
     assert 0 < low <= ours["time_ratio"] <= high
     # The reference's process has torch in it, ours has not.
