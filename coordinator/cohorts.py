@@ -142,15 +142,17 @@ class Cohort:
         return fitted, self._digests[fitted]
 
     def _fit(self, path: Path, manifest: pb.Manifest, fitted: Path) -> bytes:
-        """Writes the generalist at another rank. Those of other rounds go, until asked for."""
+        """Writes the generalist at another rank. Those of earlier rounds go, until asked for."""
         vectors = wire.decode(self.manifest, path.read_bytes())
         content = wire.encode(
             manifest, fit_generalist(vectors, Layout(self.manifest), Layout(manifest))
         )
         write_atomic(fitted, content)
+        current = self.state.current().generalist_sha256
         for other in fitted.parent.glob(f"{fitted.name.rsplit('-', 1)[0]}-*"):
-            if other != fitted:
+            if other != fitted and current not in other.name:
                 other.unlink(missing_ok=True)
+                self._digests.pop(other, None)
         return hashlib.sha256(content).digest()
 
 

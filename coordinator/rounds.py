@@ -259,6 +259,10 @@ class Rounds:
             if unfit:
                 reason = "it began with other options of privacy than it was resumed with"
                 self._abandon(current, updates, reason)
+            elif self._ledger is not None and not (
+                self._state.has_spent(current.number) or self._ledger.allows_another()
+            ):
+                self._abandon(current, updates, "it would exceed the privacy budget")
 
     async def _advance(self) -> bool:
         """Takes the next step if it is due. Returns whether there may be another one."""
@@ -444,8 +448,7 @@ class Rounds:
     def _close(
         self, current: Round, updates: list[Update], contributions: list[Contribution]
     ) -> Outcome:
-        directory = self._state.directory
-        memory = current.memory_file
+        memory = self._memory_of(current)
         try:
             payload = self._start_of(current).read_bytes()
         except OSError as error:
@@ -464,15 +467,27 @@ class Rounds:
                 total=summed.total,
                 divisor=summed.devices if noise is None else noise.devices,
                 clipped=summed.clipped,
-                memory=None if memory is None else (directory / memory).read_bytes(),
+                memory=memory,
             )
         return aggregate(
             self._manifest,
             self._policy.recipe,
             incoming=incoming,
             contributions=contributions,
-            memory=None if memory is None else (directory / memory).read_bytes(),
+            memory=memory,
         )
+
+    def _memory_of(self, current: Round) -> bytes | None:
+        """What the server optimizer remembers."""
+        if current.memory_file is None:
+            return None
+        try:
+            return (self._state.directory / current.memory_file).read_bytes()
+        except OSError as error:
+            raise AdapterError(
+                f"cannot read {self._state.directory / current.memory_file}: {error.strerror}; "
+                "restore the state directory from a copy"
+            ) from error
 
     def _manifest_of(self, update: Update) -> manifest_pb2.Manifest:
         manifest = self._manifests.get(update.contract_sha256)
@@ -886,7 +901,8 @@ class Rounds:
         """Participants of the last round, and of those before it whose updates could count in it,
         that have not stored what came of it."""
         last = self._state.round(self._state.last_aggregated())
-        assert last is not None, "rounds are over when one was aggregated"
+        if last is None:  # the quality gate turned down all that the privacy budget allowed
+            return set()
         delivered = self._state.delivered(self._state.current().number)
         took_part: set[str] = set()
         for number in range(last.oldest, last.number + 1):

@@ -163,7 +163,10 @@ class SecureAggregation:
     def fits(self, group: MaskingGroup) -> bool:
         """Whether the steps of a group are still to be bounded and noised as they were."""
         terms = pb.MaskingGroup.FromString(group.terms)
-        now = self._masking.terms(terms.devices)[1]
+        try:
+            now = self._masking.terms(terms.devices)[1]
+        except ValueError:
+            return False
         return terms.quantization == now.quantization
 
     def seconds_left(self, group: MaskingGroup) -> float:
@@ -209,7 +212,10 @@ class SecureAggregation:
             dropped = set(sharers.values()) - numbers
             if not _graph(group).can_unmask(numbers, dropped):
                 raise AggregationError("too many neighbours of one device dropped out")
-            self._state.set_masking_stage(number, MaskingStage.UNMASK)
+            # From here on the sum can be known, whatever becomes of the round.
+            terms = pb.MaskingGroup.FromString(group.terms)
+            noise = terms.quantization.noise_multiplier or None
+            self._state.set_masking_stage(number, MaskingStage.UNMASK, noise=noise)
             return True
         return False
 
@@ -273,6 +279,8 @@ class SecureAggregation:
             m.number: m for m in self._state.masking_members(number) if m.number and m.shares
         }
         by_device = {member.device: index for index, member in members.items()}
+        if any(update.device not in by_device for update in updates):
+            raise AggregationError("it was ended while its steps were summed up")
         summed = {by_device[update.device] for update in updates}
         numbers = payload_numbers(self._size, terms.quantization)
         total = np.zeros(numbers, np.uint32)

@@ -70,6 +70,8 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             for cohort in cohorts.all
         }
         self._downloads = Transfers(limits)
+        # One at a time of a device, so that few cannot take all turns.
+        self._downloading: set[str] = set()
 
     async def CheckIn(self, request: pb.CheckInRequest, context: Context) -> pb.CheckInReply:  # noqa: N802
         self._traffic.receive(request)
@@ -91,12 +93,23 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                     grpc.StatusCode.NOT_FOUND,
                     f"there is no generalist of round {request.round} yet",
                 )
-            path, digest = await cohort.generalist(device, wanted)
+            if device.id in self._downloading:
+                await context.abort(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED, "this device is downloading already"
+                )
+            self._downloading.add(device.id)
             try:
                 async with self._downloads.turn() as moved:
+                    path, digest = await cohort.generalist(device, wanted)
                     await self._send(path, digest, request.offset, context, moved)
             except TooSlowError as error:
                 await context.abort(grpc.StatusCode.ABORTED, str(error))
+            except FileNotFoundError:
+                await context.abort(
+                    grpc.StatusCode.ABORTED, "the generalist of another round took its place"
+                )
+            finally:
+                self._downloading.discard(device.id)
 
     async def Upload(  # noqa: N802
         self, request_iterator: _MaybeAsyncIterator[pb.UploadPart], context: Context
@@ -132,8 +145,8 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         async with self._member(context) as (device, cohort):
             try:
                 self._check_header(request, cohort.manifest_of(device))
-            except RefusedUpdateError as error:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            except RefusedUpdateError:  # `Upload` says why, and the device goes on
+                return self._traffic.send(pb.UploadOffsetReply())
             accepted = cohort.state.update(request.round, device.id)
             if accepted is not None and accepted.sha256 == request.sha256:
                 offset = request.total_bytes

@@ -63,6 +63,8 @@ LOCK = "lock"
 GENERALISTS = "generalists"
 MEMORIES = "memories"
 UPDATES = "updates"
+# Of a device's refused updates so many are kept: a hostile one could fill the disk with them.
+REFUSALS_A_MINUTE = 60
 # Raised whenever the tables below change; in the database as `user_version`.
 SCHEMA = 2
 
@@ -213,6 +215,8 @@ class Refusal(Base):
     device: Mapped[str] = mapped_column(ForeignKey(Device.id))
     reason: Mapped[str]
     time: Mapped[float]
+
+    __table_args__ = (Index("refusals_of_device", "device", "time"),)
 
 
 class PrivacySpend(Base):
@@ -699,9 +703,17 @@ class State:
     def clean(self) -> None:
         """Deletes the updates and the optimizer's memory of rounds that are over; what cannot be
         deleted now is another time."""
+        # Looked for before the rows: what another thread writes meanwhile is not in the list.
+        updates = list((self.directory / UPDATES).glob("*"))
+        memories = list((self.directory / MEMORIES).glob("*.safetensors"))
         try:
             with self._transaction() as session:
                 rounds = session.scalars(select(Round).where(_ongoing())).all()
+                remembered = set(
+                    session.scalars(
+                        select(Round.memory_file).where(~_ongoing(), Round.memory_file.is_not(None))
+                    )
+                )
                 # In asynchronous rounds they are beside others that still count.
                 over = session.scalars(
                     select(Update.file)
@@ -713,19 +725,19 @@ class State:
         for file in over:
             with contextlib.suppress(OSError):
                 (self.directory / file).unlink(missing_ok=True)
-        updates = self.directory / UPDATES
         kept = {
             _updates_directory(ongoing.cohort, number)
             for ongoing in rounds
             for number in range(ongoing.oldest, ongoing.number + 1)
         }
-        for other in updates.glob("*"):
+        for other in updates:
             if f"{UPDATES}/{other.name}" not in kept:
                 shutil.rmtree(other, ignore_errors=True)
-        memories = self.directory / MEMORIES
-        for path in memories.glob("*.safetensors"):
-            if f"{MEMORIES}/{path.name}" not in {ongoing.memory_file for ongoing in rounds}:
-                path.unlink(missing_ok=True)
+        forgotten = remembered - {ongoing.memory_file for ongoing in rounds}
+        for path in memories:
+            if f"{MEMORIES}/{path.name}" in forgotten:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     # Participants, updates and refusals
 
@@ -870,16 +882,21 @@ class State:
         return name
 
     def add_refusal(self, number: int, device: str, reason: str) -> None:
+        """Notes that an update of `device` was refused; of many in a minute, the first ones."""
         with self._transaction() as session:
-            session.add(
-                Refusal(
-                    cohort=self.cohort,
-                    round=number,
-                    device=device,
-                    reason=reason.replace("\0", "\ufffd"),  # PostgreSQL keeps no such text
-                    time=time.time(),
+            now = time.time()
+            lately = (Refusal.device == device) & (Refusal.time > now - 60)
+            count = session.scalar(select(func.count()).select_from(Refusal).where(lately)) or 0
+            if count < REFUSALS_A_MINUTE:
+                session.add(
+                    Refusal(
+                        cohort=self.cohort,
+                        round=number,
+                        device=device,
+                        reason=reason.replace("\0", "\ufffd"),  # PostgreSQL keeps no such text
+                        time=now,
+                    )
                 )
-            )
             participant = session.get(Participant, (self.cohort, number, device))
             if participant is not None:
                 participant.refused = True
@@ -895,12 +912,18 @@ class State:
             rows = session.execute(counted.group_by(PrivacySpend.noise_multiplier))
             return {multiplier: count for multiplier, count in rows}
 
+    def has_spent(self, number: int) -> bool:
+        """Whether the round is paid for."""
+        with self._transaction() as session:
+            return session.get(PrivacySpend, (self.cohort, number)) is not None
+
     def aggregated_without_noise(self) -> bool:
         """Whether a round was aggregated without differential privacy."""
         spent = select(PrivacySpend.round).where(PrivacySpend.cohort == self.cohort)
         plain = select(Round.number).where(
             Round.cohort == self.cohort,
-            Round.status == Status.AGGREGATED,
+            # The quality gate tells of those that it turned down.
+            (Round.status == Status.AGGREGATED) | Round.candidate_perplexity.is_not(None),
             Round.number.not_in(spent),
         )
         with self._transaction() as session:
@@ -988,9 +1011,16 @@ class State:
                 else:
                     session.delete(member)
 
-    def set_masking_stage(self, number: int, stage: MaskingStage) -> None:
+    def set_masking_stage(
+        self, number: int, stage: MaskingStage, *, noise: float | None = None
+    ) -> None:
+        """
+        Args:
+            noise: as in `aggregate`, if something of the sum may be learnt from now on.
+        """
         with self._transaction() as session:
             session.get_one(MaskingGroup, (self.cohort, number)).stage = stage
+            self._spend(session, number, noise)
 
     def add_masking_shares(self, number: int, device: str, shares: bytes) -> None:
         with self._transaction() as session:
@@ -1004,10 +1034,10 @@ class State:
         return select(MaskingMember).where(self._in(MaskingMember, number))
 
     def _spend(self, session: Session, number: int, noise: float | None) -> None:
-        """Notes what a round that is ended costs of the privacy budget."""
+        """Notes what a round costs of the privacy budget; once, however often it is noted."""
         if noise is not None:
             spend = PrivacySpend(cohort=self.cohort, round=number, noise_multiplier=noise)
-            session.add(spend)
+            session.merge(spend)
 
     def _forget_masking(self, session: Session, number: int) -> None:
         """Deletes what secure aggregation of a round that is over has left."""

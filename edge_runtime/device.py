@@ -150,7 +150,7 @@ class Device:
             history=reply.history,
             tokens=steps * reply.training.batch_sequences * self._length,
         )
-        if self.progress.compression:
+        if self.progress.compression and not reply.secure_aggregation:
             self.progress.sending = header.tokens
             self._save()
             self._report_compressed(client, reply.history)
@@ -246,6 +246,10 @@ class Device:
                         payload = session.mask(reply.mask, step)
                     except ValueError as error:
                         return False, str(error)
+                    # Killed from here on it has dropped out: two masked steps of one round, in
+                    # groups that differ, could be told from each other.
+                    self.progress.uploaded = True
+                    self._save()
                     answer = client.upload(header, payload)
                     if not answer.accepted:
                         return False, answer.reason

@@ -131,7 +131,8 @@ class Session:
             return self._outgoing
         _check(group)
         enrolments = {self._verified(neighbour.keys) for neighbour in group.neighbours}
-        _require(len(enrolments) == len(group.neighbours), "one device is two neighbours")
+        enrolments.add(self._verified(self.advertisement))
+        _require(len(enrolments) == len(group.neighbours) + 1, "one device is there twice")
         self._group = group
         holders = [neighbour.index for neighbour in group.neighbours] + [group.index]
         seeds = shamir.split(self._secrets.own, group.threshold, holders)
@@ -204,7 +205,9 @@ class Session:
         )
         _require(summed | dropped == {*incoming, group.index}, "it unmasks others than it masked")
         _require(group.index in summed, "it left this device's step out")
-        _require(len(summed) >= group.threshold, "it sums up too few devices")
+        complete = len(group.neighbours) + 1 == group.devices
+        least = max(group.threshold, group.least_devices if complete else LEAST_DEVICES)
+        _require(len(summed) >= least, "it sums up too few devices")
         self._request = request
         revealed = pb.RevealedShares()
         revealed.seeds.add(index=group.index, share=self._own_share)
@@ -289,6 +292,7 @@ def _check(group: pb.MaskingGroup) -> None:
             LEAST_DEVICES <= group.least_devices <= group.devices,
             f"it sums up fewer than {LEAST_DEVICES} devices",
         ),
+        (len(holders) >= LEAST_DEVICES, f"it names fewer than {LEAST_DEVICES} devices"),
         (group.threshold <= len(holders) < 2 * group.threshold, "its threshold is too low"),
         (
             0 < quantization.bound < math.inf and 0 <= reach < math.inf,

@@ -58,7 +58,10 @@ def aggregate(
         AggregationError: too few contributions, or numbers beyond float32.
     """
     layout = Layout(manifest)
-    strategy = recipe.strategy(layout)
+    try:
+        strategy = recipe.strategy(layout)
+    except ValueError as error:
+        raise AggregationError(str(error)) from error
     ordered = sorted(contributions, key=lambda given: (given.staleness, given.device))
     if len(ordered) < strategy.least_updates:
         raise AggregationError(
@@ -69,10 +72,13 @@ def aggregate(
     beginnings = Beginnings(manifest, layout, start)
     # One thread: how many there are would decide how sums are rounded.
     with threadpool_limits(1):
-        strategy.configure_round(start)
-        for contribution in ordered:
-            strategy.accept(beginnings.rebase(updates.read(contribution), contribution))
-        flat = strategy.aggregate()
+        try:
+            strategy.configure_round(start)
+            for contribution in ordered:
+                strategy.accept(beginnings.rebase(updates.read(contribution), contribution))
+            flat = strategy.aggregate()
+        except ValueError as error:  # of noise: the round has more updates than it promised
+            raise AggregationError(str(error)) from error
     clipped = strategy.clipped if isinstance(strategy, Clipped) else 0
     return _conclude(layout, recipe, start, flat, memory, clipped)
 

@@ -95,6 +95,19 @@ def test_what_was_not_offered_or_is_no_step_is_refused(fleet: Fleet) -> None:
     np.testing.assert_allclose(flat(bundle, ada.download(final.round)), start + 1, rtol=1e-6)
 
 
+def test_a_device_goes_on_when_its_compression_is_offered_no_more(fleet: Fleet) -> None:
+    """As after a restart of the coordinator with other options: it asks first what has come."""
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "1", "--min-devices", "1")
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    join_round(ada)
+    start = flat(bundle, ada.download(1))
+    kind = NAMES["int8"]
+    reply = ada.upload(header(1, compression=kind), compress(kind, start), resume=True)
+    assert not reply.accepted
+    assert "was not offered" in reply.reason
+
+
 def test_compression_does_not_go_with_secure_aggregation(fleet: Fleet) -> None:
     command = serve_command(
         fleet.bundle().path, fleet.state, "--listen", "127.0.0.1:0", "--compression", "int8"

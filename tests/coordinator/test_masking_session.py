@@ -163,6 +163,12 @@ def too_few_devices(group: pb.MaskingGroup) -> None:
     group.least_devices = 2
 
 
+def alone(group: pb.MaskingGroup) -> None:
+    """With a threshold of one, its own share would be the secret."""
+    del group.neighbours[:]
+    group.threshold, group.devices, group.least_devices = 1, 1000, 750
+
+
 def twice(group: pb.MaskingGroup) -> None:
     group.neighbours[1].index = group.neighbours[0].index
 
@@ -198,8 +204,9 @@ def no_certificate(group: pb.MaskingGroup) -> None:
         (low_threshold, "threshold is too low"),
         (wrapping, "could wrap"),
         (too_few_devices, "fewer than 3"),
+        (alone, "names fewer than 3 devices"),
         (twice, "there twice"),
-        (one_device_twice, "one device is two neighbours"),
+        (one_device_twice, "one device is there twice"),
         (beyond, "not in the group"),
         (unbounded, "no bound"),
         (noise_on_anything, "any length"),

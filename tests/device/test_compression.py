@@ -38,7 +38,8 @@ def test_what_is_sent_arrives_and_is_never_larger_than_the_step(
     assert got.dtype == np.float32
     assert got.shape == step.shape
     largest = float(np.abs(step).max())
-    assert np.abs(got).max() <= largest * (1 + 2**-10)
+    # Half a unit in the last place, of the smallest numbers in float16 too.
+    assert np.abs(got).max() <= largest * (1 + 2**-10) + 2**-25
 
 
 def test_precision_and_size() -> None:
