@@ -203,7 +203,10 @@ def test_a_device_comes_back_for_more_rounds_and_from_being_alone(
             [*serve, "--exit-when-done"], stdout=subprocess.PIPE, text=True
         ) as coordinator:
             assert coordinator.stdout is not None
-            assert json.loads(coordinator.stdout.readline())["address"] == address
+            # It says before that there are more rounds now.
+            events = map(json.loads, coordinator.stdout)
+            listening = next(event for event in events if event["event"] == "listening")
+            assert listening["address"] == address
             happened = device("--coordinator", address, "--insecure")
             coordinator.stdout.read()
         assert coordinator.returncode == 0

@@ -8,7 +8,9 @@ import pwd
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,10 +124,15 @@ def replay(fleet: Fleet, bundle: Bundle, url: str, lives: list[dict[int, bytes]]
     return generalist
 
 
-def live(bundle: Bundle, client: Client, seed: int) -> tuple[dict[int, bytes], bytes]:
+def live(
+    bundle: Bundle, client: Client, seed: int, turns: threading.Semaphore | None = None
+) -> tuple[dict[int, bytes], bytes]:
+    """Takes part to the end, in as many rounds at a time as there are `turns`."""
     acknowledged: dict[int, bytes] = {}
     while (reply := client.check_in(2)).action != pb.CheckInReply.FINISH:
         if reply.action == pb.CheckInReply.TRAIN:
+            if turns:
+                turns.acquire()
             update = train(bundle, client.download(reply.round), seed, reply.round)
             assert client.upload(header(reply.round), update).accepted
             acknowledged[reply.round] = update
@@ -150,7 +157,7 @@ def test_rounds_with_postgres_and_what_is_kept_there(fleet: Fleet, url: str) -> 
     assert served.end()[-1]["event"] == "finished"
     assert not (fleet.state / "coordinator.sqlite3").exists()
     assert rows(url, "select max(tokens) from updates") == [(2**50,)]
-    command = [*("python", "-m", "edge_runtime", "rounds", "--state", str(fleet.state))]
+    command = [*(sys.executable, "-m", "edge_runtime", "rounds", "--state", str(fleet.state))]
     listed = subprocess.run(
         [*command, "--format", "json"],
         env={**os.environ, "COMIGS_DATABASE": url},
@@ -208,6 +215,8 @@ def test_another_coordinator_takes_over_when_one_is_killed(fleet: Fleet, url: st
     leader = start()
     clients = fleet.enrolled(leader, bundle, *(f"device {i}" for i in range(2)))
     moments = random.Random(2)
+    # So that the rounds do not end before the kills do.
+    turns = [threading.Semaphore(3) for _ in clients]
 
     def kill_again_and_again() -> Served:
         current = leader
@@ -219,10 +228,15 @@ def test_another_coordinator_takes_over_when_one_is_killed(fleet: Fleet, url: st
             current.kill()
             standby.ready()
             current = standby
+            for turn in turns:
+                turn.release(2)
+        for turn in turns:
+            turn.release(12)
         return current
 
     *lives, last = in_parallel(
-        *(lambda i=i: live(bundle, clients[i], i) for i in range(2)), kill_again_and_again
+        *(lambda i=i: live(bundle, clients[i], i, turns[i]) for i in range(2)),
+        kill_again_and_again,
     )
     assert last.end()[-1]["event"] == "finished"
     final = replay(fleet, bundle, url, [acknowledged for acknowledged, _ in lives])
