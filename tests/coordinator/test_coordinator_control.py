@@ -143,6 +143,7 @@ def test_roll_back(fleet: Fleet) -> None:
     pair = fleet.enrolled(served, bundle, "ada", "ben")
     for number in (1, 2):
         report(bundle, pair, number)
+    served.wait_for("round_closed", round=2)
     starts = {number: pair[0].download(number) for number in (1, 2, 3)}
     join_round(*pair)
     newer = train(bundle, starts[3], 0, 3)

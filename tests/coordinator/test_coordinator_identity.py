@@ -506,9 +506,9 @@ def test_revocation_of_the_last_missing_device_closes_the_session(fleet: Fleet) 
 
 
 def test_renewal(fleet: Fleet) -> None:
-    """A certificate of five seconds: renewed in time it goes on, else it stops, even when open."""
+    """A certificate of ten seconds: renewed in time it goes on, else it stops, even when open."""
     bundle = fleet.bundle()
-    served = fleet.serve(bundle, "--certificate-days", str(5 / 86400))
+    served = fleet.serve(bundle, "--certificate-days", str(10 / 86400))
     ada, ben, cy = fleet.enrolled(served, bundle, "ada", "ben", "cy")
     ben.check_in(0)
     first = ada.who
