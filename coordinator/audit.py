@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import AuditError, StorageError
-from edge_runtime.files import storage_errors
+from edge_runtime.files import storage_errors, sync
 
 LOG = "audit.jsonl"
 # What the first entry holds as the hash of the one before.
@@ -83,7 +83,7 @@ class AuditLog:
             new = not self.path.exists()
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             if new:
-                _sync_directory(directory)
+                sync(directory)
             torn = self._find_end()
         if torn:
             self.append([("torn_entry_removed", COORDINATOR, {"bytes": torn})])
@@ -337,11 +337,3 @@ def _tail(file: int, size: int, step: int = 65536) -> bytes:
         start = max(0, start - step)
         content = os.pread(file, size - start, start)
     return content
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

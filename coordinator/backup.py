@@ -31,7 +31,7 @@ from typing import IO, Any
 from coordinator.audit import COORDINATOR, LOG, AuditLog
 from coordinator.state import DATABASE, GENERALISTS, LOCK, MEMORIES, SCHEMA, State
 from edge_runtime.errors import BackupError, StorageError
-from edge_runtime.files import storage_errors
+from edge_runtime.files import storage_errors, sync
 
 FORMAT = 1
 MANIFEST = "backup.json"
@@ -75,7 +75,7 @@ def back_up(state: Path, out: Path) -> Summary:
                 _copy_database(state / DATABASE, directory / DATABASE)
                 summary = _write(state, directory / DATABASE, directory / "backup.tar")
                 os.replace(directory / "backup.tar", out)
-                _sync(out.parent)
+                sync(out.parent)
                 return summary
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -102,12 +102,12 @@ def restore(file: Path, state: Path) -> Summary:
             summary = _extract(file, directory)
             _begin_anew(file, directory, summary)
             for path in sorted(directory.rglob("*")):
-                _sync(path)
-            _sync(directory)
+                sync(path)
+            sync(directory)
             if state.exists():
                 state.rmdir()
             directory.rename(state)
-            _sync(state.parent)
+            sync(state.parent)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
     return summary
@@ -256,11 +256,3 @@ def _begin_anew(file: Path, directory: Path, summary: Summary) -> None:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

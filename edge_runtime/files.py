@@ -48,12 +48,13 @@ def replace_durably(source: Path, path: Path) -> None:
     Raises:
         OSError: as `os.fsync` and `os.replace`.
     """
-    _sync(source)
+    sync(source)
     os.replace(source, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns when a file's content, or the names in a directory, are durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -54,7 +54,7 @@ class Predictor:
         tokens = self._entries["prefill"].inputs[0]
         self._any_length = tokens.HasField("tokens_axis")
         self.chunk = tokens.shape[0]
-        self._steps = {name: self._bind(name) for name in self._entries}
+        self._steps: dict[str, _Step] = {}
         self._held: list[int] = []  # tokens whose keys and values are in the cache
         self._routing: list[NDArray[np.float32]] = []  # per held token, (L, n)
         self._check_that_adapters_count()
@@ -80,12 +80,12 @@ class Predictor:
                 break
             same += 1
         del self._held[same:], self._routing[same:]
-        output = self._steps["decode"].outputs
-        while len(self._held) < len(tokens):
+        while True:  # at least the last token is not held
             left = tokens[len(self._held) :]
             name = "prefill" if len(left) > 1 else "decode"
             output = self._extend(name, left[: self.chunk if name == "prefill" else 1])
-        return output["logits"]
+            if len(self._held) == len(tokens):
+                return output["logits"]
 
     def suggest(self, text: str, top: int = 5) -> list[Suggestion]:
         """The `top` most probable next tokens after `text`, the best first."""
@@ -139,19 +139,17 @@ class Predictor:
             both.removeprefix(first) if both.startswith(first) else self.tokenizer.decode([token])
         )
 
-    def _bind(self, name: str, length: int | None = None) -> _Step:
-        """`name` bound to arrays of its own, for `length` tokens (None: as many as it takes)."""
-        entry = self._entries[name]
-        if length is not None:
-            entry = _shortened(entry, length)
+    def _bind(self, name: str, length: int) -> _Step:
+        """`name` bound to arrays of its own, for `length` tokens if it takes any number."""
+        entry = _shortened(self._entries[name], length)
         inputs = self._shared | allocate(entry.inputs, besides=self._shared)
         outputs = allocate_outputs(entry, inputs)
         return _Step(inputs, outputs, self._programs[name].bind(inputs, outputs))
 
     def _extend(self, name: str, tokens: list[int]) -> dict[str, Array]:
         position, count = len(self._held), len(tokens)
-        step = self._steps[name]
-        if name == "prefill" and self._any_length and step.inputs["tokens"].size != count:
+        step = self._steps.get(name)
+        if step is None or (self._any_length and step.inputs["tokens"].size != count):
             step = self._steps[name] = self._bind(name, count)
         step.inputs["tokens"][...] = 0
         step.inputs["tokens"][:count] = tokens
