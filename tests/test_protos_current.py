@@ -4,10 +4,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from golden import __main__ as golden
 from google.protobuf import json_format, message_factory
 
+from edge_runtime.compression import NAMES, compress, decompress
 from protos.__main__ import BIN, HERE, RELEASED, generate
 
 # What an old device, or a bundle of an old compiler, would not survive.
@@ -66,6 +68,16 @@ def test_a_breaking_change_would_be_noticed(change: str, tmp_path: Path) -> None
 def test_messages_have_their_golden_bytes() -> None:
     now = golden.lines(golden.golden(golden.current()))
     assert (golden.HERE / "messages.txt").read_text() == now, "run `python -m tests.golden`"
+
+
+def test_compressed_payloads_have_their_golden_bytes() -> None:
+    kept = golden.read(golden.HERE / "payloads.txt")
+    sent = np.frombuffer(kept["step"], "<f4")
+    for name, kind in NAMES.items():
+        assert compress(kind, sent) == kept[name], "run `python -m tests.golden`"
+        unpacked = decompress(kind, kept[name], sent.size)
+        assert unpacked.tobytes() == kept[f"{name}.unpacked"]
+    assert kept == golden.payloads()
 
 
 def test_golden_bytes_of_the_release_mean_the_same_today() -> None:

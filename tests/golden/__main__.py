@@ -1,9 +1,10 @@
-"""Golden bytes of every message: `python -m tests.golden` writes them anew.
+"""Golden bytes of messages and payloads: `python -m tests.golden` writes them anew.
 
 `messages.txt` has every message of the present contract with every field set, as a line of its name
 and its bytes in hexadecimal; a message with a `oneof` has a line per choice. `released.txt` has the
-same of the last release, from protos/released.binpb. An implementation in another language that
-writes and reads these bytes agrees with this one.
+same of the last release, from protos/released.binpb. `payloads.txt` has a step, as float32 numbers,
+and for each compression (edge_runtime/compression.py) the payload of it and what that is unpacked.
+An implementation in another language that writes and reads these bytes agrees with this one.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
+from edge_runtime.adapters import Vector
+from edge_runtime.compression import BLOCK, NAMES, compress, decompress
 from protos import coordinator_pb2, manifest_pb2
 
 HERE = Path(__file__).parent
@@ -98,6 +102,27 @@ def _scalar(field: FieldDescriptor) -> Any:
     return field.number + 0.25  # float and double: exact in both
 
 
+def step() -> Vector:
+    """What implementations may disagree about: numbers beyond half precision and below it, ties,
+    signed zeros, a block of zeros, and a last block that is not full."""
+    numbers = np.zeros(3 * BLOCK + 5, np.float32)
+    numbers[:BLOCK] = np.arange(BLOCK) * np.float32(0.37) - 40
+    numbers[2 * BLOCK :] = np.float32(2.0) ** -np.arange(BLOCK + 5)
+    numbers[:6] = [1e6, -1e6, 65504, -0.0, 1e-40, 1 / 3]
+    numbers[10:14] = [-7.5, 7.5, -7.5, 7.5]
+    return numbers
+
+
+def payloads() -> dict[str, bytes]:
+    """Line's name -> bytes."""
+    made = {"step": step().astype("<f4").tobytes()}
+    for name, kind in NAMES.items():
+        made[name] = compress(kind, step())
+        unpacked = decompress(kind, made[name], step().size)
+        made[f"{name}.unpacked"] = unpacked.astype("<f4").tobytes()
+    return made
+
+
 def lines(messages: dict[str, bytes]) -> str:
     return "".join(f"{name} {content.hex()}\n" for name, content in messages.items())
 
@@ -110,3 +135,4 @@ def read(path: Path) -> dict[str, bytes]:
 if __name__ == "__main__":
     (HERE / "messages.txt").write_text(lines(golden(current())))
     (HERE / "released.txt").write_text(lines(golden(released())))
+    (HERE / "payloads.txt").write_text(lines(payloads()))
