@@ -32,7 +32,13 @@ from coordinator.state import (
 )
 from edge_runtime import masking, shamir
 from edge_runtime.quantization import Grid, Integers, Residues, grid_for, signed
-from edge_runtime.secure_aggregation import COUNTERS, LEAST_DEVICES, payload_numbers, verify
+from edge_runtime.secure_aggregation import (
+    COUNTERS,
+    LEAST_DEVICES,
+    noise_share,
+    payload_numbers,
+    verify,
+)
 from protos import coordinator_pb2 as pb
 
 # The bound of a coordinate where no norm is clipped. A generalist's numbers are smaller, and so is
@@ -79,9 +85,9 @@ class Masking:
         """
         graph = graph_for(devices, self.staying)
         least = self.least(devices)
-        noise = self.noise_multiplier * math.sqrt(devices / least)
-        grid = grid_for(self.clip_norm or COORDINATE_BOUND, devices, noise)
-        if 0 < self.noise_multiplier * grid.levels < LEAST_SIGMA * math.sqrt(least):
+        share = noise_share(self.noise_multiplier, least)
+        grid = grid_for(self.clip_norm or COORDINATE_BOUND, devices, share * math.sqrt(devices))
+        if 0 < share * grid.levels < LEAST_SIGMA:
             raise ValueError(
                 f"each device's share of the noise is less than {LEAST_SIGMA:g} units of the "
                 "grid; raise --dp-noise, or select fewer devices"

@@ -269,10 +269,19 @@ def prepared(step: Vector, group: pb.MaskingGroup) -> Integers:
         shortened = False
     if quantization.noise_multiplier:
         # A count would tell without noise what the noise hides.
-        sigma = quantization.noise_multiplier * grid.levels / math.sqrt(group.least_devices)
-        integers += discrete_gaussian(sigma, integers.size)
+        share = noise_share(quantization.noise_multiplier, group.least_devices)
+        integers += discrete_gaussian(share * grid.levels, integers.size)
         return integers
     return np.append(integers, [min(beyond, grid.levels), int(shortened)])
+
+
+def noise_share(noise_multiplier: float, least_devices: int) -> float:
+    """Standard deviation of one device's noise, as a multiple of the bound.
+
+    All but one of `least_devices` make up `noise_multiplier` together: a device knows its own
+    noise, and what is accounted for is to hold against it too.
+    """
+    return noise_multiplier / math.sqrt(max(least_devices - 1, 1))
 
 
 def payload_numbers(size: int, quantization: pb.Quantization) -> int:
@@ -284,7 +293,8 @@ def _check(group: pb.MaskingGroup) -> None:
     """Refuses a group in which the secrets would be safe with fewer than they should."""
     holders = {neighbour.index for neighbour in group.neighbours} | {group.index}
     quantization = group.quantization
-    reach = quantization.noise_multiplier * math.sqrt(group.devices / max(group.least_devices, 1))
+    share = noise_share(quantization.noise_multiplier, group.least_devices)
+    reach = share * math.sqrt(group.devices)
     for kept, complaint in (
         (len(holders) == len(group.neighbours) + 1, "a number in the group is there twice"),
         (0 not in holders and max(holders) <= group.devices, "a number is not in the group"),

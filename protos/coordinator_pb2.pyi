@@ -1117,9 +1117,9 @@ class Quantization(_message.Message):
     clip_norm: _builtins.bool
     """Whether the step is clipped to an L2 norm of `bound`, else coordinate by coordinate."""
     noise_multiplier: _builtins.float
-    """Differential privacy: standard deviation of the noise of `least_devices` devices together, as
-    a multiple of `bound`. Each adds discrete Gaussian noise of this times
-    `levels` / sqrt(`least_devices`). 0: no noise.
+    """Differential privacy: standard deviation of the noise of all but one of `least_devices` devices
+    together, as a multiple of `bound`. Each adds discrete Gaussian noise of this times `levels` /
+    sqrt(`least_devices` - 1). 0: no noise.
     """
     def __init__(
         self,

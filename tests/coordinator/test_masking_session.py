@@ -17,6 +17,7 @@ from cryptography import x509
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.accounting import epsilon
 from coordinator.neighbours import MAX_NEIGHBOURS, Graph, graph_for
 from coordinator.secure_aggregation import Masking, SecureAggregation
 from coordinator.state import MaskingGroup, Settings, State, Update
@@ -25,7 +26,7 @@ from edge_runtime import protocol
 from edge_runtime.errors import RefusedError
 from edge_runtime.identity import Identity, new_key, public_key_of
 from edge_runtime.quantization import grid_for, quantize
-from edge_runtime.secure_aggregation import Session, verify
+from edge_runtime.secure_aggregation import Session, prepared, verify
 from protos import coordinator_pb2 as pb
 
 ROUND = 7
@@ -256,6 +257,28 @@ def test_the_largest_messages_fit(world: World) -> None:
         revealed.seeds.add(index=2**20 + index, share=share)
     protocol.check(pb.AggregateRequest(round=2**31, shares=outgoing))
     protocol.check(pb.AggregateRequest(round=2**31, revealed=revealed))
+
+
+@pytest.mark.parametrize(("devices", "staying"), [(3, 1.0), (5, 0.6), (20, 0.75), (1000, 0.75)])
+def test_what_is_charged_holds_against_a_device(devices: int, staying: float) -> None:
+    """Of the fewest that are summed up, one knows its own noise: the others' is what is accounted
+    for, and that of one fewer is not."""
+    size, charged = 200_000, 2.0
+    masking = Masking(
+        staying=staying, stage_seconds=60, min_devices=3, clip_norm=0.5, noise_multiplier=charged
+    )
+    terms = masking.terms(devices)[1]
+    noise = prepared(np.zeros(size, np.float32), terms)
+    of_one = float(np.std(noise)) / terms.quantization.levels
+    rounding = 5 / math.sqrt(2 * size)  # five standard deviations of an estimate
+    cost = epsilon({charged: 10}, 1e-5)
+    others = terms.least_devices - 1
+    assert of_one * math.sqrt(others) == pytest.approx(charged, rel=rounding)
+    least = of_one * math.sqrt(others) * (1 + rounding)
+    assert epsilon({least: 10}, 1e-5) <= cost
+    if others < 100:  # else the difference is within the estimate's
+        fewer = of_one * math.sqrt(others - 1) * (1 + rounding)
+        assert epsilon({fewer: 10}, 1e-5) > cost
 
 
 def tail(devices: int, marked: int, degree: int, hits: range) -> Fraction:

@@ -184,7 +184,7 @@ def test_devices_noise_their_masked_steps(fleet: Fleet) -> None:
     clipped = [s.astype(float) * min(1, 0.5 / np.linalg.norm(s)) for s in steps]
     got = vector(bundle, clients[0].download(number + 1)).astype(float)
     noise = (got - start - sum(clipped) / 3) * 3
-    deviation = 2.0 * 0.5 * math.sqrt(3 / maskers[0].group.least_devices)
+    deviation = 2.0 * 0.5 * math.sqrt(3 / (maskers[0].group.least_devices - 1))
     assert np.std(noise) == pytest.approx(deviation, rel=5 / math.sqrt(2 * start.size))
     assert served.wait_for("privacy_spent", round=number)["epsilon"] == pytest.approx(
         epsilon({2.0: 1}, 1e-5), abs=1e-4
