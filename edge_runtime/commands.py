@@ -1,4 +1,4 @@
-"""The device's commands: `comigs device run | evaluate`, `predict`, `perplexity`, `plan`,
+"""The device's commands: `comigs device run | evaluate | experts`, `predict`, `perplexity`, `plan`,
 `doctor`."""
 
 from __future__ import annotations
@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.markup import escape
@@ -25,13 +26,15 @@ from edge_runtime.data import load_tokenizer, read_all, read_splits, tokenize
 from edge_runtime.device import Device
 from edge_runtime.engines import ENGINES, load_engine
 from edge_runtime.enrolment import identity_from
-from edge_runtime.errors import AdapterError, DataError
+from edge_runtime.errors import AdapterError, DataError, StorageError
 from edge_runtime.identity import Identity
 from edge_runtime.invitation import decode
 from edge_runtime.predict import Predictor, Suggestion
 from edge_runtime.store import DeviceConfig, Home
 from edge_runtime.training import Evaluator
 from protos import coordinator_pb2 as pb
+
+T = TypeVar("T")
 
 FRESH = Path("the bundle's own")
 
@@ -48,13 +51,44 @@ EngineOption = Annotated[
     str | None,
     typer.Option(help=f"{' or '.join(ENGINES)} (default: the home's).", callback=_known_engine),
 ]
+
+
+def _parser(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """`parse` for an option: its ValueError is a wrong usage of the command line."""
+
+    def parser(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    return parser
+
+
+MemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        parser=_parser(planner.parse_size), metavar="SIZE", help="Memory budget, such as 512MiB."
+    ),
+]
+ComputeOption = Annotated[
+    float | None,
+    typer.Option(
+        parser=_parser(planner.parse_seconds),
+        metavar="TIME",
+        help="Training time per round, such as 60s.",
+    ),
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Worker threads (default: all cores).")]
 
 
 def register(app: typer.Typer) -> None:
-    device = typer.Typer(help="Be a device: train, evaluate.", no_args_is_help=True)
+    device = typer.Typer(
+        help="Be a device: train, evaluate, take experts along.", no_args_is_help=True
+    )
     device.command("run")(run)
     device.command("evaluate")(evaluate)
+    device.command("experts")(experts)
     app.add_typer(device, name="device")
     app.command("predict")(predict)
     app.command("perplexity")(perplexity)
@@ -90,10 +124,8 @@ def run(
         ),
     ] = False,
     engine: EngineOption = None,
-    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 512MiB.")] = None,
-    compute: Annotated[
-        str | None, typer.Option(help="Training time per round, such as 60s.")
-    ] = None,
+    memory: MemoryOption = None,
+    compute: ComputeOption = None,
     rounds: Annotated[int, typer.Option(help="With --alone: rounds to train.")] = 3,
     training: Annotated[
         Path | None, typer.Option(help="With --alone: TrainingConfig as JSON.")
@@ -134,8 +166,7 @@ def run(
         if invited:
             device_config.name = invited.name
         opened = open_bundle(Path(device_config.bundle))
-        limit = planner.parse_size(memory) if memory else None
-        chosen = planner.choose(opened, engine or device_config.engine, batch, limit)
+        chosen = planner.choose(opened, engine or device_config.engine, batch, memory)
         report(
             {
                 "event": "plan",
@@ -152,8 +183,8 @@ def run(
             engine=load_engine(engine or device_config.engine, threads=threads),
             data=data,
             plan=chosen,
-            memory_bytes=limit,
-            compute_seconds=planner.parse_seconds(compute) if compute else None,
+            memory_bytes=memory,
+            compute_seconds=compute,
             report=report,
             compression=compression,
         )
@@ -308,6 +339,30 @@ def evaluate(
         emit(result)
     else:
         print(f"{config.name}: perplexity {math.exp(loss):.2f} over {len(tokens)} {split} tokens")
+
+
+def experts(
+    home: HomeOption,
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Write each expert as an adapter that opens in PEFT, and the router, which does not."""
+    at = Home(home)
+    opened = open_bundle(Path(_existing(at).bundle))
+    state, _ = at.load_state(opened)
+    if out.exists():
+        raise StorageError(f"{out} exists; give another --out")
+    adapters.save_directory(opened.manifest, state.vectors, out)
+    written = {
+        role.name: str(out / role.path)
+        for role in opened.manifest.roles
+        if role.name != adapters.ROUTER
+    }
+    if output is Format.JSON:
+        emit({"experts": written})
+        return
+    for path in written.values():
+        print(path)
 
 
 def perplexity(
@@ -465,8 +520,8 @@ def _print_routing(routing: list[tuple[str, dict[str, float]]]) -> None:
 
 def plan(
     bundle: Annotated[Path, typer.Option(help="The bundle to plan for.")],
-    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 512MiB.")] = None,
-    compute: Annotated[str | None, typer.Option(help="Training time per round.")] = None,
+    memory: MemoryOption = None,
+    compute: ComputeOption = None,
     engine: Annotated[
         str, typer.Option(help=" or ".join(ENGINES), callback=_known_engine)
     ] = ENGINES[0],
@@ -475,16 +530,14 @@ def plan(
 ) -> None:
     """Say what fits a budget, from the manifest alone. Loads no program."""
     opened = open_bundle(bundle)
-    limit = planner.parse_size(memory) if memory else None
-    seconds = planner.parse_seconds(compute) if compute else None
-    chosen = planner.choose(opened, engine, batch, limit)
+    chosen = planner.choose(opened, engine, batch, memory)
     options = planner.plans(opened, engine, batch)
     if output is Format.JSON:
         emit(
             {
                 "engine": engine,
                 "chosen_micro_batch": chosen.micro_batch,
-                "compute_seconds": seconds,
+                "compute_seconds": compute,
                 "plans": [
                     {
                         "micro_batch": o.micro_batch,
@@ -513,8 +566,8 @@ def plan(
             f"{planner.mebibytes(option.adapter_bytes)}, everything else "
             f"{planner.mebibytes(option.rest_bytes)})"
         )
-    if seconds:
-        print(f"  training stops before the step that would exceed {seconds:g} s in a round")
+    if compute:
+        print(f"  training stops before the step that would exceed {compute:g} s in a round")
 
 
 def doctor(

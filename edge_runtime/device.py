@@ -110,6 +110,14 @@ class Device:
     def train_alone(self, config: pb.TrainingConfig) -> None:
         """The same rounds without a coordinator: nothing is exchanged."""
         self._take_rounds_of("alone")
+        if max(self.progress.finished, self.progress.round - 1) >= config.rounds:
+            done = max(self.progress.finished, config.rounds)
+            message = (
+                f"all rounds up to {done} are trained already; for more, give --rounds {done + 1} "
+                "or higher, or as many in the file of --training"
+            )
+            self.report({"event": "nothing_to_do", "message": message})
+            return
         for number in range(max(1, self.progress.round), config.rounds + 1):
             if number != self.progress.round:
                 self._start_round(number, config)

@@ -43,11 +43,11 @@ def parse_size(text: str) -> int:
     """Bytes in `text`, such as "512MiB", "1.5 GB" or "300000000".
 
     Raises:
-        BudgetError: not a size.
+        ValueError: not a size.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", text.lower())
     if not match:
-        raise BudgetError(f"{text!r} is not a size; write for example 512MiB or 1GB")
+        raise ValueError(f"{text!r} is not a size; write for example 512MiB or 1GB")
     return int(float(match[1]) * UNITS[match[2] or ""])
 
 
@@ -55,11 +55,11 @@ def parse_seconds(text: str) -> float:
     """Seconds in `text`, such as "60s", "5m" or "90".
 
     Raises:
-        BudgetError: not a positive duration.
+        ValueError: not a positive duration.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(s|m|min|h)?\s*", text.lower())
     if not match or float(match[1]) <= 0:
-        raise BudgetError(f"{text!r} is not a duration; write for example 60s or 5m")
+        raise ValueError(f"{text!r} is not a duration; write for example 60s or 5m")
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2] or "s"]
 
 

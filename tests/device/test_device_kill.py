@@ -124,7 +124,12 @@ def test_a_finished_device_stays_as_it_is(
     before = saved(home, tiny_bundle)
     again = run_alone(home, text_dir, "--rounds", 1)
     assert [event for event in again if event["event"] == "step"] == []
+    (nothing,) = (event for event in again if event["event"] == "nothing_to_do")
+    assert "up to 1 are trained already; for more, give --rounds 2" in nothing["message"]
     assert saved(home, tiny_bundle) == before
+    more = run_alone(home, text_dir, "--rounds", 2)  # as it was told to
+    assert sum(event["event"] == "step" for event in more) == 10
+    assert "nothing_to_do" not in {event["event"] for event in more}
 
 
 def test_a_failed_replacement_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from device_help import comigs, run_alone, same, saved, steps, tokens, trainer, training_file
+from device_help import (
+    comigs,
+    refusal,
+    run_alone,
+    same,
+    saved,
+    steps,
+    tokens,
+    trainer,
+    training_file,
+)
+from peft import PeftModel
 from tiny import ExportTiny
 from transformers import GPT2LMHeadModel
 
-from edge_runtime.adapters import load_fresh
+from edge_runtime.adapters import load_fresh, views, zeros
 from edge_runtime.bundle import Bundle
 from edge_runtime.engines import load_engine
+from edge_runtime.errors import StorageError
+from edge_runtime.predict import Predictor
 from edge_runtime.store import Home
 from edge_runtime.training import Evaluator
 from export import mixture
@@ -26,6 +40,34 @@ EXPERTS = ("generalist", "specialist.1")
 def alone(export_tiny: ExportTiny) -> Bundle:
     """A generalist and nobody beside it."""
     return export_tiny(Mixture(rank=4, specialists=0))
+
+
+def test_experts_of_a_home_open_in_peft(
+    tiny_bundle: Bundle, alone: Bundle, tiny_base_dir: Path, text_dir: Path, tmp_path: Path
+) -> None:
+    """Each means on its own what it means to our programs."""
+    home, out = tmp_path / "home", tmp_path / "experts"
+    run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 1)
+    done = comigs("device", "experts", "--home", home, "--out", out, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    written = json.loads(done.stdout)["experts"]
+    assert list(written) == list(EXPERTS)
+    vectors = Home(home).load_state(tiny_bundle)[0].vectors
+    text = tokens(5, count=30)
+    base = GPT2LMHeadModel.from_pretrained(tiny_base_dir)
+    bare = base(torch.from_numpy(text)[None]).logits[0, -1].detach().numpy()
+    for role, path in written.items():
+        ours = zeros(alone.manifest)
+        single = views(alone.manifest, ours)
+        for name, value in views(tiny_bundle.manifest, {role: vectors[role]}).items():
+            single[name.replace(role, "generalist")][...] = value
+        model = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tiny_base_dir), path)
+        theirs = model(torch.from_numpy(text)[None]).logits[0, -1].detach().numpy()
+        predictor = Predictor(alone, load_engine("onnxruntime", threads=1), ours)
+        np.testing.assert_allclose(predictor.logits(text.tolist()), theirs, atol=1e-4)
+        assert abs(theirs - bare).max() > 0.01
+    again = comigs("device", "experts", "--home", home, "--out", out)
+    assert "give another --out" in refusal(again, StorageError.code)
 
 
 # --- the process -----------------------------------------------------------------------------
