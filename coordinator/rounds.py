@@ -63,7 +63,7 @@ from coordinator.secure_aggregation import Masking, SecureAggregation, over
 from coordinator.selection import Selection
 from coordinator.state import Device, MaskingMember, Round, Standing, State, Status, Update
 from edge_runtime import wire
-from edge_runtime.errors import AdapterError, ComigsError, StorageError
+from edge_runtime.errors import AdapterError, ComigsError, StorageError, brief
 from protos import coordinator_pb2 as pb
 from protos import manifest_pb2
 
@@ -142,10 +142,11 @@ class NoSuchRoundError(RefusedCommandError):
 
 
 class RefusedUpdateError(Exception):
-    """An update does not count; the message is one line that says why."""
+    """An update does not count; the message is one line that says why. It is kept and shown, and
+    may quote what the device sent."""
 
     def __init__(self, message: str, reason: Reason = Reason.MALFORMED) -> None:
-        super().__init__(message)
+        super().__init__(brief(message))
         self.reason = reason
 
 

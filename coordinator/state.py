@@ -893,7 +893,7 @@ class State:
                         cohort=self.cohort,
                         round=number,
                         device=device,
-                        reason=reason.replace("\0", "\ufffd"),  # PostgreSQL keeps no such text
+                        reason=reason,
                         time=now,
                     )
                 )

@@ -90,3 +90,10 @@ class VersionError(ComigsError):
 
 class BackupError(ComigsError):
     code = 24
+
+
+def brief(text: str, most: int = 300) -> str:
+    """`text`, in which something is that others wrote, as one printable line of that length."""
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[3 - most // 2 :]}"
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
