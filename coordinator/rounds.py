@@ -77,6 +77,8 @@ GATHER_SECONDS = 5.0
 STORAGE_SECONDS = 1.0
 # Between two looks at whether a round can begin or end.
 LOOK_SECONDS = 0.05
+# Between two looks at whether the file of the generalist is still what it was.
+INTACT_SECONDS = 60.0
 # How long to wait for the last round's devices to store the final generalist.
 DELIVERY_SECONDS = 60.0
 
@@ -191,6 +193,8 @@ class Rounds:
         self._nudged = asyncio.Event()
         # When it last woke, by the monotonic clock.
         self._looked = 0.0
+        # Which generalist was intact, and until when that is believed.
+        self._intact = ("", 0.0)
 
     # The course of things
 
@@ -268,6 +272,7 @@ class Rounds:
     async def _advance(self) -> bool:
         """Takes the next step if it is due. Returns whether there may be another one."""
         current = self._state.current()
+        self._check_start(current)
         if self._is_over(current) or current.paused:
             self._tell_if_spent(current)
             return False
@@ -429,6 +434,35 @@ class Rounds:
     def _start_of(self, current: Round) -> Path:
         return self._state.directory / current.generalist_file
 
+    def _read_start(self, wanted: Round) -> bytes:
+        """What the round starts from.
+
+        Raises:
+            AdapterError: it is missing, or not what was stored.
+        """
+        path = self._start_of(wanted)
+        try:
+            payload = path.read_bytes()
+        except OSError as error:
+            raise AdapterError(
+                f"cannot read {path}, the generalist of round {wanted.number}: "
+                f"{error.strerror}; restore the state directory from a copy"
+            ) from error
+        if hashlib.sha256(payload).hexdigest() != wanted.generalist_sha256:
+            raise AdapterError(
+                f"{path}, the generalist of round {wanted.number}, is damaged: it does not match "
+                "its SHA-256; restore the state directory from a copy"
+            )
+        return payload
+
+    def _check_start(self, current: Round) -> None:
+        """Looks now and then whether the generalist is what was stored, raising as `_read_start`:
+        from a damaged one no download would ever succeed."""
+        file, until = self._intact
+        if file != current.generalist_file or time.monotonic() >= until:
+            self._read_start(current)
+            self._intact = current.generalist_file, time.monotonic() + INTACT_SECONDS
+
     def _contribution(self, current: Round, update: Update) -> Contribution:
         directory = self._state.directory
         given = Contribution(
@@ -450,14 +484,7 @@ class Rounds:
         self, current: Round, updates: list[Update], contributions: list[Contribution]
     ) -> Outcome:
         memory = self._memory_of(current)
-        try:
-            payload = self._start_of(current).read_bytes()
-        except OSError as error:
-            raise AdapterError(
-                f"cannot read {self._start_of(current)}, the generalist of round {current.number}: "
-                f"{error.strerror}; restore the state directory from a copy"
-            ) from error
-        incoming = wire.decode(self._manifest, payload)
+        incoming = wire.decode(self._manifest, self._read_start(current))
         if self._masked is not None:
             summed = self._masked.total(current.number, updates)
             noise = self._policy.recipe.noise
@@ -603,11 +630,13 @@ class Rounds:
             raise RefusedCommandError(
                 f"round {number} is the current one: nothing came of it that could be undone"
             )
-        if not self._is_intact(wanted):
+        try:
+            self._read_start(wanted)
+        except AdapterError as error:
             raise RefusedCommandError(
                 f"the generalist that round {number} started from is missing or damaged; choose "
                 "another round, or restore the state directory from a copy"
-            )
+            ) from error
         updates = self._state.updates(current.number)
         reason = f"rolled back to the start of round {number} by the administrator"
         self._state.roll_back(number, reason, command=command)
@@ -616,13 +645,6 @@ class Rounds:
         self._report("rolled_back", {"round": current.number + 1, "to": number})
         self._wake()
         return current.number + 1
-
-    def _is_intact(self, wanted: Round) -> bool:
-        try:
-            content = (self._state.directory / wanted.generalist_file).read_bytes()
-        except OSError:
-            return False
-        return hashlib.sha256(content).hexdigest() == wanted.generalist_sha256
 
     def _wake(self) -> None:
         """Has everybody who waits look again."""

@@ -188,12 +188,19 @@ class Client(Closing):
             StorageError: `partial` cannot be written.
         """
         request = pb.DownloadRequest(round=round_number)
+        furthest: dict[bytes, int] = {}
+
+        def receive(file: RawIOBase) -> bytes:
+            return self._connection.retry(
+                lambda: self._receive(request, file, most_bytes, furthest)
+            )
+
         if partial is None:
             with tempfile.TemporaryFile(buffering=0) as file:
-                return self._connection.retry(lambda: self._receive(request, file, most_bytes))
+                return receive(file)
         with storage_errors(partial):
             with partial.open("a+b", buffering=0) as file:
-                payload = self._connection.retry(lambda: self._receive(request, file, most_bytes))
+                payload = receive(file)
             partial.unlink()
         return payload
 
@@ -254,11 +261,19 @@ class Client(Closing):
         for data in wire.chunks(payload[header.offset :]):
             yield self.traffic.send(pb.UploadPart(data=data))
 
-    def _receive(self, request: pb.DownloadRequest, file: RawIOBase, most: int | None) -> bytes:
+    def _receive(
+        self,
+        request: pb.DownloadRequest,
+        file: RawIOBase,
+        most: int | None,
+        furthest: dict[bytes, int],
+    ) -> bytes:
         """One attempt at a download.
 
         Args:
             file: keeps the SHA-256 of what is downloaded, then as much of that as has come.
+            furthest: keeps how many bytes had come of what has a SHA-256. Only more is progress:
+                what arrives damaged time and again must not be waited for without end.
         """
         file.seek(0)
         kept = file.readall()
@@ -284,7 +299,9 @@ class Client(Closing):
                     file.write(digest)
             payload += chunk.data
             file.write(chunk.data)
-            self._connection.progress()
+            if len(payload) > furthest.get(digest, 0):
+                furthest[digest] = len(payload)
+                self._connection.progress()
             if len(payload) > total:
                 break
         if len(payload) < total:

@@ -28,7 +28,8 @@ from coordinator.administrator import Administrator
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
-from edge_runtime.errors import AdapterError, RefusedError
+from edge_runtime.connection import Patience
+from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
 from edge_runtime.identity import read_identity
 from edge_runtime.invitation import decode
 from protos import coordinator_pb2 as pb
@@ -410,6 +411,43 @@ def test_a_missing_generalist_is_told_in_one_line(fleet: Fleet) -> None:
     assert ada.upload(header(1), update).accepted
     assert served.process.wait(timeout=30) == AdapterError.code
     assert "restore the state directory" in served.stderr()
+
+
+def flip_a_bit(path: Path) -> None:
+    """Of the last number's mantissa: it is as good a generalist as before."""
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("when", ["at the start", "at the end of a round"])
+def test_a_flipped_bit_in_the_generalist_is_noticed(fleet: Fleet, when: str) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--min-devices", "1")
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    join_round(ada)
+    update = train(bundle, ada.download(1), 0, 1)
+    (generalist,) = fleet.state.glob("generalists/*")
+    flip_a_bit(generalist)
+    if when == "at the start":
+        served.stop()
+        served = fleet.serve(bundle, "--min-devices", "1")
+    else:
+        assert ada.upload(header(1), update).accepted
+    assert served.process.wait(timeout=30) == AdapterError.code
+    assert "does not match its SHA-256; restore" in served.stderr()
+
+
+@pytest.mark.timeout(60)
+def test_a_device_does_not_download_a_damaged_generalist_without_end(fleet: Fleet) -> None:
+    bundle = fleet.bundle(width=60_000)
+    served = fleet.serve(bundle, "--min-devices", "1")
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    join_round(ada)
+    flip_a_bit(next(fleet.state.glob("generalists/*")))
+    hasty = fleet.client(ada.who, Patience(1, lambda _: None))
+    with pytest.raises(UnreachableError, match="arrived damaged"):
+        hasty.download(1)
 
 
 def test_other_settings_than_before_are_told(fleet: Fleet) -> None:
