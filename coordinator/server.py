@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -98,6 +99,7 @@ async def serve(options: Options, report: Report) -> None:
         TrustError: the authority or the administrator's file in the state directory is damaged.
         UnsoundError: its rounds and the wanted ones do not go together in privacy.
     """
+    os.umask(0o077)  # the state may be in a directory that others can enter
     share_heap()
     bundles = [open_bundle(path) for path in options.bundles]
     fresh = {bundle.path: adapters.load_fresh(bundle) for bundle in bundles}

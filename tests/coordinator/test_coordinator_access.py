@@ -5,19 +5,24 @@ import sqlite3
 import stat
 import time
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
+import grpc
 import pytest
 from coordinator_help import (
     PATIENCE,
+    TIMEOUT,
     Fleet,
     Served,
     enrol_with,
     free_port,
+    header,
     ids,
     invited,
     join_round,
     make_bundle,
+    train,
 )
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -86,6 +91,27 @@ def test_server_certificates(fleet: Fleet) -> None:
         assert stat.S_IMODE((fleet.state / name).stat().st_mode) == 0o600
     ca = x509.load_pem_x509_certificate((fleet.state / "ca.pem").read_bytes())
     assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+def test_the_state_is_its_owners_alone_also_in_a_directory_that_was_there(fleet: Fleet) -> None:
+    fleet.state.mkdir()
+    fleet.state.chmod(0o755)
+    bundle = fleet.bundle(width=60_000)
+    served = fleet.serve(bundle, "--min-devices", "2")
+    ada, ben, eve = fleet.enrolled(served, bundle, "ada", "ben", "eve")
+    join_round(ada, ben, eve)
+    update = train(bundle, ada.download(1), 0, 1)
+    assert ada.upload(header(1), update).accepted
+    half = header(1, total_bytes=len(update), sha256=sha256(update).digest())
+    sent = iter([pb.UploadPart(header=half), pb.UploadPart(data=update[:1000])])
+    with connect(eve.who, PATIENCE) as connection:
+        stub = coordinator_pb2_grpc.CoordinatorStub(connection.channel)
+        with pytest.raises(grpc.RpcError, match="truncated"):
+            stub.Upload(sent, timeout=TIMEOUT)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in fleet.state.rglob("*")}
+    kinds = {path.suffix for path in modes}
+    assert {".sqlite3", ".safetensors", ".partial", ".jsonl"} <= kinds
+    assert [path.name for path, mode in modes.items() if mode & 0o077] == ["ca.pem"]
 
 
 def test_ipv6(fleet: Fleet) -> None:
