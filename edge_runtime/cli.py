@@ -20,11 +20,11 @@ from edge_runtime.errors import ComigsError, MissingPartError
 COMMANDS = {
     "device": ("device", "predict", "perplexity", "plan", "doctor"),
     "coordinator": (
-        *("serve", "rounds", "models", "audit", "invite", "revoke", "devices"),
-        *("pause", "resume", "abort", "rollback"),
+        *("serve", "rounds", "models", "audit", "backup", "restore"),
+        *("invite", "revoke", "devices", "pause", "resume", "abort", "rollback"),
     ),
     "export": ("export",),
-    "benchmarks": ("demo",),
+    "benchmarks": ("demo", "bench"),
 }
 EXTRAS = {"device": "device", "coordinator": "coordinator", "export": "export", "benchmarks": "dev"}
 

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import typer
 
-from edge_runtime import errors
+from edge_runtime import cli, errors
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("benchmarks", "coordinator", "edge_runtime", "export", "protos")
@@ -178,7 +180,10 @@ def test_doctor_speaks_json(tmp_path: Path) -> None:
     [
         ("torch", ("export", "--out", "x"), "export"),
         ("jinja2", ("demo",), "dev"),
+        ("torch", ("bench", "train"), "dev"),
         ("sqlalchemy", ("serve", "--bundle=b", "--state=s", "--listen=127.0.0.1:0"), "coordinator"),
+        ("sqlalchemy", ("backup", "--state=s", "--out=o"), "coordinator"),
+        ("sqlalchemy", ("restore", "b", "--state=s"), "coordinator"),
         ("grpc", ("devices", "--admin", "none"), "coordinator"),
         ("tokenizers", ("device", "run", "--home", "h"), "device"),
         ("tokenizers", ("predict",), "device"),
@@ -191,6 +196,14 @@ def test_a_missing_part_is_named(gone: str, arguments: tuple[str, ...], extra: s
     assert done.stderr == (
         f"error: {gone} is not installed; install it with `pip install 'comigs[{extra}]'`\n"
     )
+
+
+def test_every_command_is_known_to_be_of_a_part() -> None:
+    for point in entry_points(group="comigs.commands"):
+        app = typer.Typer()
+        point.load()(app)
+        named = typer.main.get_group(app).commands.keys()
+        assert named == set(cli.COMMANDS[point.name]), point.name
 
 
 def test_a_bug_is_not_taken_for_a_missing_part() -> None:
