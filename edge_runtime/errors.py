@@ -22,6 +22,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | 22 | AuditError | the audit log was altered or is damaged |
 | 23 | VersionError | device and coordinator are of versions that do not understand each other |
 | 24 | BackupError | a backup is damaged, or of another version |
+| 25 | DivergedError | training went beyond what float32 holds |
 | 130 | | interrupted |
 """
 
@@ -90,6 +91,10 @@ class VersionError(ComigsError):
 
 class BackupError(ComigsError):
     code = 24
+
+
+class DivergedError(ComigsError):
+    code = 25
 
 
 def brief(text: str, most: int = 300) -> str:

@@ -20,6 +20,7 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.compression import Feedback
 from edge_runtime.data import Batches
 from edge_runtime.engines import Array, Engine, allocate
+from edge_runtime.errors import DivergedError
 from protos import coordinator_pb2 as pb
 from protos import manifest_pb2
 
@@ -123,6 +124,9 @@ class Trainer:
 
         Returns:
             The cross-entropy of the training batch before the step, in nats per token.
+
+        Raises:
+            DivergedError: a number is not finite any more; the state is of no use then.
         """
         loss = self._expert_step()
         for _ in range(self.gradients(self.state.expert_steps) - 1):
@@ -153,15 +157,21 @@ class Trainer:
 
     def _update(self, role: str, step: int, learning_rate: float) -> None:
         state = self.state
-        adamw(
-            state.vectors[role],
-            self._gradients[role],
-            state.first_moment[role],
-            state.second_moment[role],
-            step=step,
-            learning_rate=learning_rate,
-            config=self.config,
-        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            adamw(
+                state.vectors[role],
+                self._gradients[role],
+                state.first_moment[role],
+                state.second_moment[role],
+                step=step,
+                learning_rate=learning_rate,
+                config=self.config,
+            )
+            # What is not finite in a gradient stays in the second moment, in which squares
+            # overflow first; a sum of a vector shows it.
+            for vector in (state.vectors[role], state.second_moment[role]):
+                if not np.isfinite(vector.sum()):
+                    raise _diverged(f"{role} is", step)
 
     def _accumulate(self, split: Batches, step: int) -> float:
         """Fills `_gradients` with the mean over the micro-batches of optimizer step `step`."""
@@ -182,10 +192,15 @@ class Trainer:
                 for role, part_gradient in self._program_gradients.items():
                     self._gradients[role] += part_gradient / np.float32(parts)
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the training loss became {loss} at step {step}; lower the learning rate"
-            )
+            raise _diverged("the loss is", step + 1)
         return loss
+
+
+def _diverged(what: str, step: int) -> DivergedError:
+    return DivergedError(
+        f"{what} not finite after training step {step}; lower the learning rate where --training "
+        "is given: what was saved before is intact"
+    )
 
 
 class Evaluator:

@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 
 from edge_runtime import adapters, cli
 from edge_runtime.bundle import Bundle, open_bundle
-from edge_runtime.errors import AdapterError
+from edge_runtime.errors import AdapterError, DivergedError
 from edge_runtime.invitation import encode
 from edge_runtime.store import Home
 from export import mixture
@@ -450,6 +450,26 @@ def test_nonsense_training_configurations(
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "--training" in done.stderr
+
+
+@pytest.mark.parametrize("rate", [1e38, 1e30])
+def test_training_that_diverges_leaves_the_home_as_it_was(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, rate: float
+) -> None:
+    """At the higher rate a step makes weights that are not finite; at the other one, a loss."""
+    home = tmp_path / "home"
+    start(home, text_dir, "--bundle", tiny_bundle.path)
+    before = learnt(home, tiny_bundle)
+    training = training_file(tmp_path / "wild.json", learning_rate=rate, local_steps=2)
+    done = start(home, text_dir, "--rounds", 2, "--training", training)
+    assert "lower the learning rate" in refusal(done, DivergedError.code)
+    assert learnt(home, tiny_bundle) == before
+    assert start(home, text_dir, "--rounds", 2).returncode == 0
+
+
+def learnt(home: Path, bundle: Bundle) -> dict[str, Any]:
+    """Vectors and moments that are saved."""
+    return {name: value for name, value in saved(home, bundle).items() if "/" in name}
 
 
 # --- disk and network --------------------------------------------------------------------------
