@@ -1,4 +1,4 @@
-"""Who of a masking group shares secrets and masks with whom, and how many shares restore a secret.
+"""How many neighbours the devices of a masking group have, and how many shares restore a secret.
 
 Small groups are complete: all share with all. In a large one each device has k neighbours, drawn
 at random (SecAgg+, Bell et al. 2020): numbers are dealt out at random, and each device is joined to
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+
+from edge_runtime.neighbours import Graph
 
 COLLUDING_SHARE = 0.2
 SECRET_BITS = 40
@@ -26,48 +26,6 @@ RESTORED_BITS = 20
 MAX_NEIGHBOURS = 300
 # Below it, all-to-all costs little.
 COMPLETE_UP_TO = 64
-
-
-@dataclass(frozen=True)
-class Graph:
-    """On devices numbered from 1 to `devices`."""
-
-    devices: int
-    degree: int
-    """Neighbours of each."""
-    threshold: int
-    """Shares that restore a secret. Its owner and the neighbours hold one each."""
-
-    @property
-    def is_complete(self) -> bool:
-        return self.degree == self.devices - 1
-
-    def neighbours(self, number: int) -> list[int]:
-        """Of device `number`, in order."""
-        if self.is_complete:
-            return [other for other in range(1, self.devices + 1) if other != number]
-        reach = self.degree // 2
-        around = [d for d in range(-reach, reach + 1) if d]
-        return sorted((number - 1 + distance) % self.devices + 1 for distance in around)
-
-    def can_unmask(self, summed: set[int], dropped: Iterable[int]) -> bool:
-        """Whether the sum over `summed` can be unmasked and shows no sum over fewer.
-
-        Args:
-            dropped: the others that have pairwise masks with them.
-        """
-        holders = [summed.intersection(self.neighbours(number)) for number in dropped]
-        if any(len(held) < self.threshold for held in holders):
-            return False
-        near = {number: summed.intersection(self.neighbours(number)) for number in summed}
-        if any(len(held) + 1 < self.threshold for held in near.values()):
-            return False
-        # A part that is joined to no other by a mask would show its own sum.
-        reached, edge = set(), set(list(summed)[:1])
-        while edge:
-            reached |= edge
-            edge = set().union(*(near[number] for number in edge)) - reached
-        return reached == summed
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,8 +2,8 @@
 
 A round's updates are masked; `edge_runtime/secure_aggregation.py` has the devices' part and
 `protos/coordinator.proto` the messages. Everything that devices say is durable before they are
-answered, and who is summed up is durable before anyone is asked to reveal a share, so a coordinator
-that is killed goes on where it was and never asks for a device's other secret.
+answered, and who is summed up is durable before anyone is asked to sign it, so a coordinator that
+is killed goes on where it was and never tells of other survivors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cryptography import x509
 
 from coordinator.aggregation import AggregationError
 from coordinator.aggregation.updates import Flat
-from coordinator.neighbours import Graph, graph_for, least_devices
+from coordinator.neighbours import graph_for, least_devices
 from coordinator.state import (
     Device,
     MaskingGroup,
@@ -31,12 +31,17 @@ from coordinator.state import (
     Update,
 )
 from edge_runtime import masking, shamir
+from edge_runtime.neighbours import Graph
 from edge_runtime.quantization import Grid, Integers, Residues, grid_for, signed
 from edge_runtime.secure_aggregation import (
     COUNTERS,
     LEAST_DEVICES,
+    MOST_DEVICES,
+    agreement,
+    bitmap,
     noise_share,
     payload_numbers,
+    quorum,
     verify,
 )
 from protos import coordinator_pb2 as pb
@@ -54,6 +59,7 @@ STAYING = 0.75
 LOOK_EVERY = 16
 _SEALED_BYTES = masking.NONCE_BYTES + 2 * shamir.SHARE_BYTES + 16
 _COMMITMENT_BYTES = 32
+_LAST_STAGES = (MaskingStage.AGREE, MaskingStage.UNMASK)
 
 
 class RefusedStepError(Exception):
@@ -83,6 +89,8 @@ class Masking:
         Raises:
             ValueError: they are too many.
         """
+        if devices > MOST_DEVICES:
+            raise ValueError(f"a group has at most {MOST_DEVICES} devices; select fewer")
         graph = graph_for(devices, self.staying)
         least = self.least(devices)
         share = noise_share(self.noise_multiplier, least)
@@ -134,12 +142,16 @@ class SecureAggregation:
         self._masking = masking
         self._size = size
         self._authority = authority
+        self._history = state.history()
         # The stage, as round and name, and when it ends by the monotonic clock.
         self._clock: tuple[tuple[int, str], float] = ((0, ""), 0.0)
         # Of the open round; what does not change any more.
         self._keys: tuple[int, dict[int, bytes]] = (0, {})
         self._settled: tuple[int, tuple[set[int], set[int]]] = (0, (set(), set()))
         self._inboxes: tuple[int, dict[int, pb.IncomingShares]] = (0, {})
+        self._agreement: tuple[int, bytes] = (0, b"")
+        # As many of its agreements as it takes to be believed; none before there are as many.
+        self._agreed: tuple[int, list[pb.Agreement]] = (0, [])
 
     # The course of a round
 
@@ -196,41 +208,74 @@ class SecureAggregation:
         Raises:
             AggregationError: too few devices are left; nothing can be learnt of their steps.
         """
-        number = group.round
         due = not self.seconds_left(group)
         if not due and self._surely_waits(group, len(gone)):
             return False
+        match group.stage:
+            case MaskingStage.SHARE:
+                return self._end_sharing(group, gone, due)
+            case MaskingStage.MASK:
+                return self._end_masking(group, gone, due)
+            case MaskingStage.AGREE:
+                return self._end_agreeing(group, gone, due)
+        return False
+
+    def _end_sharing(self, group: MaskingGroup, gone: set[str], due: bool) -> bool:
+        number = group.round
         members = _numbered(self._state.masking_numbers(number))
         sharers = _numbered(self._state.masking_numbers(number, said="shares"))
+        if not due and members.keys() - gone - sharers.keys():
+            return False
         least = pb.MaskingGroup.FromString(group.terms).least_devices
-        if group.stage == MaskingStage.SHARE:
-            if not due and members.keys() - gone - sharers.keys():
-                return False
-            _require(len(sharers), least, "shared their secrets")
-            self._state.set_masking_stage(number, MaskingStage.MASK)
-            return True
+        _require(len(sharers), least, "shared their secrets")
+        self._state.set_masking_stage(number, MaskingStage.MASK)
+        return True
+
+    def _end_masking(self, group: MaskingGroup, gone: set[str], due: bool) -> bool:
+        number = group.round
+        sharers = _numbered(self._state.masking_numbers(number, said="shares"))
         summed = {update.device for update in self._state.updates(number)}
-        if group.stage == MaskingStage.MASK:
-            if not due and sharers.keys() - gone - summed:
-                return False
-            _require(len(summed), least, "sent their masked steps")
-            numbers = {sharers[device] for device in summed}
-            dropped = set(sharers.values()) - numbers
-            if not _graph(group).can_unmask(numbers, dropped):
-                raise AggregationError("too many neighbours of one device dropped out")
-            # From here on the sum can be known, whatever becomes of the round.
-            terms = pb.MaskingGroup.FromString(group.terms)
-            noise = terms.quantization.noise_multiplier or None
-            self._state.set_masking_stage(number, MaskingStage.UNMASK, noise=noise)
-            return True
-        return False
+        if not due and sharers.keys() - gone - summed:
+            return False
+        least = pb.MaskingGroup.FromString(group.terms).least_devices
+        _require(len(summed), least, "sent their masked steps")
+        numbers = {sharers[device] for device in summed}
+        if not _graph(group).can_unmask(numbers, set(sharers.values()) - numbers):
+            raise AggregationError("too many neighbours of one device dropped out")
+        self._state.set_masking_stage(number, MaskingStage.AGREE)
+        return True
+
+    def _end_agreeing(self, group: MaskingGroup, gone: set[str], due: bool) -> bool:
+        """As soon as enough have agreed. Others can still do so while shares are revealed."""
+        number, graph = group.round, _graph(group)
+        agreed = _numbered(self._state.masking_numbers(number, said="agreed"))
+        summed = {update.device for update in self._state.updates(number)}
+        over = due or not summed - gone - agreed.keys()
+        if not over and not graph.is_complete and len(agreed) % LOOK_EVERY:
+            return False
+        enough = len(agreed) >= _quorum(group)
+        if not enough or not self._ends(group)[0] <= graph.covered(agreed.values()):
+            if over:
+                raise AggregationError(
+                    f"{len(agreed)} of {len(summed)} devices stayed to confirm who is summed up, "
+                    "which is too few"
+                )
+            return False
+        # From here on the sum can be known, whatever becomes of the round.
+        terms = pb.MaskingGroup.FromString(group.terms)
+        noise = terms.quantization.noise_multiplier or None
+        self._state.set_masking_stage(number, MaskingStage.UNMASK, noise=noise)
+        return True
 
     def _surely_waits(self, group: MaskingGroup, gone: int) -> bool:
         """Whether more are missing in the present stage than are not waited for: a quick look."""
         number, shared = group.round, self._state.count_masking(group.round, said="shares")
         if group.stage == MaskingStage.SHARE:
             return shared + gone < self._state.count_masking(number)
-        return self._state.count_updates(number) + gone < shared
+        if group.stage == MaskingStage.MASK:
+            return self._state.count_updates(number) + gone < shared
+        agreed = self._state.count_masking(number, said="agreed")
+        return agreed + gone < self._state.count_updates(number) and agreed < _quorum(group)
 
     def is_unmasked(self, group: MaskingGroup, gone: set[str]) -> bool:
         """Whether enough shares were revealed, in the last stage.
@@ -247,18 +292,9 @@ class SecureAggregation:
         revealed = _numbered(self._state.masking_numbers(group.round, said="revealed"))
         summed = {update.device for update in self._state.updates(group.round)}
         over = due or not summed - gone - revealed.keys()
-        if graph.is_complete:  # every device holds a share of every secret
-            enough = count >= graph.threshold
-        elif over or count % LOOK_EVERY == 0:
-            sharers, _ = self._ends(group)
-            holders = set(revealed.values())
-            enough = all(
-                len(holders & {number, *graph.neighbours(number)}) >= graph.threshold
-                for number in sharers
-            )
-        else:
+        if not over and not graph.is_complete and count % LOOK_EVERY:
             return False
-        if enough:
+        if self._ends(group)[0] <= graph.covered(revealed.values()):
             return True
         if over:
             raise AggregationError(
@@ -376,6 +412,10 @@ class SecureAggregation:
             if standing is not None and not standing.shared:
                 shares = request.shares.SerializeToString(deterministic=True)
                 self._state.add_masking_shares(number, device.id, shares)
+        elif step == "agreed" and group is not None and group.stage in _LAST_STAGES:
+            self._check_agreed(device, standing, group, request.agreed)
+            if standing is not None and not standing.agreed:
+                self._state.add_agreement(number, device.id, request.agreed.signature)
         elif step == "revealed" and group is not None and group.stage == MaskingStage.UNMASK:
             self._check_revealed(device, standing, group, request.revealed)
             if standing is not None and not standing.revealed:
@@ -417,16 +457,24 @@ class SecureAggregation:
             return over(f"{lost}: its step came too late")
         if standing.revealed:
             return over()
-        return pb.AggregateReply(unmask=self._unmasking(group, index))
+        return self._last(standing, group)
+
+    def _last(self, standing: MaskingStanding, group: MaskingGroup) -> pb.AggregateReply:
+        """Likewise, once it is settled who is summed up: for one of these."""
+        if not standing.agreed:
+            return pb.AggregateReply(agree=self._survivors(group))
+        if group.stage == MaskingStage.AGREE:
+            return pb.AggregateReply(wait=pb.AggregateWait())
+        return pb.AggregateReply(unmask=self._unmasking(group))
 
     # The inside
 
     def _check_keys(self, device: Device, number: int, keys: pb.KeyAdvertisement) -> None:
         try:
-            enrolment = verify(keys, number, self._authority)
+            signer = verify(keys, number, self._history, self._authority)
         except ValueError as error:
             raise RefusedStepError(str(error)) from error
-        if enrolment != device.enrolment:
+        if signer.enrolment != device.enrolment:
             raise RefusedStepError("the keys are another device's")
 
     def _check_shares(
@@ -442,6 +490,22 @@ class SecureAggregation:
         if len(shares.commitment) != _COMMITMENT_BYTES:
             raise RefusedStepError(f"a commitment has {_COMMITMENT_BYTES} bytes")
 
+    def _check_agreed(
+        self,
+        device: Device,
+        standing: MaskingStanding | None,
+        group: MaskingGroup,
+        agreed: pb.Agreement,
+    ) -> None:
+        reported = self._state.update(group.round, device.id) is not None
+        if standing is None or standing.number is None or not reported:
+            raise RefusedStepError("this device was not asked who is summed up")
+        keys = pb.KeyAdvertisement.FromString(self._keys_of(group.round)[standing.number])
+        signer = verify(keys, group.round, self._history, self._authority)
+        signed = signer.has_signed(self._what_is_agreed(group), agreed.signature)
+        if agreed.index != standing.number or not signed:
+            raise RefusedStepError("the signature is not of what this device was told")
+
     def _check_revealed(
         self,
         device: Device,
@@ -452,10 +516,13 @@ class SecureAggregation:
         reported = self._state.update(group.round, device.id) is not None
         if standing is None or standing.number is None or not reported:
             raise RefusedStepError("this device was not asked to reveal anything")
-        asked = self._unmasking(group, standing.number)
-        for shares, numbers in ((revealed.seeds, asked.summed), (revealed.keys, asked.dropped)):
+        if not standing.agreed:
+            raise RefusedStepError("this device has not confirmed who is summed up")
+        sharers, summed = self._ends(group)
+        near = sharers & {standing.number, *_graph(group).neighbours(standing.number)}
+        for shares, numbers in ((revealed.seeds, near & summed), (revealed.keys, near - summed)):
             told = [share.index for share in shares]
-            if len(set(told)) != len(told) or not set(told) <= set(numbers):
+            if len(set(told)) != len(told) or not set(told) <= numbers:
                 raise RefusedStepError("shares were revealed that were not asked for")
             if any(len(share.share) != shamir.SHARE_BYTES for share in shares):
                 raise RefusedStepError(f"a share has {shamir.SHARE_BYTES} bytes")
@@ -493,14 +560,44 @@ class SecureAggregation:
             self._inboxes = group.round, inboxes
         return self._inboxes[1].get(index, pb.IncomingShares())
 
-    def _unmasking(self, group: MaskingGroup, index: int) -> pb.Unmasking:
+    def _survivors(self, group: MaskingGroup) -> pb.Survivors:
+        """What all are told."""
         sharers, summed = self._ends(group)
-        near = sharers.intersection([index, *_graph(group).neighbours(index)])
-        return pb.Unmasking(summed=sorted(near & summed), dropped=sorted(near - summed))
+        devices = _graph(group).devices
+        return pb.Survivors(
+            summed=bitmap(summed, devices), dropped=bitmap(sharers - summed, devices)
+        )
+
+    def _what_is_agreed(self, group: MaskingGroup) -> bytes:
+        """What they sign."""
+        if self._agreement[0] != group.round:
+            terms = pb.MaskingGroup.FromString(group.terms)
+            keys = self._keys_of(group.round) if _graph(group).is_complete else {}
+            known = [pb.KeyAdvertisement.FromString(keys[index]) for index in sorted(keys)]
+            survivors = self._survivors(group)
+            message = agreement(group.round, self._history, terms, known, survivors)
+            self._agreement = group.round, message
+        return self._agreement[1]
+
+    def _unmasking(self, group: MaskingGroup) -> pb.Unmasking:
+        """What a device has to see before it reveals anything; in the last stage."""
+        if self._agreed[0] != group.round:
+            signatures = self._state.agreements(group.round)
+            agreed = [
+                pb.Agreement(index=number, signature=signatures[number])
+                for number in sorted(signatures)[: _quorum(group)]
+            ]
+            if not _graph(group).is_complete:
+                keys = self._keys_of(group.round)
+                for each in agreed:
+                    advertised = pb.KeyAdvertisement.FromString(keys[each.index])
+                    each.certificate = advertised.certificate
+            self._agreed = group.round, agreed
+        return pb.Unmasking(agreed=self._agreed[1])
 
     def _ends(self, group: MaskingGroup) -> tuple[set[int], set[int]]:
         """Numbers of those who shared their secrets, and of those who are summed up; in the last
-        stage, when neither changes any more."""
+        stages, when neither changes any more."""
         if self._settled[0] != group.round:
             sharers = _numbered(self._state.masking_numbers(group.round, said="shares"))
             summed = {sharers[update.device] for update in self._state.updates(group.round)}
@@ -516,6 +613,11 @@ def over(reason: str = "") -> pb.AggregateReply:
 def _graph(group: MaskingGroup) -> Graph:
     terms = pb.MaskingGroup.FromString(group.terms)
     return Graph(terms.devices, group.degree, terms.threshold)
+
+
+def _quorum(group: MaskingGroup) -> int:
+    terms = pb.MaskingGroup.FromString(group.terms)
+    return quorum(terms, complete=_graph(group).is_complete)
 
 
 def _numbered(numbers: Mapping[str, int | None]) -> dict[str, int]:

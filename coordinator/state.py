@@ -233,6 +233,7 @@ class PrivacySpend(Base):
 class MaskingStage(StrEnum):
     SHARE = "share"
     MASK = "mask"
+    AGREE = "agree"
     UNMASK = "unmask"
 
 
@@ -264,8 +265,10 @@ class MaskingMember(Base):
     number: Mapped[int | None]
     """In the group; None before it is settled."""
     keys: Mapped[bytes]
-    """KeyAdvertisement; below: OutgoingShares and RevealedShares, None before they came."""
+    """KeyAdvertisement; below: OutgoingShares, an Agreement's signature, and RevealedShares; None
+    before they came."""
     shares: Mapped[bytes | None]
+    agreed: Mapped[bytes | None]
     revealed: Mapped[bytes | None]
 
 
@@ -276,6 +279,7 @@ class MaskingStanding:
     number: int | None
     """In the group; None before it is settled."""
     shared: bool
+    agreed: bool
     revealed: bool
 
 
@@ -959,7 +963,7 @@ class State:
         """Device -> its number in the group, None before it is settled.
 
         Args:
-            said: which devices: those that sent "keys", "shares" or "revealed" shares.
+            said: which devices: those that sent "keys" or "shares", "agreed", or "revealed" some.
         """
         column = getattr(MaskingMember, said)
         with self._transaction() as session:
@@ -972,12 +976,13 @@ class State:
         columns = (
             MaskingMember.number,
             MaskingMember.shares.is_not(None),
+            MaskingMember.agreed.is_not(None),
             MaskingMember.revealed.is_not(None),
         )
         chosen = self._masking_members(number).where(MaskingMember.device == device)
         with self._transaction() as session:
             row = session.execute(chosen.with_only_columns(*columns)).one_or_none()
-        return None if row is None else MaskingStanding(row[0], bool(row[1]), bool(row[2]))
+        return None if row is None else MaskingStanding(row[0], *map(bool, row[1:]))
 
     def count_masking(self, number: int, *, said: str = "keys") -> int:
         """How many devices `masking_numbers` would list."""
@@ -1025,6 +1030,18 @@ class State:
     def add_masking_shares(self, number: int, device: str, shares: bytes) -> None:
         with self._transaction() as session:
             session.get_one(MaskingMember, (self.cohort, number, device)).shares = shares
+
+    def add_agreement(self, number: int, device: str, signature: bytes) -> None:
+        with self._transaction() as session:
+            session.get_one(MaskingMember, (self.cohort, number, device)).agreed = signature
+
+    def agreements(self, number: int) -> dict[int, bytes]:
+        """Number in the group -> signature."""
+        columns = MaskingMember.number, MaskingMember.agreed
+        chosen = self._masking_members(number).where(MaskingMember.agreed.is_not(None))
+        with self._transaction() as session:
+            rows = session.execute(chosen.with_only_columns(*columns))
+            return {index: agreed for index, agreed in rows if index and agreed}
 
     def add_revealed_shares(self, number: int, device: str, revealed: bytes) -> None:
         with self._transaction() as session:

@@ -165,8 +165,9 @@ class Client(Closing):
             )
 
         reply = self.traffic.receive(self._connection.retry(attempt))
+        oldest = protocol.SECURE_AGGREGATION if reply.secure_aggregation else None
         try:
-            self.protocol = protocol.common(reply.protocol)
+            self.protocol = protocol.common(reply.protocol, oldest)
         except VersionError as error:
             raise VersionError(
                 f"the coordinator at {self.who.coordinator} speaks {error}; update comigs there"

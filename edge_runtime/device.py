@@ -27,7 +27,7 @@ from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
 from edge_runtime.identity import Identity
 from edge_runtime.measure import peak_bytes
 from edge_runtime.planner import Plan
-from edge_runtime.secure_aggregation import Session
+from edge_runtime.secure_aggregation import DistrustedError, Session
 from edge_runtime.store import DeviceConfig, Home, Progress
 from edge_runtime.training import Evaluator, Trainer, TrainingState
 from protos import coordinator_pb2 as pb
@@ -164,7 +164,12 @@ class Device:
             self._report_compressed(client, reply.history)
             return
         if reply.secure_aggregation:
-            accepted, reason = self._report_masked(client, header)
+            try:
+                accepted, reason = self._report_masked(client, header)
+            except DistrustedError as error:
+                fields = {"round": reply.round, "reason": str(error)}
+                self.report({"event": "distrusted", **fields})
+                raise
         else:
             payload = wire.encode(self.bundle.manifest, self.state.vectors)
             answer = client.upload(header, payload, resume=resumed)
@@ -239,7 +244,7 @@ class Device:
             incoming = number, self._download(client, number)
         roles = wire.shared_roles(self.bundle.manifest)
         step = np.concatenate([self.state.vectors[role] - incoming[1][role] for role in roles])
-        session = Session(client.who, number)
+        session = Session(client.who, number, header.history)
         request = pb.AggregateRequest(round=number, keys=session.advertisement)
         accepted = False
         while True:
@@ -263,6 +268,8 @@ class Device:
                         return False, answer.reason
                     accepted = True
                     self.report({"event": "masked", "round": number})
+                case "agree":
+                    request.agreed.CopyFrom(session.agree(reply.agree))
                 case "unmask":
                     request.revealed.CopyFrom(session.unmask(reply.unmask))
                 case "wait":

@@ -6,6 +6,7 @@ sizes.
 | 1 | comigs 0.1.0 |
 | 2 | uploads go on after a break (UploadOffset); compressed updates |
 | 3 | secure aggregation |
+| 4 | secure aggregation in which devices agree on who is summed up |
 
 A device says the newest version that it speaks, the coordinator answers with the newest that both
 do. Whoever is too old for the other is told to update.
@@ -18,10 +19,11 @@ from google.protobuf.message import Message
 from edge_runtime.errors import VersionError
 from edge_runtime.wire import CHUNK_BYTES
 
-NEWEST = 3
+NEWEST = 4
 OLDEST = 1
-# The oldest that can take part in secure aggregation. Before it devices send updates as they are.
-SECURE_AGGREGATION = 3
+# The oldest that can take part in secure aggregation: before 3 devices send updates as they are,
+# and with 3 they believe what the coordinator tells them of each other.
+SECURE_AGGREGATION = 4
 
 KIB = 1024
 # Largest serialized message of each kind, in bytes, whoever sends it. `check` refuses what is
@@ -39,7 +41,8 @@ MOST_BYTES = {
     "UploadPart": CHUNK_BYTES + KIB,
     "UploadReply": 4 * KIB,
     "AggregateRequest": 64 * KIB,
-    "AggregateReply": CHUNK_BYTES + KIB,
+    # The agreements of the largest group.
+    "AggregateReply": 4 * KIB * KIB,
     "InviteRequest": KIB,
     "InviteReply": 16 * KIB,
     "RevokeRequest": KIB,

@@ -1,9 +1,11 @@
 """A device's part in secure aggregation; the messages are in protos/coordinator.proto.
 
 The coordinator is held to the protocol as far as a device can see it: keys of others must be signed
-by certified devices, it must take more than half of the holders of shares to restore a secret, and
-of each neighbour one secret at most is revealed. All secrets are in memory only and made for one
-round: a device that is killed has dropped out, and can reveal nothing after.
+by certified devices, it must take more than half of the holders of shares to restore a secret, of
+each neighbour one secret at most is revealed, and that only once a quorum of devices has signed the
+same set of survivors (Bonawitz et al. 2017, round 3 against active adversaries). All secrets are in
+memory only and made for one round: a device that is killed has dropped out, and can reveal nothing
+after.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import datetime
 import math
 import os
+import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +29,7 @@ from edge_runtime import masking, shamir
 from edge_runtime.adapters import Vector
 from edge_runtime.errors import RefusedError
 from edge_runtime.identity import Identity, sign
+from edge_runtime.neighbours import Graph
 from edge_runtime.noise import discrete_gaussian
 from edge_runtime.quantization import (
     TAIL,
@@ -38,35 +43,71 @@ from protos import coordinator_pb2 as pb
 
 LEAST_DEVICES = 3
 """With two, each knows the other's step from the sum."""
+MOST_DEVICES = 2**13
+"""More would be too much to look through for a small device."""
 COUNTERS = 2
 """Numbers behind a step's coordinates: coordinates clipped, and whether its norm was."""
 # Clocks of devices differ.
 CLOCK_SKEW = datetime.timedelta(days=1)
 
 
+class DistrustedError(RefusedError):
+    """The coordinator does not keep to the protocol."""
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Whom a certificate is for."""
+
+    enrolment: str
+    key: ec.EllipticCurvePublicKey
+
+    def has_signed(self, message: bytes, signature: bytes) -> bool:
+        try:
+            self.key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature:
+            return False
+        return True
+
+
 def advertisement(
-    identity: Identity, number: int, encryption: bytes, mask: bytes
+    identity: Identity, number: int, history: str, encryption: bytes, mask: bytes
 ) -> pb.KeyAdvertisement:
-    """The public keys of a device, bound to its certificate and to round `number`."""
+    """The public keys of a device, bound to its certificate and to round `number` of `history`."""
     certificate = x509.load_pem_x509_certificate(identity.certificate.encode())
     return pb.KeyAdvertisement(
         encryption_key=encryption,
         mask_key=mask,
         certificate=certificate.public_bytes(Encoding.DER),
-        signature=sign(identity.key, _signed(number, encryption, mask)),
+        signature=sign(identity.key, _signed(number, history, encryption, mask)),
     )
 
 
-def verify(keys: pb.KeyAdvertisement, number: int, authority: x509.Certificate) -> str:
-    """The enrolment of the device that advertises `keys` for round `number`.
+def verify(
+    keys: pb.KeyAdvertisement, number: int, history: str, authority: x509.Certificate
+) -> Signer:
+    """The device that advertises `keys` for round `number` of `history`.
 
     Raises:
         ValueError: they are not signed by a device that `authority` certified; one line says why.
     """
     if {len(keys.encryption_key), len(keys.mask_key)} != {masking.KEY_BYTES}:
         raise ValueError("keys have 32 bytes each")
+    signer = certified(keys.certificate, authority)
+    message = _signed(number, history, keys.encryption_key, keys.mask_key)
+    if not signer.has_signed(message, keys.signature):
+        raise ValueError("the keys are not signed for this round by whom they are from")
+    return signer
+
+
+def certified(der: bytes, authority: x509.Certificate) -> Signer:
+    """The device that a certificate is for.
+
+    Raises:
+        ValueError: it is no device's of `authority`.
+    """
     try:
-        certificate = x509.load_der_x509_certificate(keys.certificate)
+        certificate = x509.load_der_x509_certificate(der)
         certificate.verify_directly_issued_by(authority)
         key = certificate.public_key()
         subject = certificate.subject
@@ -78,16 +119,63 @@ def verify(keys: pb.KeyAdvertisement, number: int, authority: x509.Certificate) 
         raise ValueError("the keys come with a certificate that is not a device's")
     if datetime.datetime.now(datetime.UTC) > certificate.not_valid_after_utc + CLOCK_SKEW:
         raise ValueError("the keys come with a certificate that has lapsed")
-    try:
-        message = _signed(number, keys.encryption_key, keys.mask_key)
-        key.verify(keys.signature, message, ec.ECDSA(hashes.SHA256()))
-    except InvalidSignature as error:
-        raise ValueError("the keys are not signed for this round by whom they are from") from error
-    return str(enrolment.value)
+    return Signer(str(enrolment.value), key)
 
 
-def _signed(number: int, encryption: bytes, mask: bytes) -> bytes:
-    return b"comigs secure aggregation" + number.to_bytes(4, "big") + encryption + mask
+def _signed(number: int, history: str, encryption: bytes, mask: bytes) -> bytes:
+    return b"comigs masking keys" + number.to_bytes(4, "big") + encryption + mask + history.encode()
+
+
+def agreement(
+    number: int,
+    history: str,
+    terms: pb.MaskingGroup,
+    keys: Iterable[pb.KeyAdvertisement],
+    survivors: pb.Survivors,
+) -> bytes:
+    """What a device signs; protos/coordinator.proto has it byte by byte.
+
+    Args:
+        terms: a group, whose `index` and `neighbours` are not looked at.
+        keys: of all its devices in the order of their numbers, if it is complete; else none.
+    """
+    quantization = terms.quantization
+    numbers = struct.pack(
+        ">IIIIIdd?",
+        *(number, terms.devices, terms.threshold, terms.least_devices, quantization.levels),
+        *(quantization.bound, quantization.noise_multiplier, quantization.clip_norm),
+    )
+    told = b"".join(each.encryption_key + each.mask_key for each in keys)
+    sets = survivors.summed + survivors.dropped
+    return b"comigs survivors" + numbers + told + sets + history.encode()
+
+
+def quorum(terms: pb.MaskingGroup, *, complete: bool) -> int:
+    """How many devices have to sign the same survivors: more than half of them, so that there are
+    no two sets of which that is true. A fifth of a sparse group may sign two, and of a complete one
+    fewer than twice the threshold less all."""
+    if complete:
+        return terms.threshold
+    return min(terms.least_devices, 3 * terms.devices // 5 + 1)
+
+
+def bitmap(numbers: Iterable[int], devices: int) -> bytes:
+    """Numbers from 1 to `devices`, as Survivors has them."""
+    bits = np.zeros(devices, np.uint8)
+    bits[np.array(sorted(numbers), np.int64) - 1] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def numbers_of(content: bytes, devices: int) -> set[int]:
+    """The numbers of a bitmap.
+
+    Raises:
+        ValueError: it is none for so many.
+    """
+    bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")
+    if len(content) != -(-devices // 8) or bits[devices:].any():
+        raise ValueError(f"no bitmap of {devices} devices")
+    return set((np.flatnonzero(bits) + 1).tolist())
 
 
 @dataclass(frozen=True)
@@ -105,24 +193,31 @@ class Session:
     """One device in one round. Methods are called in their order, each with what the coordinator
     sent; with the same once more they give the same again.
 
-    Every method raises RefusedError if the coordinator does not keep to the protocol. The device
+    Every method raises DistrustedError if the coordinator does not keep to the protocol. The device
     then takes no further part in the round.
     """
 
-    def __init__(self, identity: Identity, number: int) -> None:
+    def __init__(self, identity: Identity, number: int, history: str) -> None:
+        """
+        Args:
+            history: of the CheckInReply.
+        """
         self._identity = identity
         self._authority = x509.load_pem_x509_certificate(identity.ca.encode())
         self._number = number
+        self._history = history
         self._secrets = _Secrets(*(os.urandom(masking.KEY_BYTES) for _ in range(3)))
         secrets = self._secrets
         public = (masking.public_key(key) for key in (secrets.encryption, secrets.mask))
-        self.advertisement = advertisement(identity, number, *public)
+        self.advertisement = advertisement(identity, number, history, *public)
         """Its public keys, the first that it says."""
         self._group: pb.MaskingGroup | None = None
         self._outgoing = pb.OutgoingShares()
         self._incoming: dict[int, bytes] | None = None
         self._payload = b""
-        self._request: pb.Unmasking | None = None
+        self._signers: dict[int, Signer] = {}
+        self._survivors: pb.Survivors | None = None
+        self._agreement = b""
 
     def share(self, group: pb.MaskingGroup) -> pb.OutgoingShares:
         """Shares of the two secrets, for each neighbour; the device keeps one of its own."""
@@ -130,10 +225,11 @@ class Session:
             _require(self._group == group, "it changed the group of a round")
             return self._outgoing
         _check(group)
-        enrolments = {self._verified(neighbour.keys) for neighbour in group.neighbours}
-        enrolments.add(self._verified(self.advertisement))
-        _require(len(enrolments) == len(group.neighbours) + 1, "one device is there twice")
-        self._group = group
+        signers = {each.index: self._verified(each.keys) for each in group.neighbours}
+        signers[group.index] = self._verified(self.advertisement)
+        enrolments = {signer.enrolment for signer in signers.values()}
+        _require(len(enrolments) == len(signers), "one device is there twice")
+        self._group, self._signers = group, signers
         holders = [neighbour.index for neighbour in group.neighbours] + [group.index]
         seeds = shamir.split(self._secrets.own, group.threshold, holders)
         keys = shamir.split(self._secrets.mask, group.threshold, holders)
@@ -186,29 +282,49 @@ class Session:
         self._payload = masked.astype("<u4").tobytes()
         return self._payload
 
-    def unmask(self, request: pb.Unmasking) -> pb.RevealedShares:
-        """Shares of one secret of each neighbour: the seed of its own mask if its step is summed
-        up, else the key of its pairwise masks."""
+    def agree(self, survivors: pb.Survivors) -> pb.Agreement:
+        """The device's signature that these, and no others, are summed up."""
         group = self._known_group()
         incoming = self._incoming
         _require(incoming is not None, "it unmasks before anything was masked")
         assert incoming is not None
-        if self._request is not None:
-            _require(
-                self._request == request,
-                "it asked for both secrets of a device, which would show that device's step",
-            )
-        summed, dropped = set(request.summed), set(request.dropped)
-        _require(
-            not summed & dropped,
-            "it asked for both secrets of a device, which would show that device's step",
-        )
-        _require(summed | dropped == {*incoming, group.index}, "it unmasks others than it masked")
+        if self._survivors is not None:
+            _require(self._survivors == survivors, "it tells of survivors in two ways")
+        summed, dropped = _sets(survivors, group)
+        near = {*self._signers}
+        _require((summed | dropped) & near == {*incoming, group.index}, "it unmasks others")
         _require(group.index in summed, "it left this device's step out")
-        complete = len(group.neighbours) + 1 == group.devices
-        least = max(group.threshold, group.least_devices if complete else LEAST_DEVICES)
-        _require(len(summed) >= least, "it sums up too few devices")
-        self._request = request
+        _require(len(summed) >= max(group.threshold, group.least_devices), "it sums up too few")
+        _require(_graph(group).can_unmask(summed, dropped), "it would learn sums over fewer")
+        self._survivors = survivors
+        keys = {each.index: each.keys for each in group.neighbours}
+        keys[group.index] = self.advertisement
+        known = (keys[index] for index in sorted(keys)) if _graph(group).is_complete else ()
+        self._agreement = agreement(self._number, self._history, group, known, survivors)
+        signature = sign(self._identity.key, self._agreement)
+        return pb.Agreement(index=group.index, signature=signature)
+
+    def unmask(self, request: pb.Unmasking) -> pb.RevealedShares:
+        """Shares of one secret of each neighbour: the seed of its own mask if its step is summed
+        up, else the key of its pairwise masks."""
+        group, survivors, incoming = self._known_group(), self._survivors, self._incoming
+        _require(survivors is not None, "it unmasks before devices agreed on who is summed up")
+        assert survivors is not None
+        assert incoming is not None, "`agree` saw to it"
+        summed, _ = _sets(survivors, group)
+        confirmed = {self._signers[group.index].enrolment}
+        for agreed in request.agreed:
+            signer = self._signers.get(agreed.index) or self._certified(agreed.certificate)
+            _require(
+                agreed.index in summed and signer.has_signed(self._agreement, agreed.signature),
+                "it told another device of other survivors, or passes on what none signed",
+            )
+            confirmed.add(signer.enrolment)
+        needed = quorum(group, complete=_graph(group).is_complete)
+        _require(
+            len(confirmed) >= needed,
+            f"{len(confirmed)} devices confirm who is summed up, and {needed} are needed",
+        )
         revealed = pb.RevealedShares()
         revealed.seeds.add(index=group.index, share=self._own_share)
         for neighbour in group.neighbours:
@@ -232,11 +348,17 @@ class Session:
         assert self._group is not None
         return self._group
 
-    def _verified(self, keys: pb.KeyAdvertisement) -> str:
+    def _verified(self, keys: pb.KeyAdvertisement) -> Signer:
         try:
-            return verify(keys, self._number, self._authority)
+            return verify(keys, self._number, self._history, self._authority)
         except ValueError as error:
-            raise RefusedError(_refusal(str(error))) from error
+            raise DistrustedError(_refusal(str(error))) from error
+
+    def _certified(self, certificate: bytes) -> Signer:
+        try:
+            return certified(certificate, self._authority)
+        except ValueError as error:
+            raise DistrustedError(_refusal("a stranger confirms survivors")) from error
 
     def _channel(self, neighbour: pb.Neighbour) -> bytes:
         """The key that encrypts what goes to and comes from a neighbour."""
@@ -244,7 +366,7 @@ class Session:
         try:
             return masking.agree(self._secrets.encryption, neighbour.keys.encryption_key, context)
         except ValueError as error:
-            raise RefusedError(_refusal("a neighbour's key is none")) from error
+            raise DistrustedError(_refusal("a neighbour's key is none")) from error
 
     def _context(self, sender: int, receiver: int) -> bytes:
         return b"comigs shares %d from %d to %d" % (self._number, sender, receiver)
@@ -289,6 +411,24 @@ def payload_numbers(size: int, quantization: pb.Quantization) -> int:
     return size if quantization.noise_multiplier else size + COUNTERS
 
 
+def _graph(group: pb.MaskingGroup) -> Graph:
+    return Graph(group.devices, len(group.neighbours), group.threshold)
+
+
+def _sets(survivors: pb.Survivors, group: pb.MaskingGroup) -> tuple[set[int], set[int]]:
+    """Numbers of those that are summed up, and of those that dropped out."""
+    try:
+        summed = numbers_of(survivors.summed, group.devices)
+        dropped = numbers_of(survivors.dropped, group.devices)
+    except ValueError as error:
+        raise DistrustedError(_refusal("its survivors are not of this group")) from error
+    _require(
+        not summed & dropped,
+        "it asked for both secrets of a device, which would show that device's step",
+    )
+    return summed, dropped
+
+
 def _check(group: pb.MaskingGroup) -> None:
     """Refuses a group in which the secrets would be safe with fewer than they should."""
     holders = {neighbour.index for neighbour in group.neighbours} | {group.index}
@@ -302,6 +442,7 @@ def _check(group: pb.MaskingGroup) -> None:
             LEAST_DEVICES <= group.least_devices <= group.devices,
             f"it sums up fewer than {LEAST_DEVICES} devices",
         ),
+        (group.devices <= MOST_DEVICES, f"it has more than {MOST_DEVICES} devices"),
         (len(holders) >= LEAST_DEVICES, f"it names fewer than {LEAST_DEVICES} devices"),
         (group.threshold <= len(holders) < 2 * group.threshold, "its threshold is too low"),
         (
@@ -318,11 +459,19 @@ def _check(group: pb.MaskingGroup) -> None:
         ),
     ):
         _require(kept, complaint)
+    _require(
+        2 * quorum(group, complete=_graph(group).is_complete) > group.devices,
+        "half of its devices could be told of others than the other half",
+    )
+    others = sorted(holders - {group.index})
+    _require(
+        others == _graph(group).neighbours(group.index), "its neighbours are not the next ones"
+    )
 
 
 def _require(kept: bool, complaint: str) -> None:
     if not kept:
-        raise RefusedError(_refusal(complaint))
+        raise DistrustedError(_refusal(complaint))
 
 
 def _refusal(complaint: str) -> str:

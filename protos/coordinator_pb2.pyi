@@ -862,12 +862,14 @@ Global___UploadOffsetReply: _TypeAlias = UploadOffsetReply  # noqa: Y015
 
 @_typing.final
 class AggregateRequest(_message.Message):
-    """Secure aggregation (Bonawitz et al. 2017, CCS; Bell et al. 2020, CCS), semi-honest variant. After
-    training a device advertises keys; once enough have, they are the round's group, and
+    """Secure aggregation (Bonawitz et al. 2017, CCS; Bell et al. 2020, CCS), with signed keys and a
+    consistency check, as against a server that may lie. After training a device advertises keys; once
+    enough have, they are the round's group, and
 
       SHARE   each gives its neighbours encrypted shares of its two secrets;
       MASK    each uploads its masked step, as integers modulo 2^32 (see UploadHeader);
-      UNMASK  for those whose step came, neighbours reveal shares of their own masks' seeds; for those
+      AGREE   each signs who is summed up, as it was told;
+      UNMASK  once it has seen that enough others signed the same: for those whose step came, neighbours reveal shares of their own masks' seeds; for those
               who dropped out since SHARE, shares of the keys of their pairwise masks. Never both.
 
     Who is late in one stage has dropped out; the sum is over those who uploaded, and exact.
@@ -880,6 +882,7 @@ class AggregateRequest(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     SHARES_FIELD_NUMBER: _builtins.int
     REVEALED_FIELD_NUMBER: _builtins.int
+    AGREED_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Of the TRAIN that the device answers."""
     wait_seconds: _builtins.float
@@ -890,6 +893,8 @@ class AggregateRequest(_message.Message):
     def shares(self) -> Global___OutgoingShares: ...
     @_builtins.property
     def revealed(self) -> Global___RevealedShares: ...
+    @_builtins.property
+    def agreed(self) -> Global___Agreement: ...
     def __init__(
         self,
         *,
@@ -898,12 +903,13 @@ class AggregateRequest(_message.Message):
         keys: Global___KeyAdvertisement | None = ...,
         shares: Global___OutgoingShares | None = ...,
         revealed: Global___RevealedShares | None = ...,
+        agreed: Global___Agreement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "revealed", b"revealed", "shares", b"shares", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agreed", b"agreed", "keys", b"keys", "revealed", b"revealed", "shares", b"shares", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "revealed", b"revealed", "round", b"round", "shares", b"shares", "step", b"step", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed", b"agreed", "keys", b"keys", "revealed", b"revealed", "round", b"round", "shares", b"shares", "step", b"step", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["keys", "shares", "revealed"]  # noqa: Y015
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["keys", "shares", "revealed", "agreed"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
 
@@ -918,6 +924,7 @@ class AggregateReply(_message.Message):
     MASK_FIELD_NUMBER: _builtins.int
     UNMASK_FIELD_NUMBER: _builtins.int
     OVER_FIELD_NUMBER: _builtins.int
+    AGREE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def wait(self) -> Global___AggregateWait:
         """Nothing yet: ask again. Also the reply to keys, until the group is complete."""
@@ -938,6 +945,10 @@ class AggregateReply(_message.Message):
     def over(self) -> Global___AggregateOver:
         """There is nothing more to do for this device in this round."""
 
+    @_builtins.property
+    def agree(self) -> Global___Survivors:
+        """Sign that these are summed up."""
+
     def __init__(
         self,
         *,
@@ -946,12 +957,13 @@ class AggregateReply(_message.Message):
         mask: Global___IncomingShares | None = ...,
         unmask: Global___Unmasking | None = ...,
         over: Global___AggregateOver | None = ...,
+        agree: Global___Survivors | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask", "next", b"next", "over", b"over", "share", b"share", "unmask", b"unmask", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agree", b"agree", "mask", b"mask", "next", b"next", "over", b"over", "share", b"share", "unmask", b"unmask", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask", "next", b"next", "over", b"over", "share", b"share", "unmask", b"unmask", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agree", b"agree", "mask", b"mask", "next", b"next", "over", b"over", "share", b"share", "unmask", b"unmask", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_next: _TypeAlias = _typing.Literal["wait", "share", "mask", "unmask", "over"]  # noqa: Y015
+    _WhichOneofReturnType_next: _TypeAlias = _typing.Literal["wait", "share", "mask", "unmask", "over", "agree"]  # noqa: Y015
     _WhichOneofArgType_next: _TypeAlias = _typing.Literal["next", b"next"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_next) -> _WhichOneofReturnType_next | None: ...
 
@@ -1009,8 +1021,8 @@ class KeyAdvertisement(_message.Message):
     certificate: _builtins.bytes
     """The device's certificate (X.509, DER), from the coordinator's authority."""
     signature: _builtins.bytes
-    """By the certificate's key (ECDSA, SHA-256, DER), of "comigs secure aggregation", the round as
-    4 bytes (big-endian), and the two keys.
+    """By the certificate's key (ECDSA, SHA-256, DER), of "comigs masking keys", the round as 4 bytes
+    (big-endian), the two keys, and the CheckInReply's `history`.
     """
     def __init__(
         self,
@@ -1050,7 +1062,9 @@ class MaskingGroup(_message.Message):
     """Fewest steps that are summed up. With fewer the round is abandoned."""
     @_builtins.property
     def neighbours(self) -> _containers.RepeatedCompositeFieldContainer[Global___Neighbour]:
-        """Its neighbours: all others, or in a large group some, drawn at random. At most 300."""
+        """Its neighbours: all others; or in a large group as many of the next numbers in either direction,
+        where 1 follows the last one. At most 300.
+        """
 
     @_builtins.property
     def quantization(self) -> Global___Quantization:
@@ -1212,28 +1226,87 @@ class IncomingShares(_message.Message):
 Global___IncomingShares: _TypeAlias = IncomingShares  # noqa: Y015
 
 @_typing.final
-class Unmasking(_message.Message):
+class Survivors(_message.Message):
+    """Of the whole group. Number i has bit (i - 1) % 8, counted from the lowest, of byte (i - 1) / 8; both
+    have as many bytes as that takes, and no other bits are set.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SUMMED_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def summed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Numbers of those, of the device's neighbours and itself, whose masked steps are summed up."""
-
-    @_builtins.property
-    def dropped(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Numbers of the other neighbours of IncomingShares."""
-
+    summed: _builtins.bytes
+    """Those whose masked steps are summed up."""
+    dropped: _builtins.bytes
+    """Those who shared their secrets and have dropped out since."""
     def __init__(
         self,
         *,
-        summed: _abc.Iterable[_builtins.int] | None = ...,
-        dropped: _abc.Iterable[_builtins.int] | None = ...,
+        summed: _builtins.bytes = ...,
+        dropped: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "summed", b"summed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Survivors: _TypeAlias = Survivors  # noqa: Y015
+
+@_typing.final
+class Agreement(_message.Message):
+    """That a device was told of these survivors, and of no others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Its number."""
+    signature: _builtins.bytes
+    """By its certificate's key (ECDSA, SHA-256, DER), of the following, all numbers big-endian: "comigs
+    survivors"; the round, `devices`, `threshold`, `least_devices` and `levels` as 4 bytes each,
+    `bound` and `noise_multiplier` as 8 each, `clip_norm` as 1; if all are neighbours of all, the two
+    keys of each in the order of their numbers; `summed`, `dropped` and the CheckInReply's `history`.
+    """
+    certificate: _builtins.bytes
+    """Its certificate (X.509, DER). Only in Unmasking, and there only if not all are neighbours of all."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        signature: _builtins.bytes = ...,
+        certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "index", b"index", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Agreement: _TypeAlias = Agreement  # noqa: Y015
+
+@_typing.final
+class Unmasking(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGREED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def agreed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Agreement]:
+        """Of devices that are summed up: with the device's own as many as `threshold` if all are neighbours
+        of all; else as the smaller of `least_devices` and three fifths of `devices`, rounded down, and
+        one.
+        """
+
+    def __init__(
+        self,
+        *,
+        agreed: _abc.Iterable[Global___Agreement] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed", b"agreed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1247,11 +1320,11 @@ class RevealedShares(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def seeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevealedShare]:
-        """Of the seeds of `summed`."""
+        """Of the seeds of those that are summed up, the device itself among them."""
 
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevealedShare]:
-        """Of the private keys of `dropped`."""
+        """Of the private keys of those that dropped out, if they sent the device shares."""
 
     def __init__(
         self,

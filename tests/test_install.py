@@ -34,7 +34,7 @@ MAY_IMPORT = {
             f"edge_runtime.{name}"
             for name in (
                 *("adapters", "bundle", "cli", "compression", "connection", "errors", "files"),
-                "identity",
+                *("identity", "neighbours"),
                 *("invitation", "masking", "noise", "protocol", "quantization"),
                 *("secure_aggregation", "shamir", "training_config", "wire"),
             )

@@ -16,7 +16,7 @@ from edge_runtime.quantization import grid_for
 from edge_runtime.secure_aggregation import Session
 from protos import coordinator_pb2 as pb
 
-STAGES = ("keys", "share", "mask", "unmask")
+STAGES = ("keys", "share", "mask", "agree", "unmask")
 
 
 def vector(bundle: Bundle, payload: bytes) -> np.ndarray:
@@ -39,7 +39,7 @@ class Masked:
 
     def __init__(self, client: Client, number: int) -> None:
         self.client, self.number = client, number
-        self.session = Session(client.who, number)
+        self.session = Session(client.who, number, client.check_in(0).history)
         self.group = pb.MaskingGroup()
         self.payload = b""
         self.revealed = False
@@ -85,6 +85,9 @@ class Masked:
                 if not answer.accepted:
                     return answer.reason
                 reply = say(self.client, self.number)
+            elif asked == "agree":
+                agreed = self.session.agree(reply.agree)
+                reply = say(self.client, self.number, agreed=agreed)
             elif asked == "unmask":
                 revealed = self.session.unmask(reply.unmask)
                 self.revealed = True

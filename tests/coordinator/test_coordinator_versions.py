@@ -1,5 +1,6 @@
 """Versions of the protocol and sizes of messages: who does not fit is told so."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
-from coordinator_help import PATIENCE, Fleet, enrol_with, invited
+from coordinator_help import PATIENCE, Fleet, check_in_until, enrol_with, in_parallel, invited
 from google.protobuf.descriptor import MethodDescriptor
 
 from edge_runtime import protocol
@@ -17,6 +18,7 @@ from edge_runtime.client import Client, connect_to_enrol
 from edge_runtime.connection import connect
 from edge_runtime.errors import VersionError
 from edge_runtime.identity import Identity
+from edge_runtime.store import Home
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc
 
@@ -26,6 +28,7 @@ def comigs_of_another_time(oldest: int, newest: int) -> list[str]:
     code = (
         "import sys; from edge_runtime import protocol; "
         f"protocol.OLDEST, protocol.NEWEST = {oldest}, {newest}; "
+        f"protocol.SECURE_AGGREGATION = min({newest}, protocol.SECURE_AGGREGATION); "
         "from edge_runtime.cli import main; sys.exit(main())"
     )
     return [sys.executable, "-c", code]
@@ -56,7 +59,9 @@ def test_a_device_that_is_too_old_is_told_to_update(fleet: Fleet) -> None:
     newer = fleet.serve(
         bundle, program=comigs_of_another_time(protocol.NEWEST + 1, protocol.NEWEST + 2)
     )
-    with pytest.raises(VersionError, match=r"speaks version 3 of the protocol, .* is 4; update"):
+    newest = protocol.NEWEST
+    words = rf"speaks version {newest} of the protocol, .* is {newest + 1}; update"
+    with pytest.raises(VersionError, match=words):
         moved(fleet, ada, newer.ready()).check_in(0)
     (invitation,) = invited(newer, "ben")
     with pytest.raises(VersionError, match="update comigs on the device"):
@@ -78,8 +83,42 @@ def test_a_device_that_is_too_new_says_what_to_update(
     )
     assert done.returncode == 23, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: the coordinator at {served.ready()} speaks version 3")
+    assert last.startswith(
+        f"error: the coordinator at {served.ready()} speaks version {protocol.NEWEST}"
+    )
     assert last.endswith("update comigs there")
+
+
+def test_secure_aggregation_of_another_time_is_refused(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    """A device or a coordinator from before devices agreed on who is summed up: neither waits."""
+    before = comigs_of_another_time(1, protocol.SECURE_AGGREGATION - 1)
+    words = r"speaks version 3 of the protocol, and the oldest understood here is 4; update comigs "
+    options = ("--secure-aggregation", "--min-devices", "3", "--enrolment-port", "0")
+    options = (*options, "--deadline", "600")
+    served = fleet.serve(tiny_bundle, *options)
+    ada, ben, eve = invited(served, "ada", "ben", "eve")
+    Home(tmp_path / "home").save_identity(enrol_with(ada, tiny_bundle))
+    arguments = ["device", "run", "--home", tmp_path / "home", "--data", text_dir]
+    arguments += ["--bundle", tiny_bundle.path]
+    done = subprocess.run(
+        [*before, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 23, done.stderr
+    assert re.search(words + "on the device", done.stderr)
+    clients = [fleet.client(enrol_with(invitation, tiny_bundle)) for invitation in (ben, eve)]
+    served.stop()
+    earlier = fleet.serve(tiny_bundle, *options, "--min-devices", "3", program=before)
+    address = earlier.ready()
+    moved_there = [moved(fleet, client, address) for client in clients]
+    (fay,) = fleet.enrolled(earlier, tiny_bundle, "fay")
+
+    def told_to_train(client: Client) -> None:
+        with pytest.raises(VersionError, match=words + "there"):
+            check_in_until(client, pb.CheckInReply.TRAIN)
+
+    in_parallel(*(lambda c=c: told_to_train(c) for c in (*moved_there, fay)))
 
 
 def methods() -> list[MethodDescriptor]:

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,18 +18,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.accounting import epsilon
-from coordinator.neighbours import MAX_NEIGHBOURS, Graph, graph_for
+from coordinator.neighbours import MAX_NEIGHBOURS, graph_for
 from coordinator.secure_aggregation import Masking, SecureAggregation
 from coordinator.state import MaskingGroup, Settings, State, Update
 from coordinator.tls import Authority, administrator
 from edge_runtime import protocol
 from edge_runtime.errors import RefusedError
 from edge_runtime.identity import Identity, new_key, public_key_of
+from edge_runtime.neighbours import Graph
 from edge_runtime.quantization import grid_for, quantize
-from edge_runtime.secure_aggregation import Session, prepared, verify
+from edge_runtime.secure_aggregation import (
+    MOST_DEVICES,
+    DistrustedError,
+    Session,
+    agreement,
+    bitmap,
+    prepared,
+    quorum,
+    verify,
+)
 from protos import coordinator_pb2 as pb
 
 ROUND = 7
+HISTORY = "the first"
 SIZE = 20
 
 
@@ -50,7 +61,7 @@ class Round:
 
     def __init__(self, world: World, devices: int, **masking: float) -> None:
         self.sessions = {
-            i: Session(world.device(f"device {i}"), ROUND) for i in range(1, devices + 1)
+            i: Session(world.device(f"device {i}"), ROUND, HISTORY) for i in range(1, devices + 1)
         }
         options = {"staying": 0.6, "clip_norm": None, "noise_multiplier": 0.0} | masking
         self.graph, self.terms = Masking(stage_seconds=60, min_devices=3, **options).terms(devices)
@@ -77,6 +88,13 @@ class Round:
             for index, inbox in self.share().items()
         }
 
+    def survivors(self, summed: Iterable[int], dropped: Iterable[int] = ()) -> pb.Survivors:
+        devices = len(self.sessions)
+        return pb.Survivors(summed=bitmap(summed, devices), dropped=bitmap(dropped, devices))
+
+    def agree(self, survivors: pb.Survivors, *signers: int) -> list[pb.Agreement]:
+        return [self.sessions[index].agree(survivors) for index in signers]
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -91,35 +109,87 @@ def masked(world: World) -> Round:
     return made
 
 
-def test_never_both_secrets_of_a_device(masked: Round) -> None:
+def test_one_secret_of_each_device(masked: Round) -> None:
+    told = masked.survivors([1, 2, 3, 4], [5])
+    agreed = masked.agree(told, 1, 2, 3, 4)
     session = masked.sessions[1]
-    with pytest.raises(RefusedError, match="both secrets"):
-        session.unmask(pb.Unmasking(summed=[1, 2, 3, 4], dropped=[4, 5]))
-    revealed = session.unmask(pb.Unmasking(summed=[1, 2, 3, 4], dropped=[5]))
+    revealed = session.unmask(pb.Unmasking(agreed=agreed[1:]))
     assert [share.index for share in revealed.seeds] == [1, 2, 3, 4]
     assert [share.index for share in revealed.keys] == [5]
     for summed, dropped in (([1, 2, 3], [4, 5]), ([1, 2, 3, 4, 5], [])):
-        with pytest.raises(RefusedError, match="both secrets"):
-            session.unmask(pb.Unmasking(summed=summed, dropped=dropped))
-    again = session.unmask(pb.Unmasking(summed=[1, 2, 3, 4], dropped=[5]))
-    assert again == revealed, "a reply that was lost is repeated"
+        with pytest.raises(DistrustedError, match="in two ways"):
+            session.agree(masked.survivors(summed, dropped))
+    assert session.agree(told).index == 1, "a reply that was lost is repeated"
+    assert session.unmask(pb.Unmasking(agreed=agreed[1:])) == revealed
 
 
 @pytest.mark.parametrize(
-    ("request_", "complaint"),
+    ("summed", "dropped", "complaint"),
     [
-        (pb.Unmasking(summed=[2, 3, 4], dropped=[5]), "others than it masked"),
-        (pb.Unmasking(summed=[2, 3, 4, 5], dropped=[1]), "left this device's step out"),
-        (pb.Unmasking(summed=[1, 2], dropped=[3, 4, 5]), "too few"),
-        (pb.Unmasking(summed=[1, 2, 3, 4, 5, 6]), "others than it masked"),
-        (pb.Unmasking(), "others than it masked"),
+        ([1, 2, 3, 4], [4, 5], "both secrets"),
+        ([1, 2, 3, 4], [], "unmasks others"),
+        ([2, 3, 4], [1, 5], "left this device's step out"),
+        ([1, 2], [3, 4, 5], "too few"),
     ],
 )
-def test_what_no_honest_coordinator_unmasks(
-    masked: Round, request_: pb.Unmasking, complaint: str
+def test_survivors_of_whom_no_honest_coordinator_tells(
+    masked: Round, summed: list[int], dropped: list[int], complaint: str
 ) -> None:
-    with pytest.raises(RefusedError, match=complaint):
-        masked.sessions[1].unmask(request_)
+    with pytest.raises(DistrustedError, match=complaint):
+        masked.sessions[1].agree(masked.survivors(summed, dropped))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x0f\0", b"\x2f"])
+def test_survivors_that_are_not_of_the_group(masked: Round, content: bytes) -> None:
+    """Five devices are five bits of one byte."""
+    with pytest.raises(DistrustedError, match="not of this group"):
+        masked.sessions[1].agree(pb.Survivors(summed=content, dropped=b"\x10"))
+
+
+def test_nothing_is_revealed_before_others_have_seen_the_same(masked: Round) -> None:
+    session = masked.sessions[1]
+    with pytest.raises(DistrustedError, match="before devices agreed"):
+        session.unmask(pb.Unmasking())
+    own, second = masked.agree(masked.survivors([1, 2, 3, 4], [5]), 1, 2)
+    told_otherwise = masked.sessions[3].agree(masked.survivors([1, 2, 3, 5], [4]))
+    stranger = pb.Agreement(index=5, signature=second.signature)
+    renumbered = pb.Agreement(index=3, signature=second.signature)
+    for agreed, complaint in (
+        ([], "1 devices confirm who is summed up, and 3 are needed"),
+        ([second], "2 devices confirm"),
+        ([second, second, own], "2 devices confirm"),
+        ([second, told_otherwise], "told another device of other survivors"),
+        ([second, renumbered], "none signed"),
+        ([second, stranger], "none signed"),
+        ([second, pb.Agreement(index=6)], "a stranger confirms"),
+        ([second, pb.Agreement(index=6, certificate=b"x")], "a stranger confirms"),
+        ([second, pb.Agreement(index=4)], "none signed"),
+    ):
+        with pytest.raises(DistrustedError, match=complaint):
+            session.unmask(pb.Unmasking(agreed=agreed))
+
+
+@pytest.mark.parametrize("other", ["round", "history", "keys", "terms"])
+def test_an_agreement_is_for_one_group_of_one_round(world: World, other: str) -> None:
+    """Of the same devices under the same numbers, told of the same survivors."""
+    made = Round(world, 3)
+    made.mask()
+    message = made.sessions[1]
+    made.agree(made.survivors([1, 2, 3]), 1)
+    group = made.group(1)
+    keys = [made.sessions[index].advertisement for index in (1, 2, 3)]
+    said = {"number": ROUND, "history": HISTORY, "terms": group, "keys": keys}
+    survivors = made.survivors([1, 2, 3])
+    changes = {
+        "round": {"number": ROUND + 1},
+        "history": {"history": "the second"},
+        "keys": {
+            "keys": [*keys[:2], Session(world.device("device 3"), ROUND, HISTORY).advertisement]
+        },
+        "terms": {"terms": Masking(0.6, 60, 3, 1.0, 0.0).terms(3)[1]},
+    }
+    assert agreement(**said, survivors=survivors) == message._agreement
+    assert agreement(**said | changes[other], survivors=survivors) != message._agreement
 
 
 def test_one_masked_step_only(world: World) -> None:
@@ -138,11 +208,13 @@ def test_stages_come_in_their_order(world: World) -> None:
     with pytest.raises(RefusedError, match="skipped a stage"):
         session.mask(pb.IncomingShares(), np.zeros(SIZE, np.float32))
     with pytest.raises(RefusedError, match="skipped a stage"):
-        session.unmask(pb.Unmasking(summed=[1, 2, 3]))
+        session.agree(pb.Survivors())
+    with pytest.raises(RefusedError, match="skipped a stage"):
+        session.unmask(pb.Unmasking())
     made = Round(world, 5)
     inboxes = made.share()
     with pytest.raises(RefusedError, match="before anything was masked"):
-        made.sessions[1].unmask(pb.Unmasking(summed=[1, 2, 3, 4, 5]))
+        made.sessions[1].agree(made.survivors([1, 2, 3, 4, 5]))
     too_few = pb.IncomingShares(shares=inboxes[1].shares[:1])
     with pytest.raises(RefusedError, match="too few"):
         made.sessions[1].mask(too_few, np.zeros(SIZE, np.float32))
@@ -195,6 +267,25 @@ def forged_signature(group: pb.MaskingGroup) -> None:
     group.neighbours[0].keys.mask_key = group.neighbours[1].keys.mask_key
 
 
+def no_majority(group: pb.MaskingGroup) -> None:
+    """Sparse, and half of the devices would be enough."""
+    group.devices, group.least_devices, group.quantization.levels = 1000, 500, 1
+
+
+def renumbered(group: pb.MaskingGroup) -> None:
+    """Sparse, with neighbours of the coordinator's choice: 1, 2, 4 and 5 of 1000 belong to 3."""
+    group.devices, group.least_devices, group.quantization.levels = 1000, 750, 1
+    group.index = 1
+
+
+def no_devices(group: pb.MaskingGroup) -> None:
+    group.devices = group.least_devices = 0
+
+
+def more_than_any(group: pb.MaskingGroup) -> None:
+    group.devices, group.quantization.levels = 2**32 - 1, 0
+
+
 def no_certificate(group: pb.MaskingGroup) -> None:
     group.neighbours[0].keys.certificate = b"x"
 
@@ -213,6 +304,10 @@ def no_certificate(group: pb.MaskingGroup) -> None:
         (noise_on_anything, "any length"),
         (forged_signature, "not signed for this round"),
         (no_certificate, "without a certificate"),
+        (renumbered, "not the next ones"),
+        (no_majority, "told of others"),
+        (no_devices, "not in the group"),
+        (more_than_any, "more than 8192 devices"),
     ],
 )
 def test_groups_that_would_not_be_safe(
@@ -228,22 +323,24 @@ def test_groups_that_would_not_be_safe(
 def test_keys_are_of_devices_that_this_authority_knows(world: World, tmp_path: Path) -> None:
     authority = x509.load_der_x509_certificate(world.authority.der)
     known = world.device("known")
-    assert verify(Session(known, ROUND).advertisement, ROUND, authority) == "enrolment of known"
+    signer = verify(Session(known, ROUND, HISTORY).advertisement, ROUND, HISTORY, authority)
+    assert signer.enrolment == "enrolment of known"
     stranger = World(tmp_path / "other").device("known")
     admin = administrator(world.authority, tmp_path, "nowhere:1")
-    for who, number, complaint in (
-        (stranger, ROUND, "without a certificate of this coordinator"),
-        (admin, ROUND, "not a device's"),
-        (known, ROUND + 1, "not signed for this round"),
-        (replace(known, key=new_key()), ROUND, "not signed for this round"),
+    for who, number, history, complaint in (
+        (stranger, ROUND, HISTORY, "without a certificate of this coordinator"),
+        (admin, ROUND, HISTORY, "not a device's"),
+        (known, ROUND + 1, HISTORY, "not signed for this round"),
+        (known, ROUND, "of a backup", "not signed for this round"),
+        (replace(known, key=new_key()), ROUND, HISTORY, "not signed for this round"),
     ):
         with pytest.raises(ValueError, match=complaint):
-            verify(Session(who, number).advertisement, ROUND, authority)
+            verify(Session(who, number, history).advertisement, ROUND, HISTORY, authority)
 
 
 def test_the_largest_messages_fit(world: World) -> None:
     """A device with the longest name, and as many neighbours as there may be."""
-    session = Session(world.device("n" * 64), ROUND)
+    session = Session(world.device("n" * 64), ROUND, HISTORY)
     group = pb.MaskingGroup(index=2**20, threshold=301, devices=2**20, least_devices=2**20)
     group.quantization.CopyFrom(pb.Quantization(bound=0.1, levels=2**31 - 1, noise_multiplier=0.1))
     for index in range(MAX_NEIGHBOURS):
@@ -257,6 +354,12 @@ def test_the_largest_messages_fit(world: World) -> None:
         revealed.seeds.add(index=2**20 + index, share=share)
     protocol.check(pb.AggregateRequest(round=2**31, shares=outgoing))
     protocol.check(pb.AggregateRequest(round=2**31, revealed=revealed))
+    bits = bitmap(range(1, MOST_DEVICES + 1), MOST_DEVICES)
+    protocol.check(pb.AggregateReply(agree=pb.Survivors(summed=bits, dropped=bits)))
+    certificate = session.advertisement.certificate
+    signed = pb.Agreement(index=MOST_DEVICES, signature=bytes(72), certificate=certificate)
+    most = quorum(pb.MaskingGroup(devices=MOST_DEVICES, least_devices=MOST_DEVICES), complete=False)
+    protocol.check(pb.AggregateReply(unmask=pb.Unmasking(agreed=[signed] * most)))
 
 
 @pytest.mark.parametrize(("devices", "staying"), [(3, 1.0), (5, 0.6), (20, 0.75), (1000, 0.75)])
@@ -332,13 +435,33 @@ def test_a_part_that_shares_no_masks_with_the_rest_is_not_unmasked() -> None:
     graph = Graph(10, 4, 2)
     assert graph.can_unmask({1, 2, 3, 4, 5, 6, 7, 8}, {9, 10})
     assert not graph.can_unmask({1, 2, 3, 4, 7, 8}, {5, 6, 9, 10})
+    assert not graph.can_unmask(set(), {1})
     assert not Graph(10, 4, 3).can_unmask({1, 2, 3, 4, 5}, {8}), "two shares of the key of 8"
     assert graph.can_unmask(set(range(1, 11)), set())
 
 
+@settings(max_examples=300)
+@given(st.integers(3, 14), st.data())
+def test_what_can_be_unmasked_is_one_part(devices: int, data: st.DataObject) -> None:
+    """By the definition: shares are counted, and edges followed."""
+    degree = data.draw(st.sampled_from([*range(2, devices - 1, 2), devices - 1]))
+    graph = Graph(devices, degree, data.draw(st.integers(1, degree + 1)))
+    numbers = st.sets(st.integers(1, devices))
+    summed = data.draw(numbers)
+    dropped = data.draw(numbers) - summed
+    held = {n: summed & {n, *graph.neighbours(n)} for n in range(1, devices + 1)}
+    assert graph.covered(summed) == {n for n in held if len(held[n]) >= graph.threshold}
+    reached, edge = set(), set(sorted(summed)[:1])
+    while edge:
+        reached |= edge
+        edge = set().union(*(held[n] for n in edge)) - reached
+    enough = all(len(held[n]) >= graph.threshold for n in summed | dropped)
+    assert graph.can_unmask(summed, dropped) == (enough and reached == summed)
+
+
 def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
     """Twenty devices of which each knows six; three vanish before sharing, three before masking,
-    two before revealing."""
+    two before revealing. One is told late who is summed up, and reveals all the same."""
     state = State(tmp_path / "state").of("base")
     options = {"recipe": "mean", "selection": None, "training": "{}", "contract_sha256": "c"}
     state.begin(Settings(rounds=9, min_devices=3, deadline_seconds=1, **options), b"generalist")
@@ -353,7 +476,7 @@ def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
     )
     authority = x509.load_der_x509_certificate(world.authority.der)
     secure = SecureAggregation(state=state, masking=masking, size=SIZE, authority=authority)
-    sessions = {n: Session(world.device(f"device {n}"), 1) for n in devices}
+    sessions = {n: Session(world.device(f"device {n}"), 1, state.history()) for n in devices}
     for number, session in sessions.items():
         secure.take(devices[number], pb.AggregateRequest(round=1, keys=session.advertisement))
     graph = Graph(20, 6, 4)
@@ -388,7 +511,18 @@ def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
         state.add_update(Update(**place, **known, file=name, sha256=digest, tokens=1))
     assert secure.advance(group(), {devices[n].id for n in absent})
     summed = sorted(devices.keys() - absent)
-    silent = {1, 8}
+    silent, late = {1, 8}, 19
+
+    def agree(number: int) -> None:
+        agreed = sessions[number].agree(asked(number).agree)
+        secure.take(devices[number], pb.AggregateRequest(round=1, agreed=agreed))
+
+    for number in devices.keys() - absent - {late, 8}:
+        assert not secure.advance(group(), set())
+        agree(number)
+        assert asked(number).HasField("wait")
+    assert secure.advance(group(), {devices[n].id for n in (late, 8)})
+    agree(late)
     for number in devices.keys() - absent - silent:
         revealed = sessions[number].unmask(asked(number).unmask)
         secure.take(devices[number], pb.AggregateRequest(round=1, revealed=revealed))

@@ -34,14 +34,14 @@ def play(bundle: Bundle, clients: list[Client], number: int, leaving: dict[int, 
 
 
 DEVICES = 8
-CI_PLANS: list[dict[int, str]] = [{}, {1: "share", 2: "mask", 3: "unmask"}]
+CI_PLANS: list[dict[int, str]] = [{}, {1: "share", 2: "mask", 3: "agree"}]
 """Devices that vanish instead of answering in a stage; three of eight may."""
 
 
 def soak_plans() -> list[dict[int, str]]:
-    """Twenty-nine, with every three stages among them."""
+    """Sixty-six, with every three stages among them."""
     draw = random.Random(5)
-    stages = itertools.product(("share", "mask", "unmask"), repeat=3)
+    stages = itertools.product(("share", "mask", "agree", "unmask"), repeat=3)
     plans = [dict(zip(draw.sample(range(DEVICES), 3), three, strict=True)) for three in stages]
     return [*CI_PLANS, *plans]
 
@@ -57,7 +57,7 @@ def test_the_sum_is_exact_whoever_drops_out_in_whatever_stage(fleet: Fleet) -> N
         start = vector(bundle, clients[0].download(number))
         play(bundle, clients, number, leaving)
         closed = served.wait_for("round_closed", round=number)
-        summed = [i for i in range(DEVICES) if leaving.get(i, "unmask") == "unmask"]
+        summed = [i for i in range(DEVICES) if leaving.get(i) not in ("share", "mask")]
         assert closed["updates"] == len(summed)
         steps = [step_of(bundle, index, number) for index in summed]
         got = vector(bundle, clients[0].download(number + 1))
@@ -79,7 +79,9 @@ def test_who_has_not_trained_at_the_deadline_is_left_out(fleet: Fleet) -> None:
     np.testing.assert_array_equal(got, expected(start, steps, group=4))
 
 
-@pytest.mark.parametrize("stage", ["share", "mask", "unmask"] if SOAK else ["mask", "unmask"])
+@pytest.mark.parametrize(
+    "stage", ["share", "mask", "agree", "unmask"] if SOAK else ["agree", "unmask"]
+)
 def test_below_the_threshold_nothing_is_learnt(fleet: Fleet, stage: str) -> None:
     """Four of eight vanish. Fewer shares than it takes are revealed, or none at all."""
     bundle = fleet.bundle()
@@ -111,14 +113,14 @@ def test_a_coordinator_that_is_killed_in_any_stage_goes_on(fleet: Fleet) -> None
     """When shares are being revealed; in a soak, in every stage and while one device is gone."""
     bundle = fleet.bundle()
     listen = f"127.0.0.1:{free_port()}"
-    rounds = "3" if SOAK else "1"
+    rounds = "4" if SOAK else "1"
     # Long enough for devices to come back to a coordinator that was away.
     options = (*MASKED, "--secure-threshold", "0.6", "--stage-seconds", "12", "--rounds", rounds)
     options = (*options, "--enrolment-port", "0")
     leaving = {4: "mask"} if SOAK else {}
     served = fleet.serve(bundle, *options, listen=listen)
     clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(5)))
-    for stage in ("share", "mask", "unmask") if SOAK else ("unmask",):
+    for stage in ("share", "mask", "agree", "unmask") if SOAK else ("unmask",):
         number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
         start = vector(bundle, clients[0].download(number))
         maskers = [Masked(client, number) for client in clients]
@@ -145,7 +147,7 @@ def test_a_coordinator_that_is_killed_in_any_stage_goes_on(fleet: Fleet) -> None
 
 @pytest.mark.parametrize("devices", [4, 8])
 def test_what_a_round_costs_a_device(fleet: Fleet, devices: int) -> None:
-    """Five calls, and a step as large as the update that it stands for; docs/privacy.md has what
+    """Six calls, and a step as large as the update that it stands for; docs/privacy.md has what
     this prints with -s."""
     bundle = fleet.bundle(width=5000)
     served = fleet.serve(bundle, *MASKED, "--rounds", "1")
@@ -161,7 +163,7 @@ def test_what_a_round_costs_a_device(fleet: Fleet, devices: int) -> None:
     for masker, client, (sent, received) in zip(maskers, clients, before, strict=True):
         more = client.traffic.sent - sent - plain
         got = client.traffic.received - received
-        assert masker.calls == 5
+        assert masker.calls == 6
         # A certificate's length varies a little, and so do a signature's and a name's.
         assert more < 1200 + 160 * (devices - 1)
         assert got < 400 + 850 * (devices - 1)

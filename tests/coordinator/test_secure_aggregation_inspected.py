@@ -69,7 +69,9 @@ def found(needles: list[bytes], haystacks: list[bytes]) -> int:
 
 def test_no_single_step_is_in_memory_or_on_disk(fleet: Fleet) -> None:
     bundle = fleet.bundle(width=2000)
-    served = fleet.serve(bundle, *OPTIONS, "--secure-aggregation")
+    # All are needed in every stage, so none ends before the look at it does.
+    options = (*OPTIONS, "--secure-aggregation", "--secure-threshold", "1")
+    served = fleet.serve(bundle, *options)
     clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(DEVICES)))
     number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
     start = vector(bundle, clients[0].download(number))
@@ -98,7 +100,7 @@ def test_no_single_step_is_in_memory_or_on_disk(fleet: Fleet) -> None:
     )
     served.wait_for("round_closed", round=number)
     look()
-    assert seen == [0] * 4, "in three stages and after them"
+    assert seen == [0] * 5, "in four stages and after them"
     # What it should hold it held: the masked steps, until the round was over, and then the sum.
     assert any(held == asked > 0 for held, asked in looks)
     total = vector(bundle, clients[0].download(number + 1))

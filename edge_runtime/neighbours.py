@@ -1,0 +1,74 @@
+"""Who of a masking group shares secrets and masks with whom.
+
+Small groups are complete. In a large one numbers lie on a circle, and a device is joined to as many
+next ones on either side (SecAgg+, Bell et al. 2020, IACR ePrint 2020/704); so whoever knows
+the size of the group and how many neighbours it has itself knows all of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Graph:
+    """On devices numbered from 1 to `devices`."""
+
+    devices: int
+    degree: int
+    """Neighbours of each."""
+    threshold: int
+    """Shares that restore a secret. Its owner and the neighbours hold one each."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.degree == self.devices - 1
+
+    def neighbours(self, number: int) -> list[int]:
+        """Of device `number`, in order."""
+        if self.is_complete:
+            return [other for other in range(1, self.devices + 1) if other != number]
+        reach = self.degree // 2
+        around = [d for d in range(-reach, reach + 1) if d]
+        return sorted((number - 1 + distance) % self.devices + 1 for distance in around)
+
+    def covered(self, holders: Iterable[int]) -> set[int]:
+        """The numbers of whose secrets a threshold of shares is with `holders`."""
+        there = self._marked(holders)
+        if self.is_complete:
+            held = np.full(self.devices, there.sum())
+        else:
+            # Windows of `reach` on either side, around the circle.
+            reach = self.degree // 2
+            ahead = np.concatenate([[0], there[-reach:], there, there[:reach]]).cumsum()
+            held = ahead[2 * reach + 1 :] - ahead[: self.devices]
+        return _numbers(held >= self.threshold)
+
+    def can_unmask(self, summed: set[int], dropped: set[int]) -> bool:
+        """Whether the sum over `summed` can be unmasked and shows no sum over fewer.
+
+        Args:
+            dropped: the others that have pairwise masks with them.
+        """
+        if not summed | dropped <= self.covered(summed):
+            return False
+        # A part that is joined to no other by a mask would show its own sum. Nothing joins the ends
+        # of a gap that is wider than the reach, and one such gap leaves the circle in one part.
+        reach = self.devices if self.is_complete else self.degree // 2
+        places = np.flatnonzero(self._marked(summed))
+        gaps = np.diff(places, append=places[:1] + self.devices)
+        return int((gaps > reach).sum()) <= 1
+
+    def _marked(self, numbers: Iterable[int]) -> NDArray[np.int64]:
+        """(devices,), 1 for those in `numbers`."""
+        marks = np.zeros(self.devices, np.int64)
+        marks[np.array(list(numbers), np.int64) - 1] = 1
+        return marks
+
+
+def _numbers(marks: NDArray[np.bool_]) -> set[int]:
+    return set((np.flatnonzero(marks) + 1).tolist())
