@@ -16,11 +16,12 @@ help: ## Say what there is
 demo: $(STAMP) ## Four devices learn together on this machine; report in demo/report.html
 	$(BIN)/comigs demo $(ARGS)
 
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 test: $(STAMP) ## All tests
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 soak: $(STAMP) ## All tests, with ten times as many kills and the like
-	COMIGS_SOAK=1 $(BIN)/pytest -rP $(ARGS)
+	COMIGS_SOAK=1 $(PYTEST) -rP $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

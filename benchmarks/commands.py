@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from edge_runtime import training_config
-from edge_runtime.cli import Format, FormatOption, emit, messages
+from edge_runtime.cli import Format, FormatOption, emit, messages, telling
 from edge_runtime.engines import ENGINES
 from export import PRECISIONS
 from export.commands import check_precision, check_weights
@@ -106,7 +106,7 @@ def bench_train(
     contestants = _contestants(engines)
     from benchmarks import train_step
 
-    with messages.status("loading the base") as status, _wrong_usage("--length"):
+    with telling("loading the base") as tell, _wrong_usage("--length"):
         result = train_step.run(
             base_name=base,
             random_weights=weights == "random",
@@ -116,7 +116,7 @@ def bench_train(
             threads=threads,
             steps=steps,
             cache=cache,
-            progress=status.update,
+            progress=tell,
         )
     if not _emitted(dict(result), output):
         messages.print(train_step.table(result))
@@ -144,7 +144,7 @@ def bench_decode(
     contestants = _contestants(engines)
     from benchmarks import decode
 
-    with messages.status("loading the base") as status, _wrong_usage("--prompt"):
+    with telling("loading the base") as tell, _wrong_usage("--prompt"):
         result = decode.run(
             base_name=base,
             random_weights=weights == "random",
@@ -155,7 +155,7 @@ def bench_decode(
             threads=threads,
             count=turns,
             cache=cache,
-            progress=status.update,
+            progress=tell,
         )
     if _emitted(dict(result), output):
         return
@@ -187,7 +187,7 @@ def bench_tier(
         raise typer.BadParameter(
             f"{unknown[0]} is none of {', '.join(known)}", param_hint="--tiers"
         )
-    with messages.status("loading the base") as status:
+    with telling("loading the base") as tell:
         result = tier.run(
             base_name=base,
             random_weights=weights == "random",
@@ -195,7 +195,7 @@ def bench_tier(
             contestants=contestants,
             count=turns,
             cache=cache,
-            progress=status.update,
+            progress=tell,
         )
     if _emitted(dict(result), output):
         return
@@ -219,7 +219,7 @@ def bench_profile(
     contestants = _contestants(engines)
     from benchmarks import profile
 
-    with messages.status("loading the base") as status:
+    with telling("loading the base") as tell:
         result = profile.run(
             base_name=base,
             random_weights=weights == "random",
@@ -227,7 +227,7 @@ def bench_profile(
             threads=threads,
             calls=calls,
             cache=cache,
-            progress=status.update,
+            progress=tell,
         )
     if not _emitted(dict(result), output):
         messages.print(profile.table(result))
@@ -248,13 +248,13 @@ def bench_coordinator(
     """Time a round of many devices beside the least that receiving costs."""
     from benchmarks import load
 
-    with messages.status("starting") as status:
+    with telling("starting") as tell:
         result = load.run(
             devices=devices,
             processes=processes,
             repetitions=repetitions,
             peers_python=peers_python if peers else None,
-            progress=status.update,
+            progress=tell,
         )
     if output is Format.JSON:
         emit(dict(result))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -45,6 +47,20 @@ messages = Console(stderr=True)
 def emit(value: dict[str, Any], *, in_a_line: bool = False) -> None:
     """Prints a command's result, or one of several in a line each, as a JSON document."""
     sys.stdout.write(json.dumps(value, indent=None if in_a_line else 2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def telling(first: str) -> Iterator[Callable[[str], None]]:
+    """Tells what a long command does: one line that changes, or without a terminal, a log."""
+    if messages.is_terminal:
+        with messages.status(first) as status:
+            yield status.update
+        return
+
+    def tell(line: str) -> None:
+        messages.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    yield tell
 
 
 def build() -> typer.Typer:
@@ -102,13 +118,15 @@ def _run() -> None:
 
 
 def main() -> None:
-    # gRPC reads both when it is imported. It logs handshakes and the like from C; what matters of
-    # it is in our own messages.
+    # gRPC reads the first two when it is imported. It logs handshakes and the like from C; what
+    # matters of it is in our own messages.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # TLS 1.3 only. gRPC for Python has no setting for that, but this names the cipher suites of
     # TLS 1.2, and those of 1.3 are not subject to it: one that needs an RSA certificate never fits
     # ours, which are ECDSA, so that no handshake of TLS 1.2 succeeds.
     os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")
+    # Bars that transformers draws between our lines; likewise read at the import.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         _run()
     except ComigsError as error:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from edge_runtime.bundle import Bundle
-from edge_runtime.cli import Format, FormatOption, emit, messages
+from edge_runtime.cli import Format, FormatOption, emit, messages, telling
 from export import PRECISIONS
 
 ENGINE_CHOICES = {
@@ -79,7 +79,7 @@ def export(
     from export.base import load_base
     from export.bundle import export_bundle
 
-    with messages.status("loading the base") as status:
+    with telling("loading the base") as tell:
         loaded = load_base(base, random_weights=weights == "random")
         try:
             mixture = mixture.on(loaded.architecture)
@@ -95,7 +95,7 @@ def export(
             seed=seed,
             generalist=generalist,
             overwrite=overwrite,
-            progress=status.update,
+            progress=tell,
         )
     if output is Format.JSON:
         emit(summary(bundle))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -19,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from edge_runtime.bundle import Bundle
+from edge_runtime.bundle import Bundle, open_bundle
 from export.base import _bytes_tokenizer, load_base
 from export.bundle import export_bundle
 from export.mixture import Mixture
@@ -35,10 +38,34 @@ hypothesis.settings.load_profile("untimed")
 torch.set_num_threads(1)
 
 
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Makes a file or directory of that name, once for all processes that share the tests."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        path = root / name
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                make(path)
+        return path
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def tiny_base_dir(make_once: MakeOnce) -> Path:
     """A random GPT-2 (2 layers, 32 wide, 256 byte tokens) saved by transformers."""
-    path = tmp_path_factory.mktemp("base") / "tiny-gpt2"
+    return make_once("tiny-gpt2", _save_tiny_gpt2)
+
+
+def _save_tiny_gpt2(path: Path) -> None:
     torch.manual_seed(7)
     config = GPT2Config(
         vocab_size=256,
@@ -52,13 +79,15 @@ def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     GPT2LMHeadModel(config).save_pretrained(path)
     PreTrainedTokenizerFast(tokenizer_object=_bytes_tokenizer()).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="session")
-def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama_dir(make_once: MakeOnce) -> Path:
     """A random Llama (2 layers, 32 wide, 4 heads of 16 in groups of two) saved by transformers."""
-    path = tmp_path_factory.mktemp("base") / "tiny-llama"
+    return make_once("tiny-llama", _save_tiny_llama)
+
+
+def _save_tiny_llama(path: Path) -> None:
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=256,
@@ -76,13 +105,11 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(path)
     PreTrainedTokenizerFast(tokenizer_object=_bytes_tokenizer()).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="session")
-def export_tiny(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportTiny:
+def export_tiny(tiny_base_dir: Path, make_once: MakeOnce) -> ExportTiny:
     """Compiles the tiny base; the same arguments give the same bundle, compiled once."""
-    made: dict[tuple[object, ...], Bundle] = {}
 
     def export(
         mixture: Mixture | None = None,
@@ -93,17 +120,20 @@ def export_tiny(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
         tier: Tier = TIER,
     ) -> Bundle:
         mixture = mixture or Mixture(rank=4)
-        key = (mixture, base, engines, programs, tier)
-        if key not in made:
-            made[key] = export_bundle(
+        key = repr((mixture, base.name, engines, programs, tier))
+        name = f"bundle-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+        def compile_to(path: Path) -> None:
+            export_bundle(
                 load_base(str(base)),
                 mixture,
                 tier,
                 engines=engines,
-                out=tmp_path_factory.mktemp("bundle") / "bundle",
+                out=path,
                 programs=programs,
             )
-        return made[key]
+
+        return open_bundle(make_once(name, compile_to))
 
     return export
 

@@ -26,6 +26,7 @@ def test_a_step_is_compared_with_pytorch(tiny_base_dir: Path) -> None:
         *("--steps", 4, "--engines", "onnxruntime,onnxruntime:int8", "--format", "json"),
     )
     assert done.returncode == 0, done.stderr
+    assert "turn 4 of 4" in done.stderr.splitlines()  # without a terminal, a log
     result = json.loads(done.stdout)
     reference = result["reference"]
     rows = {(row["base_dtype"], row["variant"]): row for row in result["rows"]}
