@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import quantiles
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
+from edge_runtime.connection import Closing
 from edge_runtime.errors import BudgetError, ComigsError
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ class ContestError(ComigsError):
     code = 1
 
 
-class Contestant:
+class Contestant(Closing):
     """A process that serves requests (see `child.py`).
 
     Args:
@@ -115,17 +115,6 @@ class Contestant:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def check_memory(name: str, process: int, limit: int) -> None:

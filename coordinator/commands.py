@@ -9,9 +9,10 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -21,7 +22,9 @@ from edge_runtime.cli import Format, FormatOption, emit, messages
 if TYPE_CHECKING:
     from edge_runtime.identity import Identity
 
-# Headings of `comigs serve --help`.
+T = TypeVar("T")
+
+# Headings of `comigs serve --help`; what a first run needs stands above them.
 AGGREGATION = "Aggregation"
 SELECTION = "Selection"
 ASYNCHRONOUS = "Asynchronous rounds"
@@ -30,6 +33,8 @@ DEADLINE_SECONDS = 600.0
 PRIVACY = "Privacy"
 QUALITY = "Quality gate"
 QUALITY_TOLERANCE = 0.01
+CERTIFICATES = "Addresses and certificates"
+OPERATION = "Operation"
 LIMITS = "Limits"
 
 
@@ -53,15 +58,19 @@ def _cohort_names(names: list[str] | None) -> list[str] | None:
 AdminOption = Annotated[
     Path, typer.Option(help="The administrator's file, or a copy; `comigs serve` says where it is.")
 ]
-DatabaseOption = Annotated[
-    str | None,
-    typer.Option(
+
+
+def _database(panel: str | None = None) -> Any:
+    return typer.Option(
         envvar="COMIGS_DATABASE",
         metavar="URL",
         help="PostgreSQL database with its rows, postgresql://...; without it SQLite in --state.",
         show_envvar=True,
-    ),
-]
+        rich_help_panel=panel,
+    )
+
+
+DatabaseOption = Annotated[str | None, _database()]
 AddressOption = Annotated[
     str | None, typer.Option(help="HOST:PORT of the coordinator, if not the one in that file.")
 ]
@@ -93,7 +102,6 @@ def serve(
     ],
     state: Annotated[Path, typer.Option(help="Directory that holds everything it remembers.")],
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")],
-    database: DatabaseOption = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in all.")] = 3,
     min_devices: Annotated[
         int | None, typer.Option(min=1, help="Updates that a round needs.", show_default="2")
@@ -102,24 +110,19 @@ def serve(
         float | None,
         typer.Option(min=0.1, help="Longest round, in seconds.", show_default="600"),
     ] = None,
-    asynchronous: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="K",
-            help="Wait for nobody: a generalist for every K updates, stale ones weighing less.",
-            rich_help_panel=ASYNCHRONOUS,
-        ),
+    training: Annotated[
+        Path | None, typer.Option(help="How devices train: TrainingConfig as JSON.")
     ] = None,
-    max_staleness: Annotated[
-        int | None,
+    insecure: Annotated[
+        bool,
         typer.Option(
-            min=0,
-            help="Refuse updates that started from an earlier generalist than so many before.",
-            show_default="10",
-            rich_help_panel=ASYNCHRONOUS,
+            "--insecure", help="Development: no TLS, and devices are who they say they are."
         ),
-    ] = None,
+    ] = False,
+    exit_when_done: Annotated[
+        bool, typer.Option("--exit-when-done", help="End once the last devices have the result.")
+    ] = False,
+    output: FormatOption = Format.TEXT,
     aggregation: Annotated[
         str,
         typer.Option(
@@ -189,6 +192,14 @@ def serve(
             rich_help_panel=AGGREGATION,
         ),
     ] = None,
+    compression: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How devices may compress updates: float16, int8, top-k; repeat it, best first.",
+            show_default="not at all",
+            rich_help_panel=AGGREGATION,
+        ),
+    ] = None,
     cohort: Annotated[
         list[str] | None,
         typer.Option(
@@ -218,6 +229,24 @@ def serve(
         int | None,
         typer.Option(help="Of the selection; drawn if not given.", rich_help_panel=SELECTION),
     ] = None,
+    asynchronous: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Wait for nobody: a generalist for every K updates, stale ones weighing less.",
+            rich_help_panel=ASYNCHRONOUS,
+        ),
+    ] = None,
+    max_staleness: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Refuse updates that started from an earlier generalist than so many before.",
+            show_default="10",
+            rich_help_panel=ASYNCHRONOUS,
+        ),
+    ] = None,
     secure_aggregation: Annotated[
         bool,
         typer.Option(
@@ -242,23 +271,6 @@ def serve(
             rich_help_panel=PRIVACY,
         ),
     ] = None,
-    quality_gate: Annotated[
-        Path | None,
-        typer.Option(
-            help="Held-out text, a file or a directory: refuse a generalist that does worse on it "
-            "than the one before.",
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    quality_tolerance: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="By which share the perplexity may rise.",
-            show_default="0.01",
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
     dp_noise: Annotated[
         float | None,
         typer.Option(
@@ -279,33 +291,55 @@ def serve(
             rich_help_panel=PRIVACY,
         ),
     ] = None,
-    training: Annotated[
-        Path | None, typer.Option(help="How devices train: TrainingConfig as JSON.")
-    ] = None,
-    compression: Annotated[
-        list[str] | None,
+    quality_gate: Annotated[
+        Path | None,
         typer.Option(
-            help="How devices may compress updates: float16, int8, top-k; repeat it, best first.",
-            show_default="not at all",
+            help="Held-out text, a file or a directory: refuse a generalist that does worse on it "
+            "than the one before.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    quality_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="By which share the perplexity may rise.",
+            show_default="0.01",
+            rich_help_panel=QUALITY,
         ),
     ] = None,
     name: Annotated[
         list[str] | None,
-        typer.Option(help="Further host name or address that devices reach it by."),
+        typer.Option(
+            help="Further host name or address that devices reach it by.",
+            rich_help_panel=CERTIFICATES,
+        ),
     ] = None,
     enrolment_port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="Where invitations are used (default: the next port)."),
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Where invitations are used (default: the next port).",
+            rich_help_panel=CERTIFICATES,
+        ),
     ] = None,
     certificate_days: Annotated[
         float,
-        typer.Option(min=1e-5, max=3650, help="How long a device may stay away: its certificate."),
+        typer.Option(
+            min=1e-5,
+            max=3650,
+            help="How long a device may stay away: its certificate.",
+            rich_help_panel=CERTIFICATES,
+        ),
     ] = 30,
+    database: Annotated[str | None, _database(OPERATION)] = None,
     monitor: Annotated[
         str | None,
         typer.Option(
             metavar="HOST:PORT",
             help="Serve a dashboard and Prometheus metrics there, to everybody who can reach it.",
+            rich_help_panel=OPERATION,
         ),
     ] = None,
     traces: Annotated[
@@ -313,6 +347,7 @@ def serve(
         typer.Option(
             metavar="URL",
             help="Send OpenTelemetry traces to a collector, such as http://127.0.0.1:4317.",
+            rich_help_panel=OPERATION,
         ),
     ] = None,
     max_connections: Annotated[
@@ -346,16 +381,6 @@ def serve(
         float,
         typer.Option(min=1, help="Of a transfer, in bytes per second.", rich_help_panel=LIMITS),
     ] = 8192,
-    insecure: Annotated[
-        bool,
-        typer.Option(
-            "--insecure", help="Development: no TLS, and devices are who they say they are."
-        ),
-    ] = False,
-    exit_when_done: Annotated[
-        bool, typer.Option("--exit-when-done", help="End once the last devices have the result.")
-    ] = False,
-    output: FormatOption = Format.TEXT,
 ) -> None:
     """Runs rounds in which devices exchange the generalist, and nothing else."""
     # Imported here: the other commands must not wait for gRPC and SQLAlchemy.
@@ -481,49 +506,51 @@ def serve(
         raise typer.BadParameter(str(error)) from error
 
 
+StateOption = Annotated[
+    Path, typer.Option(help="State directory of a coordinator, running or not.")
+]
+
+
 def rounds(
-    *,
-    state: Annotated[Path, typer.Option(help="State directory of a coordinator, running or not.")],
-    database: DatabaseOption = None,
-    output: FormatOption = Format.TEXT,
+    *, state: StateOption, database: DatabaseOption = None, output: FormatOption = Format.TEXT
 ) -> None:
     """Lists the rounds of a coordinator, also while it runs."""
     from coordinator import listing
 
-    try:
-        rows = listing.rounds(state, database)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--state") from error
-    if output is Format.JSON:
-        emit({"rounds": [vars(row) for row in rows]})
-        return
-    for line in listing.table(rows):
-        _print(line)
+    _list("rounds", listing.rounds, listing.table, state, database, output)
 
 
 def models(
-    *,
-    state: Annotated[Path, typer.Option(help="State directory of a coordinator, running or not.")],
-    database: DatabaseOption = None,
-    output: FormatOption = Format.TEXT,
+    *, state: StateOption, database: DatabaseOption = None, output: FormatOption = Format.TEXT
 ) -> None:
     """Lists the generalists: which round starts from each, and how far it is from the last."""
     from coordinator import models
 
+    _list("models", models.generalists, models.table, state, database, output)
+
+
+def _list(
+    what: str,
+    read: Callable[[Path, str | None], list[T]],
+    table: Callable[[list[T]], list[str]],
+    state: Path,
+    database: str | None,
+    output: Format,
+) -> None:
     try:
-        rows = models.generalists(state, database)
+        rows = read(state, database)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--state") from error
     if output is Format.JSON:
-        emit({"models": [vars(row) for row in rows]})
+        emit({what: [vars(row) for row in rows]})
         return
-    for line in models.table(rows):
+    for line in table(rows):
         _print(line)
 
 
 def audit(
     *,
-    state: Annotated[Path, typer.Option(help="State directory of a coordinator, running or not.")],
+    state: StateOption,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the chain only; print its length and last hash.")
     ] = False,
@@ -565,7 +592,7 @@ def audit(
 
 def backup(
     *,
-    state: Annotated[Path, typer.Option(help="State directory of a coordinator, running or not.")],
+    state: StateOption,
     out: Annotated[Path, typer.Option(help="File to write; it must not exist.")],
     output: FormatOption = Format.TEXT,
 ) -> None:

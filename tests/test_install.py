@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from edge_runtime import cli, errors
 
@@ -217,3 +218,12 @@ edge_runtime.commands.open_bundle = lacks
     done = comigs("plan", "--bundle", "b", before=before)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_serve_shows_first_what_a_first_run_needs() -> None:
+    shown = CliRunner().invoke(cli.build(), ["serve", "--help"], env={"COLUMNS": "200"})
+    first, _, rest = shown.stdout.partition(" Aggregation ─")
+    options = re.findall(r"^│ [* ]  (--[a-z-]+)", first, re.MULTILINE)
+    assert options[:5] == ["--bundle", "--state", "--listen", "--rounds", "--min-devices"]
+    assert len(options) <= 11
+    assert "--dp-noise" in rest
