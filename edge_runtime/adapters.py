@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ Vector = NDArray[np.float32]
 Vectors = dict[str, Vector]
 
 ROUTER = "router"
+STACK = "experts"
 ROUTER_FILE = "router.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -71,6 +73,46 @@ def views(manifest: pb.Manifest, vectors: Mapping[str, Vector]) -> dict[str, Vec
         for tensor in manifest.tensors
         if tensor.role in vectors
     }
+
+
+class Stacks:
+    """The LoRA pairs of all experts on each map as one, for programs whose inputs they are.
+
+    `experts/<module>.lora_A.weight` is (n r, in): the A of the experts that have the module, in the
+    manifest's order, each times the scale alpha / sqrt(r). `experts/<module>.lora_B.weight` is
+    (out, n r). So sum_j p_j s B_j A_j x is two products, with the p_j between them.
+    """
+
+    def __init__(self, manifest: pb.Manifest) -> None:
+        self._manifest = manifest
+        self._scale = np.float32(manifest.mixture.alpha / math.sqrt(manifest.mixture.rank))
+        pairs = [t for t in manifest.tensors if t.role != ROUTER]
+        experts = Counter(stack_name(t) for t in pairs)
+        self.arrays: dict[str, Vector] = {}
+        self._slots: dict[str, Vector] = {}
+        filled: Counter[str] = Counter()
+        for tensor in pairs:
+            name = stack_name(tensor)
+            axis = 0 if name.endswith(".lora_A.weight") else 1
+            if name not in self.arrays:
+                shape = list(tensor.shape)
+                shape[axis] *= experts[name]
+                self.arrays[name] = np.zeros(shape, np.float32)
+            own = slice(filled[name], filled[name] + tensor.shape[axis])
+            self._slots[tensor.name] = self.arrays[name][(own, slice(None))[:: 1 - 2 * axis]]
+            filled[name] += tensor.shape[axis]
+
+    def fill(self, vectors: Mapping[str, Vector]) -> None:
+        """Takes over the adapters of the roles in `vectors`."""
+        for name, value in views(self._manifest, vectors).items():
+            if name.endswith(".lora_A.weight"):
+                np.multiply(value, self._scale, out=self._slots[name])
+            elif name in self._slots:
+                self._slots[name][...] = value
+
+
+def stack_name(tensor: pb.Tensor) -> str:
+    return f"{STACK}/{tensor.name.split('/', 1)[1]}"
 
 
 def load_fresh(bundle: Bundle) -> Vectors:

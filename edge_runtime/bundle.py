@@ -13,7 +13,8 @@ from edge_runtime.errors import BundleError
 from protos import manifest_pb2 as pb
 
 # 2: programs for any number of tokens, which update their cache in place.
-FORMAT_VERSION = 2
+# 3: experts of a module as one input; the memory of a tier.
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 
 

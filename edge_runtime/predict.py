@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edge_runtime.adapters import Vector, views
+from edge_runtime.adapters import Stacks, Vector, views
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import Array, Engine, allocate, allocate_outputs
 from edge_runtime.errors import ParityError
 from protos import manifest_pb2 as pb
+
+MANY = 8
+"""Tokens from which on a program that is made for many is faster, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +46,41 @@ class Predictor:
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.experts = bundle.experts()
         self.context = manifest.tier.context
-        # Own copies, so that `use` can replace a person's adapters without binding again.
-        self._vectors = {role: vector.copy() for role, vector in vectors.items()}
-        self._entries = {n: bundle.program(n, engine.name) for n in ("prefill", "decode")}
-        self._programs = {name: engine.load(bundle, name) for name in self._entries}
-        # The cache is one set of arrays for both programs.
-        ports = [p for p in self._entries["decode"].inputs if p.name.startswith("cache.")]
-        self._caches = allocate(ports)
-        self._shared = self._caches | dict(views(manifest, self._vectors))
-        tokens = self._entries["prefill"].inputs[0]
-        self._any_length = tokens.HasField("tokens_axis")
-        self.chunk = tokens.shape[0]
+        self._engine = engine
+        self._entries = {n: bundle.program(n, engine.name) for n in ("decode", "prefill")}
+        decode, prefill = self._entries.values()
+        self._any_length = decode.inputs[0].HasField("tokens_axis")
+        self._longest = {n: entry.inputs[0].shape[0] for n, entry in self._entries.items()}
+        self._prefill_pays = not self._any_length or (
+            prefill.file != decode.file and fits_beside(manifest, decode, prefill)
+        )
+        self._programs = {"decode": engine.load(bundle, "decode")}
+        # The cache is one set of arrays for both programs, and so are the adapters.
+        self._caches = allocate(p for p in decode.inputs if p.name.startswith("cache."))
+        self._stacks = Stacks(manifest)
+        self._adapters = allocate(p for p in decode.inputs if "/" in p.name)
+        self._adapters |= {
+            name: array for name, array in self._stacks.arrays.items() if name in self._adapters
+        }
         self._steps: dict[str, _Step] = {}
         self._held: list[int] = []  # tokens whose keys and values are in the cache
         self._routing: list[NDArray[np.float32]] = []  # per held token, (L, n)
-        self._check_that_adapters_count()
+        self._long_texts = 0
+        self.use(vectors)
+        self._check_that_adapters_count(vectors)
 
     def use(self, vectors: Mapping[str, Vector]) -> None:
-        """Switches to other adapters of the same bundle."""
-        for role, vector in vectors.items():
-            self._vectors[role][...] = vector
+        """Switches to other adapters of the same bundle, for the roles in `vectors`.
+
+        Raises:
+            AdapterError: a vector is not of this bundle; nothing has changed.
+        """
+        named = views(self.bundle.manifest, vectors)
         self._held, self._routing = [], []
+        for name in named.keys() & self._adapters.keys():
+            self._adapters[name][...] = named[name]
+        if self._adapters.keys() & self._stacks.arrays.keys():
+            self._stacks.fill(vectors)
 
     def logits(self, tokens: list[int]) -> NDArray[np.float32]:
         """Logits (V,) of the token after `tokens`; of a long text only the end that fits counts.
@@ -82,8 +99,8 @@ class Predictor:
         del self._held[same:], self._routing[same:]
         while True:  # at least the last token is not held
             left = tokens[len(self._held) :]
-            name = "prefill" if len(left) > 1 else "decode"
-            output = self._extend(name, left[: self.chunk if name == "prefill" else 1])
+            name = self._program_for(len(left))
+            output = self._extend(name, left[: self._longest[name]])
             if len(self._held) == len(tokens):
                 return output["logits"]
 
@@ -115,22 +132,32 @@ class Predictor:
             for token, row in zip(ids, shares, strict=True)
         ]
 
-    def _check_that_adapters_count(self) -> None:
+    def _check_that_adapters_count(self, vectors: Mapping[str, Vector]) -> None:
         """Runs `decode` twice, the second time with other adapters.
 
         Raises:
             ParityError: the result is the same, so a person's adapters would mean nothing.
         """
-        own = {role: vector.copy() for role, vector in self._vectors.items()}
         before = self._extend("decode", [0])["logits"].copy()
-        self.use({role: vector + np.float32(0.1) for role, vector in own.items()})
+        self.use({role: vector + np.float32(0.1) for role, vector in vectors.items()})
         after = self._extend("decode", [0])["logits"]
-        self.use(own)
+        self.use(vectors)
         if np.array_equal(before, after):
             raise ParityError(
                 "the bundle's decode program gives the same with any adapters; export it again, "
                 "and report this if it happens twice"
             )
+
+    def _program_for(self, tokens: int) -> str:
+        """The fastest of the two for so many tokens, loaded."""
+        if tokens < (MANY if self._any_length else 2) or not self._prefill_pays:
+            return "decode"
+        self._long_texts += 1
+        if self._any_length and self._long_texts == 1:
+            return "decode"  # a first suggestion comes sooner than another program is loaded
+        if "prefill" not in self._programs:
+            self._programs["prefill"] = self._engine.load(self.bundle, "prefill")
+        return "prefill"
 
     def _text(self, before: int, token: int) -> str:
         """How `token` reads after another: some tokenizers leave out the space of a first one."""
@@ -142,14 +169,16 @@ class Predictor:
     def _bind(self, name: str, length: int) -> _Step:
         """`name` bound to arrays of its own, for `length` tokens if it takes any number."""
         entry = _shortened(self._entries[name], length)
-        inputs = self._shared | allocate(entry.inputs, besides=self._shared)
+        shared = self._caches | self._adapters
+        inputs = shared | allocate(entry.inputs, besides=shared)
         outputs = allocate_outputs(entry, inputs)
         return _Step(inputs, outputs, self._programs[name].bind(inputs, outputs))
 
     def _extend(self, name: str, tokens: list[int]) -> dict[str, Array]:
         position, count = len(self._held), len(tokens)
         step = self._steps.get(name)
-        if step is None or (self._any_length and step.inputs["tokens"].size != count):
+        any_length = self._entries[name].inputs[0].HasField("tokens_axis")
+        if step is None or (any_length and step.inputs["tokens"].size != count):
             step = self._steps[name] = self._bind(name, count)
         step.inputs["tokens"][...] = 0
         step.inputs["tokens"][:count] = tokens
@@ -165,6 +194,12 @@ class Predictor:
             self._routing.extend(step.outputs["routing"][:, i].copy() for i in range(count))
         self._held.extend(tokens)
         return step.outputs
+
+
+def fits_beside(manifest: pb.Manifest, one: pb.Program, other: pb.Program) -> bool:
+    """Whether both programs of an engine are within the tier's memory, as measured at export."""
+    (runtime,) = (e.runtime_bytes for e in manifest.engines if e.engine == one.engine)
+    return runtime + one.memory_bytes + other.memory_bytes <= manifest.tier.memory_mib * 2**20
 
 
 def _shortened(entry: pb.Program, length: int) -> pb.Program:

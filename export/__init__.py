@@ -8,4 +8,8 @@ for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 # How the base's large matrices may be held, and the engines that have programs of it.
-PRECISIONS = {"float32": ("onnxruntime", "executorch"), "int8": ("onnxruntime",)}
+PRECISIONS = {
+    "float32": ("onnxruntime", "executorch"),
+    "int8": ("onnxruntime",),
+    "int4": ("onnxruntime",),
+}

@@ -87,7 +87,7 @@ def export_bundle(
         for engine in engines:
             chosen = [
                 _Source(s, parity.example_arguments(s, manifest, seed))
-                for s in specifications(decoder, manifest.tensors, tier, engine)
+                for s in specifications(decoder, manifest, tier, engine)
                 if programs is None or s.name.split(".")[0] in programs
             ]
             sources |= {(engine, source.specification.name): source for source in chosen}
@@ -160,7 +160,7 @@ def _manifest(base: Base, mixture: Mixture, tier: Tier, precision: str) -> pb.Ma
     )
 
 
-def _entry(source: _Source, manifest: pb.Manifest) -> pb.Program:
+def _entry(source: _Source) -> pb.Program:
     """The manifest's entry, without what depends on the engine."""
 
     specification = source.specification
@@ -174,7 +174,7 @@ def _entry(source: _Source, manifest: pb.Manifest) -> pb.Program:
                 result.tokens_axis = axis
         return result
 
-    inputs = [name for name, _, _ in specification.inputs] + [t.name for t in manifest.tensors]
+    inputs = [*(name for name, _, _ in specification.inputs), *specification.adapters]
     results = specification.call(*source.example)
     return pb.Program(
         name=specification.name,
@@ -191,7 +191,7 @@ def _compile_onnx(
     store = onnx_engine.WeightStore(staging)
     entries: list[pb.Program] = []
     for source in programs:
-        entry = _entry(source, manifest)
+        entry = _entry(source)
         entry.engine = "onnxruntime"
         entry.data_files.append(onnx_engine.WEIGHTS_FILE)
         same = [e.file for e in entries if e.name == source.specification.same_as]
@@ -206,7 +206,7 @@ def _compile_onnx(
             [port.name for port in entry.inputs],
             file=staging / entry.file,
             store=store,
-            int8=manifest.base.precision == "int8",
+            int8=manifest.base.precision != "float32",
         )
     return entries
 
@@ -216,7 +216,7 @@ def _compile_executorch(
 ) -> list[pb.Program]:
     from export import executorch_engine
 
-    entries = [_entry(source, manifest) for source in programs]
+    entries = [_entry(source) for source in programs]
     progress(f"compiling {', '.join(entry.name for entry in entries)} for executorch")
     for entry in entries:
         entry.engine = "executorch"

@@ -10,8 +10,7 @@ exporters get wrong or slow is written out by hand:
 * the loss is logsumexp(logits) - <h, W[target]>, in chunks: no array of N x V, no scatter;
 * the query heads that share a key head are rows of one product with it: nothing is repeated;
 * top-k is a rank by comparison: no TopK, no scatter, ties go to the lower index on every engine;
-* activations and norms have written-out gradients, in half the passes of autograd's;
-* where an engine has an operator for attention over a KV cache, it is one operator of the graph.
+* activations and norms have written-out gradients, in half the passes of autograd's.
 """
 
 from __future__ import annotations
@@ -184,6 +183,31 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def activation(self, *parts: Tensor) -> Tensor:
         """One (N, inner) per map of MLP_INPUTS -> (N, inner)"""
+
+    # --- the same where nothing is trained (inference.py) ----------------------------------
+
+    @abstractmethod
+    def attention_inputs(
+        self, stacks: Adapters, block: str, x: Tensor, joined: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(N, d) -> q, k and v as `comigs::cached_attention` takes them, not turned yet.
+
+        Args:
+            joined: whether a map that gives all three may be one product. Its weights are then
+                beside those of its parts, which other programs take.
+        """
+
+    @abstractmethod
+    def rotary(self) -> tuple[Tensor, Tensor] | tuple[()]:
+        """Cosines and sines (longest, D / 2) that turn queries and keys, if any do."""
+
+    @abstractmethod
+    def fused_norm(self, x: Tensor, key: str) -> Tensor:
+        """(N, d) -> (N, d)"""
+
+    @abstractmethod
+    def fused_activation(self, *parts: Tensor) -> Tensor:
+        """Like `activation`."""
 
     # --- pieces of a block -----------------------------------------------------------------
 
@@ -437,39 +461,6 @@ class Decoder(nn.Module, ABC):
         x, routings = self._through_blocks(adapters, tokens, at, attend)
         return self._next_logits(x.index_select(0, last)), routings, fresh
 
-    def extend_in_place(
-        self,
-        adapters: Adapters,
-        tokens: Tensor,
-        position: Tensor,
-        cache: list[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, list[Routing], list[tuple[Tensor, Tensor]]]:
-        """Like `extend` for any T from 1 on, none of them padding, in an engine that attends to a
-        KV cache in one operator.
-
-        Args:
-            cache: per block, keys and values, each (1, K, C, D); C is at least `position` + T.
-
-        Returns:
-            Logits (V,) after the last token, every block's routing, and per block the cache as it
-            is then, which an engine may keep where `cache` is.
-        """
-        at, filled = torch.ops.comigs.positions(tokens, position)
-        heads = self.architecture.heads
-        updated = []
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = cache[layer]
-            attended, *pair = torch.ops.comigs.cached_attention(
-                q, k, v, keys, values, filled, heads
-            )
-            updated.append((pair[0], pair[1]))
-            result: Tensor = attended
-            return result
-
-        x, routings = self._through_blocks(adapters, tokens, at, attend)
-        return self._next_logits(x[-1:]), routings, updated
-
     def _through_blocks(
         self,
         adapters: Adapters,
@@ -491,38 +482,3 @@ class Decoder(nn.Module, ABC):
     def _next_logits(self, x: Tensor) -> Tensor:
         """(1, d) -> (V,)"""
         return (self.norm(x, self.FINAL_NORM) @ self.head().T).squeeze(0)
-
-
-@torch.library.custom_op("comigs::positions", mutates_args=())
-def positions(tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Where T tokens stand that follow `position` (1,) others: (T,), and how many there are then:
-    (1,)."""
-    filled = position + tokens.shape[0]
-    return torch.arange(int(position), int(filled)), filled
-
-
-@torch.library.custom_op("comigs::cached_attention", mutates_args=())
-def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, filled: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention (Vaswani et al. 2017, eq. 1) of T tokens to all before them and themselves.
-
-    Args:
-        q: (T, H D); k and v: (T, K D).
-        keys: the cache, (1, K, C, D), as `values`.
-        filled: (1,), entries of the cache that are filled afterwards, the last T of them from here.
-        heads: H.
-
-    Returns:
-        What was attended to (T, H D), and the cache with k and v in it.
-    """
-    t, total = q.shape[0], int(filled)
-    groups, dim = keys.shape[1], keys.shape[3]
-    keys, values = keys.clone(), values.clone()
-    for cache, new in ((keys, k), (values, v)):
-        cache[0, :, total - t : total] = new.view(t, groups, dim).transpose(0, 1)
-    queries = q.view(t, groups, heads // groups, dim).permute(1, 2, 0, 3)  # (K, G, T, D)
-    seen, read = (cache[0, :, None, :total] for cache in (keys, values))  # (K, 1, total, D)
-    future = torch.full((t, total), NEGATIVE, dtype=q.dtype).triu(total - t + 1)
-    p = torch.softmax(queries @ seen.mT / math.sqrt(dim) + future, -1)
-    return (p @ read).permute(2, 0, 1, 3).reshape(t, -1), keys, values

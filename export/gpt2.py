@@ -12,6 +12,7 @@ from transformers import GPT2Config
 
 from export.base import Base
 from export.decoder import Adapters, Decoder, Positions
+from export.inference import adapted, stacked
 from export.mixture import GENERALIST, Mixture
 
 GELU_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
@@ -95,3 +96,31 @@ class GPT2(Decoder):
 
     def activation(self, *parts: Tensor) -> Tensor:
         return gelu(*parts)
+
+    def attention_inputs(
+        self, stacks: Adapters, block: str, x: Tensor, joined: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        key, width = f"{block}.attn.c_attn", self.architecture.width
+        if joined:
+            for kind in ("weight", "bias"):
+                if f"{key}.{kind}".replace(".", "_") not in self.weights:
+                    parts = [self.weight(f"{key}.{part}.{kind}") for part in "qkv"]
+                    self.add(f"{key}.{kind}", torch.cat(parts, -1))
+            return adapted(self, stacks, key, x), None, None
+        q, k, v = (self.linear(x, f"{key}.{part}") for part in "qkv")
+        pair = stacked(self, stacks, key)
+        if pair is None:
+            return q, k, v
+        low = x @ pair[0].T
+        rows = [pair[1][i * width : (i + 1) * width] for i in range(3)]
+        return q + low @ rows[0].T, k + low @ rows[1].T, v + low @ rows[2].T
+
+    def rotary(self) -> tuple[()]:
+        return ()
+
+    def fused_norm(self, x: Tensor, key: str) -> Tensor:
+        return self.norm(x, key)
+
+    def fused_activation(self, *parts: Tensor) -> Tensor:
+        (x,) = parts
+        return F.gelu(x, approximate="tanh")

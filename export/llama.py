@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from export.base import Base
 from export.decoder import Adapters, Decoder, Positions
+from export.inference import adapted
 from export.mixture import Mixture
 
 
@@ -108,3 +110,22 @@ class Llama(Decoder):
         gate, up = parts
         opened: Tensor = _Silu.apply(gate)  # type: ignore[no-untyped-call]
         return opened * up
+
+    def attention_inputs(
+        self, stacks: Adapters, block: str, x: Tensor, joined: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        q, k, v = (adapted(self, stacks, f"{block}.self_attn.{part}_proj", x) for part in "qkv")
+        return q, k, v
+
+    def rotary(self) -> tuple[Tensor, Tensor]:
+        half = self.architecture.head_dim // 2
+        return self.weight("rotary.cos")[:, :half], self.weight("rotary.sin")[:, :half]
+
+    def fused_norm(self, x: Tensor, key: str) -> Tensor:
+        y: Tensor = torch.ops.comigs.rms_norm(x, self.weight(f"{key}.weight"), self.epsilon)
+        return y
+
+    def fused_activation(self, *parts: Tensor) -> Tensor:
+        gate, up = parts
+        opened: Tensor = F.silu(gate) * up
+        return opened

@@ -57,6 +57,7 @@ def compile_program(
         input_names,
         specification.outputs,
         int8=int8,
+        blocks=specification.blocks,
         arguments=arguments,
         length=specification.length,
     )

@@ -10,7 +10,9 @@ Written out here, and not left to an exporter, for what the programs gain by it:
 With an int8 base, products with large frozen matrices are integer products of weights that were
 quantised here, symmetrically and per output, and activations that are quantised as they come, per
 token. ONNX Runtime's integer products multiply by a matrix as it is stored only, so each is stored
-as it is and transposed; both are the same integers with the same scales.
+as it is and transposed; both are the same integers with the same scales. Programs that continue a
+text by few tokens have weights quantised in blocks, in products that bring their own activations to
+eight bits.
 
 An operator that is not listed here is refused by name.
 """
@@ -37,6 +39,7 @@ from export.flat_graph import (
     is_transpose,
     untransposed,
 )
+from export.programs import Blocks
 from export.rounding import coarse_products
 
 OPSET = 20
@@ -73,6 +76,7 @@ def translate(
     output_names: Sequence[str],
     *,
     int8: bool = False,
+    blocks: Blocks | None = None,
     arguments: Sequence[Tensor] = (),
     length: int = 0,
 ) -> onnx.ModelProto:
@@ -80,14 +84,15 @@ def translate(
 
     Args:
         int8: quantise the large frozen matrices.
+        blocks: quantise them in this way instead of with a scale for each column.
         arguments: with `int8`, inputs on which to see which products rounding is too coarse for.
         length: dimensions that are a multiple of it are free (0: none is).
 
     Raises:
         NotImplementedError: the graph holds an operator that has no translation.
     """
-    translation = _Translation(graph_module, int8, length)
-    if int8:
+    translation = _Translation(graph_module, int8, blocks, length)
+    if int8 and not blocks:
         translation.coarse = coarse_products(graph_module, arguments, translation.quantised)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, input_names, strict=True):
@@ -115,9 +120,12 @@ def translate(
 class _Translation:
     """The ONNX graph as it grows, and what each fx node is called in it."""
 
-    def __init__(self, graph_module: fx.GraphModule, int8: bool, length: int) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, int8: bool, blocks: Blocks | None, length: int
+    ) -> None:
         self.module = graph_module
         self.int8 = int8
+        self.blocks = blocks
         self.length = length
         products = (n for n in graph_module.graph.nodes if n.target == ATEN.mm.default)
         factors = [untransposed(node.args[1]) for node in products]
@@ -127,6 +135,7 @@ class _Translation:
         self.embeddings: set[str] = set()  # quantised weights of which rows are looked up
         self.names: dict[fx.Node, str] = {}
         self.products: dict[fx.Node, Product] = {}
+        self.in_blocks: dict[fx.Node, onnx.NodeProto] = {}  # products that could take a bias
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         # Further outputs of operators, and what was emitted once for all its users.
@@ -278,6 +287,29 @@ class _Translation:
             product = self.emit("Add", product, second)
         return self.emit("Mul", product, size)
 
+    def block_product(self, a: str, b: fx.Node, transposed: bool) -> str:
+        """a @ b, or a @ b.T, of a float32 matrix and a weight that is quantised in blocks."""
+        assert self.blocks is not None
+        attribute, bits = str(b.target), self.blocks.bits
+        value = self.weight(attribute) if transposed else self.weight(attribute).T  # (out, in)
+        outputs, inputs = value.shape
+        size = next(
+            n for n in (self.blocks.size, 64, 32, 16) if n <= self.blocks.size and inputs % n == 0
+        )
+        integers, scales = in_blocks(value, bits, size)
+        return self.emit(
+            "MatMulNBits",
+            a,
+            self.store(f"{attribute}.int{bits}.blocks", integers),
+            self.store(f"{attribute}.int{bits}.scales", scales),
+            domain=MICROSOFT,
+            K=inputs,
+            N=outputs,
+            bits=bits,
+            block_size=size,
+            accuracy_level=4,  # activations in int8, on a scale for each block
+        )
+
     def half_rows(self, a: fx.Node, index: str) -> str:
         """Rows of an embedding that is stored in float16, as float32.
 
@@ -289,11 +321,35 @@ class _Translation:
         return self.emit("Cast", self.emit("Gather", stored, index, axis=0), to=TensorProto.FLOAT)
 
 
+def in_blocks(value: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) as unsigned integers around 2^(bits - 1), with a scale for each block.
+
+    The largest number of a block gets the lowest integer, which has no positive counterpart: so
+    the whole range is used (llama.cpp's Q4_0).
+
+    Returns:
+        uint8 (out, in / size, size bits / 8), the first of two in the lower half, and float32
+        (out in / size,).
+    """
+    middle = 2 ** (bits - 1)
+    blocks = value.reshape(value.shape[0], -1, size)
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    scales = torch.where(largest == 0, 1.0, largest / -middle)
+    integers = (torch.round(blocks / scales) + middle).clamp(0, 2 * middle - 1).to(torch.uint8)
+    if bits == 4:
+        integers = integers[..., ::2] | (integers[..., 1::2] << 4)
+    return integers, scales.reshape(-1)
+
+
 # --- one function per kind of operator -----------------------------------------------------------
 
 
 def _mm(t: _Translation, node: fx.Node, a: fx.Node, b: fx.Node) -> str:
     factor = untransposed(b)
+    if t.quantised(factor) and t.blocks:
+        result = t.block_product(t.name(a), factor, transposed=factor is not b)
+        t.in_blocks[node] = t.nodes[-1]
+        return result
     if t.quantised(factor):
         transposed, coarse = factor is not b, node in t.coarse
         return t.integer_product(t.name(a), factor, transposed=transposed, coarse=coarse)
@@ -303,12 +359,19 @@ def _mm(t: _Translation, node: fx.Node, a: fx.Node, b: fx.Node) -> str:
 
 
 def _add(t: _Translation, node: fx.Node, a: Argument, b: Argument) -> str:
+    if isinstance(a, fx.Node) and a in t.in_blocks and len(a.users) == 1 and _is_bias(b):
+        t.in_blocks[a].input.extend(["", "", t.name(b)])
+        return t.name(a)
     for summand, other in ((b, a), (a, b)):
         product = t.sole_product(summand)
         # Gemm broadcasts what it adds, not the product.
         if product and isinstance(other, fx.Node) and _shape(summand) == _shape(node):
             return t.gemm(product, t.name(other))
     return t.emit("Add", t.name(a, b), t.name(b, a))
+
+
+def _is_bias(value: Argument) -> bool:
+    return isinstance(value, fx.Node) and value.op == "get_attr" and len(_shape(value)) == 1
 
 
 def _mul(t: _Translation, node: fx.Node, a: Argument, b: Argument) -> str:
@@ -460,12 +523,13 @@ def _cached_attention(
     t: _Translation,
     node: fx.Node,
     q: fx.Node,
-    k: fx.Node,
-    v: fx.Node,
+    k: fx.Node | None,
+    v: fx.Node | None,
     keys: fx.Node,
     values: fx.Node,
     filled: fx.Node,
     heads: int,
+    *rotary: fx.Node,
 ) -> str:
     total = t.name(filled)
     if (total, "last") not in t.further:
@@ -474,7 +538,7 @@ def _cached_attention(
         scalar = t.emit("Reshape", total, t.constant(torch.tensor([], dtype=torch.int64)))
         t.further[total, "scalar"] = t.emit("Cast", scalar, to=TensorProto.INT32)
     rows = [
-        t.emit("Reshape", t.name(x), t.constant(torch.tensor([1, -1, _shape(x)[1]])))
+        t.emit("Reshape", t.name(x), t.constant(torch.tensor([1, -1, _shape(x)[1]]))) if x else ""
         for x in (q, k, v)
     ]
     # Where the caller passes one memory for the cache and its update, nothing of it is copied.
@@ -482,14 +546,31 @@ def _cached_attention(
         "GroupQueryAttention",
         *(*rows, t.name(keys), t.name(values)),
         *(t.further[total, "last"], t.further[total, "scalar"]),
+        *map(t.name, rotary),
         outputs=3,
         domain=MICROSOFT,
         num_heads=heads,
         kv_num_heads=_shape(keys)[1],
+        do_rotary=int(bool(rotary)),
     )
-    result = t.emit("Reshape", attended, t.constant(torch.tensor([-1, _shape(q)[1]])))
+    result = t.emit("Reshape", attended, t.constant(torch.tensor([-1, heads * _shape(keys)[3]])))
     t.further[result, "1"], t.further[result, "2"] = f"{attended}.1", f"{attended}.2"
     return result
+
+
+def _gelu(t: _Translation, node: fx.Node, a: fx.Node, approximate: str = "none") -> str:
+    return t.emit("Gelu", t.name(a), approximate=approximate)
+
+
+def _rms_norm(t: _Translation, node: fx.Node, x: fx.Node, weight: fx.Node, epsilon: float) -> str:
+    # ONNX Runtime's own, in ONNX's domain.
+    return t.emit(
+        "SimplifiedLayerNormalization", t.name(x), t.name(weight), axis=-1, epsilon=epsilon
+    )
+
+
+def _silu(t: _Translation, node: fx.Node, a: fx.Node) -> str:
+    return t.emit("QuickGelu", t.name(a), alpha=1.0, domain=MICROSOFT)
 
 
 def _to_copy(t: _Translation, node: fx.Node, a: fx.Node, **options: Any) -> str:
@@ -528,6 +609,9 @@ TRANSLATIONS: dict[Any, Callable[..., str]] = {
     ATEN.index_select.default: _index_select,
     ATEN.clamp.default: _clamp,
     ATEN._to_copy.default: _to_copy,
+    ATEN.gelu.default: _gelu,
+    ATEN.silu.default: _silu,
+    torch.ops.comigs.rms_norm.default: _rms_norm,
     torch.ops.comigs.positions.default: _positions,
     torch.ops.comigs.cached_attention.default: _cached_attention,
 }

@@ -6,26 +6,31 @@
 | `train_step.b<B>.recompute` | the same | the same, in less memory and more time |
 | `eval_loss` | tokens, targets (B, T) | losses (B, T), nats per token |
 | `prefill` | tokens (T,), position, last (1,), cache | logits (V,), routing (L, T, n), cache |
-| `decode` | token (1,), position (1,), cache | logits (V,), routing (L, 1, n), cache |
+| `decode` | tokens (1,), position (1,), cache | logits (V,), routing (L, 1, n), cache |
 
 Every program also takes all adapter tensors, in manifest order, after its own inputs. Token ids and
 positions are int64, everything else float32. `routing` is absent with one expert.
 
 The cache is `cache.<l>.key` and `.value`. On an engine that can attend to it in place, each is
-(1, K, C, D), and the outputs `updated.<l>.key` and `.value` are for the same memory; T is then any
-number, there is no `last`, and `decode` is `prefill` with one token. On others each is (K, C, D),
-the outputs are `new.<l>.key` and `.value` (K, T, D) to store, and T is fixed.
+(1, K, C, D), and the outputs `updated.<l>.key` and `.value` are for the same memory; there is no
+`last`, T is any number for `prefill` and for `decode`, and their adapters come stacked
+(`edge_runtime.adapters.Stacks`). The two differ where weights are quantised in another way for many
+tokens at once than for few. On other engines each is (K, C, D), the outputs are `new.<l>.key` and
+`.value` (K, T, D) to store, and T is fixed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from edge_runtime.adapters import ROUTER, Stacks
 from export.decoder import Decoder, Routing
+from export.inference import extend_in_place
 from export.tiers import Tier
 from protos import manifest_pb2 as pb
 
@@ -33,6 +38,21 @@ Shape = tuple[int, ...]
 # What to trace a program for any number of tokens with: primes, of which other sizes are seldom
 # multiples.
 LENGTHS = (61, 59, 53, 47, 43, 41, 37, 31, 29, 23, 19, 17, 13, 11, 7, 5, 3)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Weights of `bits` bits with a scale for every `size` of them, along what is summed over.
+
+    Products with them read weights as fast as memory gives them, for few rows.
+    """
+
+    bits: int
+    size: int
+
+
+BLOCKS = {"int8": Blocks(8, 128), "int4": Blocks(4, 32)}
+"""Of what continues a text, by precision."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,8 @@ class Specification:
 
     name: str
     inputs: tuple[tuple[str, torch.dtype, Shape], ...]
+    adapters: tuple[str, ...]
+    """Names of the adapters that it takes: tensors of the manifest, or stacks of them."""
     outputs: tuple[str, ...]
     call: Callable[..., tuple[Tensor, ...]]
     base: nn.Module
@@ -56,10 +78,12 @@ class Specification:
     """The largest such number."""
     same_as: str = ""
     """Another program whose compiled form serves for this one too."""
+    blocks: Blocks | None = None
+    """How its large matrices are quantised, if not in the way of all programs."""
 
 
 def specifications(
-    decoder: Decoder, tensors: Sequence[pb.Tensor], tier: Tier, engine: str
+    decoder: Decoder, manifest: pb.Manifest, tier: Tier, engine: str
 ) -> list[Specification]:
     """All programs of a tier for an engine.
 
@@ -67,7 +91,7 @@ def specifications(
     ExecuTorch there is none, since lowering another step takes too long.
     """
     # ONNX Runtime's attention over a cache is for heads of whole vectors of eight.
-    smallest = min(tier.micro_batches)
+    tensors, smallest = manifest.tensors, min(tier.micro_batches)
     in_place = engine == "onnxruntime" and decoder.architecture.head_dim % 8 == 0
     return [
         *(train_step(decoder, tensors, size, tier.train_length) for size in tier.micro_batches),
@@ -78,7 +102,7 @@ def specifications(
         ),
         eval_loss(decoder, tensors, tier.eval_batch, tier.train_length),
         *(
-            extend_in_place(decoder, tensors, tier.context)
+            in_place_programs(decoder, manifest, tier.context)
             if in_place
             else (
                 extend(decoder, tensors, "prefill", tier.prefill_chunk, tier.context),
@@ -109,6 +133,7 @@ def train_step(
     return Specification(
         name=f"train_step.b{batch}" + (".recompute" if recompute else ""),
         inputs=(("tokens", torch.int64, shape), ("targets", torch.int64, shape)),
+        adapters=tuple(names),
         outputs=("loss", "cross_entropy", *(f"grad:{name}" for name in names)),
         call=call,
         base=decoder,
@@ -129,6 +154,7 @@ def eval_loss(
     return Specification(
         name="eval_loss",
         inputs=(("tokens", torch.int64, shape), ("targets", torch.int64, shape)),
+        adapters=tuple(names),
         outputs=("losses",),
         call=call,
         base=decoder,
@@ -156,6 +182,7 @@ def extend(
     return Specification(
         name=name,
         inputs=(*own, *((n, torch.float32, shape) for n in _cache_names("cache", a.layers))),
+        adapters=tuple(names),
         outputs=(
             "logits",
             *(("routing",) if decoder.mixture.experts > 1 else ()),
@@ -166,43 +193,56 @@ def extend(
     )
 
 
-def extend_in_place(
-    decoder: Decoder, tensors: Sequence[pb.Tensor], context: int
+def in_place_programs(
+    decoder: Decoder, manifest: pb.Manifest, context: int
 ) -> tuple[Specification, Specification]:
-    """`prefill` of any number of tokens, and `decode`, which is the same with one."""
+    """`prefill` and `decode`, each of any number of tokens."""
     a = decoder.architecture
-    names = [tensor.name for tensor in tensors]
+    stacks = {name: array.shape for name, array in Stacks(manifest).arrays.items()}
+    names = [*stacks, *(tensor.name for tensor in manifest.tensors if tensor.role == ROUTER)]
 
-    def call(tokens: Tensor, position: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def call(
+        tokens: Tensor, position: Tensor, *rest: Tensor, joined: bool = False
+    ) -> tuple[Tensor, ...]:
         cache, adapters = _cache_and_adapters(rest, a.layers, names)
         with torch.no_grad():
-            logits, routings, updated = decoder.extend_in_place(adapters, tokens, position, cache)
-        return _results(logits, routings, updated)
-
-    def specification(name: str, tokens: int) -> Specification:
-        shape = (1, a.key_value_heads, context, a.head_dim)
-        return Specification(
-            name=name,
-            inputs=(
-                ("tokens", torch.int64, (tokens,)),
-                ("position", torch.int64, (1,)),
-                *((n, torch.float32, shape) for n in _cache_names("cache", a.layers)),
-            ),
-            outputs=(
-                "logits",
-                *(("routing",) if decoder.mixture.experts > 1 else ()),
-                *_cache_names("updated", a.layers),
-            ),
-            call=call,
-            base=decoder,
-        )
+            return _results(
+                *extend_in_place(decoder, adapters, tokens, position, cache, joined=joined)
+            )
 
     fixed = {size for weight in decoder.parameters() for size in weight.shape}
-    fixed |= {size for tensor in tensors for size in tensor.shape}
-    fixed |= {context, a.layers, a.heads, a.key_value_heads, a.head_dim}
+    fixed |= {size for shape in stacks.values() for size in shape}
+    fixed |= {context, a.layers, a.heads, a.key_value_heads, a.head_dim, decoder.mixture.experts}
     length = next(n for n in LENGTHS if n <= context // 2 and all(size % n for size in fixed))
-    prefill = replace(specification("prefill", length), length=length, longest=context)
-    return prefill, replace(specification("decode", 1), same_as="prefill")
+    shape = (1, a.key_value_heads, context, a.head_dim)
+    prefill = Specification(
+        name="prefill",
+        inputs=(
+            ("tokens", torch.int64, (length,)),
+            ("position", torch.int64, (1,)),
+            *((n, torch.float32, shape) for n in _cache_names("cache", a.layers)),
+        ),
+        adapters=tuple(names),
+        outputs=(
+            "logits",
+            *(("routing",) if decoder.mixture.experts > 1 else ()),
+            *_cache_names("updated", a.layers),
+        ),
+        call=call,
+        base=decoder,
+        length=length,
+        longest=context,
+    )
+    if manifest.base.precision == "float32":
+        return prefill, replace(prefill, name="decode", same_as="prefill")
+    in_blocks = replace(
+        prefill, call=partial(call, joined=True), blocks=BLOCKS[manifest.base.precision]
+    )
+    decode = replace(in_blocks, name="decode")
+    if manifest.base.precision == "int8":
+        # Products of many rows are twice as fast with one scale for a column.
+        return prefill, decode
+    return in_blocks, replace(decode, same_as="prefill")
 
 
 def _cache_names(prefix: str, layers: int) -> list[str]:

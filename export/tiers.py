@@ -15,7 +15,7 @@ from protos import manifest_pb2 as pb
 
 @dataclass(frozen=True, kw_only=True)
 class Tier:
-    """Shapes in tokens and sequences; see `Tier` in protos/manifest.proto."""
+    """Shapes in tokens and sequences, and memory; see `Tier` in protos/manifest.proto."""
 
     name: str
     train_length: int
@@ -23,6 +23,7 @@ class Tier:
     eval_batch: int
     context: int
     prefill_chunk: int
+    memory_mib: int
 
     def fitted(self, positions: int) -> Tier:
         """The tier for a base with this many positions: no shape exceeds them."""
@@ -33,6 +34,7 @@ class Tier:
             eval_batch=self.eval_batch,
             context=min(self.context, positions),
             prefill_chunk=min(self.prefill_chunk, positions),
+            memory_mib=self.memory_mib,
         )
 
     def to_manifest(self) -> pb.Tier:

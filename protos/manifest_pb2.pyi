@@ -137,8 +137,10 @@ class Base(_message.Message):
     positions: _builtins.int
     """Number of positions that the base was trained for, in tokens."""
     precision: _builtins.str
-    """How the programs hold the large frozen matrices: "float32", or "int8" (symmetric, a scale per
-    output, activations quantised as they come). Programs of either may share generalists.
+    """How the programs hold the large frozen matrices: "float32"; "int8", symmetric, with a scale per
+    output, or in `decode` per block of 128 inputs; or "int4", in `prefill` and `decode` with a scale
+    per block of 32, else as int8. Activations are quantised as they come. Programs of any may share
+    generalists.
     """
     key_value_heads: _builtins.int
     """Number of heads of keys and values; as many query heads share one as this divides `heads` into."""
@@ -277,7 +279,10 @@ class Tensor(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"<role>/<module path>", unique; also the name of the program input."""
+    """"<role>/<module path>", unique; also the name of the program input. Programs that take the
+    experts of a module as one have an input "experts/<module path>": the lora_A of all, times the
+    scale, one below the other, or the lora_B side by side, in the order of `roles`.
+    """
     role: _builtins.str
     """Role whose vector holds it."""
     dtype: _builtins.str
@@ -523,6 +528,7 @@ class Tier(_message.Message):
     EVAL_BATCH_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
+    MEMORY_MIB_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the tier."""
     train_length: _builtins.int
@@ -533,6 +539,8 @@ class Tier(_message.Message):
     """Length of the KV cache, in tokens."""
     prefill_chunk: _builtins.int
     """Tokens per call of `prefill`."""
+    memory_mib: _builtins.int
+    """What a process may use on such a device, in MiB."""
     @_builtins.property
     def micro_batches(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sequences per micro-batch for which there is a `train_step`, in growing order."""
@@ -546,10 +554,11 @@ class Tier(_message.Message):
         eval_batch: _builtins.int = ...,
         context: _builtins.int = ...,
         prefill_chunk: _builtins.int = ...,
+        memory_mib: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "eval_batch", b"eval_batch", "micro_batches", b"micro_batches", "name", b"name", "prefill_chunk", b"prefill_chunk", "train_length", b"train_length"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "eval_batch", b"eval_batch", "memory_mib", b"memory_mib", "micro_batches", b"micro_batches", "name", b"name", "prefill_chunk", b"prefill_chunk", "train_length", b"train_length"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -192,9 +192,9 @@ def test_tiers_shapes_are_the_programs_shapes(both: Bundle) -> None:
         assert shapes["train_step.b2", engine] == (2, TIER.train_length)
         assert shapes["eval_loss", engine] == (TIER.eval_batch, TIER.train_length)
         # ONNX Runtime's takes any number of tokens up to the context.
-        longest = TIER.context if engine == "onnxruntime" else TIER.prefill_chunk
-        assert shapes["prefill", engine] == (longest,)
-        assert shapes["decode", engine] == (1,)
+        in_place = engine == "onnxruntime"
+        assert shapes["prefill", engine] == (TIER.context if in_place else TIER.prefill_chunk,)
+        assert shapes["decode", engine] == (TIER.context if in_place else 1,)
 
 
 def test_a_reader_of_events_gets_json_lines(

@@ -173,6 +173,7 @@ def test_smollm2_predicts_wikitext_as_transformers_does(
         eval_batch=2,
         context=128,
         prefill_chunk=8,
+        memory_mib=4096,
     )
     bundle = export_bundle(
         base,

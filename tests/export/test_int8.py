@@ -34,7 +34,13 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """gpt2-mini, whose weights are real: what rounding does to random ones says little."""
     base = load_base("gpt2-mini")
     tier = Tier(
-        name="test", train_length=64, micro_batches=(4,), eval_batch=4, context=64, prefill_chunk=8
+        name="test",
+        train_length=64,
+        micro_batches=(4,),
+        eval_batch=4,
+        context=64,
+        prefill_chunk=8,
+        memory_mib=4096,
     )
     made: dict[str, Bundle] = {}
 
@@ -61,8 +67,11 @@ def test_the_manifest_says_it_and_the_gate_has_seen_it(export: Export) -> None:
     for program in small.programs:
         assert program.parity.tolerance in (0.03, 0.6)
         assert 1e-4 < program.parity.worst_relative_error <= program.parity.tolerance
-    # Integers for each direction and the embedding in float16, against float32.
-    assert small.engines[0].disk_bytes < 0.75 * full.engines[0].disk_bytes
+    # Integers for each direction and in blocks, and the embedding in float16, against float32.
+    assert small.engines[0].disk_bytes < full.engines[0].disk_bytes
+    programs = {program.name: program for program in small.programs}
+    # What continues a text has scales for blocks, and is the nearer to float32 for it.
+    assert programs["decode"].parity.worst_relative_error < 0.03
 
 
 def test_it_learns_as_the_float32_base_does(export: Export) -> None:
