@@ -51,7 +51,8 @@ from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.cli import messages
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
-from edge_runtime.errors import ComigsError
+from edge_runtime.errors import ComigsError, StorageError
+from edge_runtime.files import write_atomic
 from edge_runtime.identity import read_identity
 from edge_runtime.predict import Predictor
 from edge_runtime.store import Home
@@ -63,6 +64,7 @@ ARMS = ("local", "fedavg", "method")
 RANK, ALPHA = 8, 16.0
 HOUR = 3600.0  # how long the invitations work, in seconds
 LARGE = 50e6  # parameters of a base
+MARK = ".made-by-comigs-demo"  # file in the folders that a demo empties when it begins
 SUGGESTIONS = 3  # places per user at which suggestions before and after are shown
 
 
@@ -145,6 +147,10 @@ class Demo:
     seed: int = 0
 
     def run(self) -> DemoResult:
+        """
+        Raises:
+            StorageError: `out` cannot be written, or has homes or users that no demo made.
+        """
         started = time.monotonic()
         steps = self.training.rounds * self.training.local_steps
         progress = Progress(
@@ -155,8 +161,7 @@ class Demo:
             TextColumn("{task.fields[note]}"),
             console=messages,
         )
-        shutil.rmtree(self.out / "homes", ignore_errors=True)
-        shutil.rmtree(self.out / "users", ignore_errors=True)
+        _empty(self.out / "homes", self.out / "users")
         write_users(self.users, self.out / "users")
         with progress:
             bundles = self._export(progress)
@@ -387,6 +392,19 @@ class Demo:
             "Bytes are the serialized gRPC messages of the method's device, without TLS and "
             "HTTP/2 framing.",
         ]
+
+
+def _empty(*folders: Path) -> None:
+    """Makes each anew, if it is a demo's: devices that somebody needs may have such homes, too."""
+    for folder in folders:
+        if folder.exists() and not (folder / MARK).exists():
+            raise StorageError(
+                f"{folder} was made by no demo, and would be deleted; choose another --out, or "
+                "move it away"
+            )
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_atomic(folder / MARK, b"")
 
 
 def _compile(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.demo import _places, _sentence
+from edge_runtime.errors import StorageError
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,8 @@ def users_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_demo(users: Path, base: Path, out: Path) -> dict[str, object]:
-    done = subprocess.run(
+def start_demo(users: Path, base: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [
             *(sys.executable, "-m", "edge_runtime", "demo", "--users", users, "--base", base),
             *("--rounds", "2", "--local-steps", "5", "--out", out, "--format", "json"),
@@ -39,6 +40,10 @@ def run_demo(users: Path, base: Path, out: Path) -> dict[str, object]:
         timeout=500,
         check=False,
     )
+
+
+def run_demo(users: Path, base: Path, out: Path) -> dict[str, object]:
+    done = start_demo(users, base, out)
     assert done.returncode == 0, done.stderr
     result: dict[str, object] = json.loads(done.stdout)
     return result
@@ -71,6 +76,20 @@ def test_demo_tells_the_whole_story(users_dir: Path, tiny_base_dir: Path, tmp_pa
     assert [user["test_perplexity"] for user in again["users"]] == [
         user["test_perplexity"] for user in result["users"]
     ]
+
+
+@pytest.mark.parametrize("folder", ["homes", "users"])
+def test_what_no_demo_made_is_not_deleted(
+    users_dir: Path, tiny_base_dir: Path, tmp_path: Path, folder: str
+) -> None:
+    """README keeps the homes of devices in `homes`; somebody may say `--out .` there."""
+    key = tmp_path / folder / "anna" / "identity.json"
+    key.parent.mkdir(parents=True)
+    key.write_text("{}")
+    done = start_demo(users_dir, tiny_base_dir, tmp_path)
+    assert done.returncode == StorageError.code
+    assert "choose another --out" in done.stderr
+    assert key.exists()
 
 
 def test_suggestions_are_asked_for_at_word_boundaries() -> None:
