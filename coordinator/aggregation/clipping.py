@@ -31,12 +31,11 @@ class Clipped:
 
     def accept(self, update: Update) -> None:
         step = update.read(0, self._incoming.size)
-        began = update.start(self._incoming)
-        step -= began
+        step -= update.began(self._incoming, 0, self._incoming.size)
         norm = float(np.linalg.norm(step))
         if norm > self._norm:
             self.clipped += 1
-            update = _Shortened(update, began, self._norm / norm)
+            update = _Shortened(update, self._incoming, self._norm / norm)
         self._strategy.accept(update)
 
     def aggregate(self) -> Flat:
@@ -46,7 +45,7 @@ class Clipped:
 @dataclass(frozen=True)
 class _Shortened:
     update: Update
-    began: Flat
+    incoming: Flat
     factor: float
 
     @property
@@ -59,10 +58,11 @@ class _Shortened:
 
     def read(self, start: int, stop: int) -> Flat:
         vector = self.update.read(start, stop)
-        vector -= self.began[start:stop]
+        began = self.began(self.incoming, start, stop)
+        vector -= began
         vector *= self.factor
-        vector += self.began[start:stop]
+        vector += began
         return vector
 
-    def start(self, incoming: Flat) -> Flat:
-        return self.update.start(incoming)
+    def began(self, incoming: Flat, start: int, stop: int) -> Flat:
+        return self.update.began(incoming, start, stop)

@@ -39,8 +39,9 @@ class Fitted:
     def decay(self) -> float:
         return self._update.decay
 
-    def start(self, incoming: Flat) -> Flat:
-        return fit(fit(incoming, self._wanted, self._own), self._own, self._wanted)
+    def began(self, incoming: Flat, start: int, stop: int) -> Flat:
+        got = Fitted(_Held(incoming), self._wanted, self._own)
+        return Fitted(got, self._own, self._wanted).read(start, stop)
 
     def read(self, start: int, stop: int) -> Flat:
         numbers = np.zeros(stop - start)
@@ -76,8 +77,8 @@ class _Held:
     def __init__(self, vector: Flat) -> None:
         self._vector = vector
 
-    def start(self, incoming: Flat) -> Flat:
-        return incoming
+    def began(self, incoming: Flat, start: int, stop: int) -> Flat:
+        return incoming[start:stop]
 
     def read(self, start: int, stop: int) -> Flat:
         return self._vector[start:stop].copy()

@@ -31,8 +31,8 @@ class Rebased:
         self.tokens = update.tokens
         self.decay = decay(staleness)
 
-    def start(self, incoming: Flat) -> Flat:
-        return incoming
+    def began(self, incoming: Flat, start: int, stop: int) -> Flat:
+        return incoming[start:stop]
 
     def read(self, start: int, stop: int) -> Flat:
         step = self._update.read(start, stop)

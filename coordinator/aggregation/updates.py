@@ -54,8 +54,8 @@ class Update(Protocol):
     def decay(self) -> float:
         """By what its weight in a mean is multiplied."""
 
-    def start(self, incoming: Flat) -> Flat:
-        """What its device started from in a round that starts from `incoming`."""
+    def began(self, incoming: Flat, start: int, stop: int) -> Flat:
+        """Coordinates of what its device started from in a round that starts from `incoming`."""
 
     def read(self, start: int, stop: int) -> Flat:
         """Its coordinates `start` to `stop`, a new array."""
@@ -181,8 +181,8 @@ class StoredUpdate:
         begins = [header[name]["data_offsets"][0] for name in self._layout.names]
         return np.array(begins, np.int64) + 8 + size
 
-    def start(self, incoming: Flat) -> Flat:
-        return incoming
+    def began(self, incoming: Flat, start: int, stop: int) -> Flat:
+        return incoming[start:stop]
 
     def read(self, start: int, stop: int) -> Flat:
         """
