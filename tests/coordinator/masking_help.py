@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from coordinator_help import check_in_until, header
 
+from coordinator.secure_aggregation import Masking
+from coordinator.tls import Authority
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
+from edge_runtime.identity import Identity, new_key, public_key_of
 from edge_runtime.quantization import grid_for
-from edge_runtime.secure_aggregation import Session
+from edge_runtime.secure_aggregation import Session, bitmap
 from protos import coordinator_pb2 as pb
 
+ROUND = 7
+HISTORY = "the first"
+SIZE = 20
 STAGES = ("keys", "share", "mask", "agree", "unmask")
 
 
@@ -32,6 +40,60 @@ def step_of(bundle: Bundle, device: int, number: int) -> np.ndarray:
 
 def say(client: Client, number: int, wait: float = 20, **step: Any) -> pb.AggregateReply:
     return client.aggregate(pb.AggregateRequest(round=number, wait_seconds=wait, **step))
+
+
+class World:
+    """An authority and devices that it certified."""
+
+    def __init__(self, path: Path) -> None:
+        self.authority = Authority.open(path, datetime.timedelta(days=30))
+
+    def device(self, name: str) -> Identity:
+        key = new_key()
+        issued = self.authority.issue_to_device(public_key_of(key), name, f"enrolment of {name}")
+        return Identity("nowhere:1", self.authority.pem.decode(), issued.pem, key)
+
+
+class Round:
+    """Sessions of one round, without a network, and what an honest coordinator tells them."""
+
+    def __init__(
+        self, world: World, devices: int, *, number: int = ROUND, **masking: float
+    ) -> None:
+        self.sessions = {
+            i: Session(world.device(f"device {i}"), number, HISTORY) for i in range(1, devices + 1)
+        }
+        options = {"staying": 0.6, "clip_norm": None, "noise_multiplier": 0.0} | masking
+        self.graph, self.terms = Masking(stage_seconds=60, min_devices=3, **options).terms(devices)
+
+    def group(self, index: int) -> pb.MaskingGroup:
+        group = pb.MaskingGroup()
+        group.CopyFrom(self.terms)
+        group.index = index
+        for other in self.graph.neighbours(index):
+            group.neighbours.add(index=other, keys=self.sessions[other].advertisement)
+        return group
+
+    def share(self) -> dict[int, pb.IncomingShares]:
+        """Runs the first stage; what arrives at each device."""
+        inboxes = {index: pb.IncomingShares() for index in self.sessions}
+        for index, session in self.sessions.items():
+            for share in session.share(self.group(index)).shares:
+                inboxes[share.index].shares.add(index=index, sealed=share.sealed)
+        return inboxes
+
+    def mask(self) -> dict[int, bytes]:
+        return {
+            index: self.sessions[index].mask(inbox, np.zeros(SIZE, np.float32))
+            for index, inbox in self.share().items()
+        }
+
+    def survivors(self, summed: Iterable[int], dropped: Iterable[int] = ()) -> pb.Survivors:
+        devices = len(self.sessions)
+        return pb.Survivors(summed=bitmap(summed, devices), dropped=bitmap(dropped, devices))
+
+    def agree(self, survivors: pb.Survivors, *signers: int) -> list[pb.Agreement]:
+        return [self.sessions[index].agree(survivors) for index in signers]
 
 
 class Masked:

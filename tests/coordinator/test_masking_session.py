@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,15 +15,16 @@ import pytest
 from cryptography import x509
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masking_help import HISTORY, ROUND, SIZE, Round, World
 
 from coordinator.accounting import epsilon
 from coordinator.neighbours import MAX_NEIGHBOURS, graph_for
 from coordinator.secure_aggregation import Masking, SecureAggregation
 from coordinator.state import MaskingGroup, Settings, State, Update
-from coordinator.tls import Authority, administrator
+from coordinator.tls import administrator
 from edge_runtime import protocol
 from edge_runtime.errors import RefusedError
-from edge_runtime.identity import Identity, new_key, public_key_of
+from edge_runtime.identity import new_key
 from edge_runtime.neighbours import Graph
 from edge_runtime.quantization import grid_for, quantize
 from edge_runtime.secure_aggregation import (
@@ -38,62 +38,6 @@ from edge_runtime.secure_aggregation import (
     verify,
 )
 from protos import coordinator_pb2 as pb
-
-ROUND = 7
-HISTORY = "the first"
-SIZE = 20
-
-
-class World:
-    """An authority and devices that it certified."""
-
-    def __init__(self, path: Path) -> None:
-        self.authority = Authority.open(path, datetime.timedelta(days=30))
-
-    def device(self, name: str) -> Identity:
-        key = new_key()
-        issued = self.authority.issue_to_device(public_key_of(key), name, f"enrolment of {name}")
-        return Identity("nowhere:1", self.authority.pem.decode(), issued.pem, key)
-
-
-class Round:
-    """Sessions of one round, and what an honest coordinator tells them."""
-
-    def __init__(self, world: World, devices: int, **masking: float) -> None:
-        self.sessions = {
-            i: Session(world.device(f"device {i}"), ROUND, HISTORY) for i in range(1, devices + 1)
-        }
-        options = {"staying": 0.6, "clip_norm": None, "noise_multiplier": 0.0} | masking
-        self.graph, self.terms = Masking(stage_seconds=60, min_devices=3, **options).terms(devices)
-
-    def group(self, index: int) -> pb.MaskingGroup:
-        group = pb.MaskingGroup()
-        group.CopyFrom(self.terms)
-        group.index = index
-        for other in self.graph.neighbours(index):
-            group.neighbours.add(index=other, keys=self.sessions[other].advertisement)
-        return group
-
-    def share(self) -> dict[int, pb.IncomingShares]:
-        """Runs the first stage; what arrives at each device."""
-        inboxes = {index: pb.IncomingShares() for index in self.sessions}
-        for index, session in self.sessions.items():
-            for share in session.share(self.group(index)).shares:
-                inboxes[share.index].shares.add(index=index, sealed=share.sealed)
-        return inboxes
-
-    def mask(self) -> dict[int, bytes]:
-        return {
-            index: self.sessions[index].mask(inbox, np.zeros(SIZE, np.float32))
-            for index, inbox in self.share().items()
-        }
-
-    def survivors(self, summed: Iterable[int], dropped: Iterable[int] = ()) -> pb.Survivors:
-        devices = len(self.sessions)
-        return pb.Survivors(summed=bitmap(summed, devices), dropped=bitmap(dropped, devices))
-
-    def agree(self, survivors: pb.Survivors, *signers: int) -> list[pb.Agreement]:
-        return [self.sessions[index].agree(survivors) for index in signers]
 
 
 @pytest.fixture(scope="module")

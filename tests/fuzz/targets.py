@@ -7,6 +7,7 @@ it raises is a bug. Each also checks what it let through.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import shutil
@@ -16,19 +17,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from google.protobuf.message import DecodeError
+from cryptography import x509
+from google.protobuf.message import DecodeError, Message
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "coordinator"))
 
 from coordinator_help import make_bundle
+from masking_help import HISTORY, Round, World
+from masking_help import SIZE as STEP_SIZE
 
+from coordinator.secure_aggregation import Masking, RefusedStepError, SecureAggregation
+from coordinator.state import Device, MaskingStage, Settings, State, Update
 from coordinator.tls import RefusedRequestError, requested_key
 from edge_runtime import adapters, compression, invitation, training_config, wire
 from edge_runtime.bundle import contract_sha256, open_bundle
 from edge_runtime.errors import AdapterError, BundleError, TrustError
 from edge_runtime.identity import new_key, read_identity, signing_request
+from edge_runtime.secure_aggregation import DistrustedError, Session
 from edge_runtime.store import Home, Progress, _digest
 from edge_runtime.training import new_state
 from protos import coordinator_pb2 as pb
@@ -41,6 +48,72 @@ SIZE = next(role.size for role in MANIFEST.roles if role.name == "generalist")
 FRESH = adapters.load_fresh(BUNDLE)
 STEP = np.linspace(-1, 1, SIZE, dtype=np.float32)
 KINDS = list(compression.NAMES.values())
+
+
+def _summer(name: str, stage: MaskingStage | None) -> tuple[Device, SecureAggregation]:
+    """A coordinator with a round in that stage, and the first of its devices."""
+    state = State(SCRATCH / name).of("base")
+    options = {"recipe": "mean", "selection": None, "training": "{}", "contract_sha256": "c"}
+    state.begin(Settings(rounds=9, min_devices=3, deadline_seconds=1, **options), b"generalist")
+    state.history = lambda: HISTORY  # type: ignore[method-assign]
+    devices = [state.named(f"device {i}", cohort="base", contract_sha256="c") for i in (1, 2, 3)]
+    state.open(1, deadline=0, recipe="mean", participants=[device.id for device in devices])
+    masking = Masking(
+        staying=1.0, stage_seconds=60, min_devices=3, clip_norm=None, noise_multiplier=0.0
+    )
+    authority = x509.load_der_x509_certificate(WORLD.authority.der)
+    secure = SecureAggregation(state=state, masking=masking, size=STEP_SIZE, authority=authority)
+    if stage is not None:
+        for device, session in zip(devices, PLAYED.sessions.values(), strict=True):
+            state.advertise(1, device.id, session.advertisement.SerializeToString())
+        terms = masking.terms(3)[1].SerializeToString()
+        numbers = {device.id: number for number, device in enumerate(devices, 1)}
+        state.settle(1, numbers, degree=2, terms=terms)
+        for device in devices if stage != MaskingStage.SHARE else ():
+            state.add_masking_shares(1, device.id, ASKED[1].shares.SerializeToString())
+            place = {"cohort": "base", "round": 1, "device": device.id, "counted": 1}
+            known = {"file": device.id, "sha256": b"", "tokens": 1, "contract_sha256": "c"}
+            state.add_update(Update(**place, **known))
+        state.set_masking_stage(1, stage)
+    devices[0].enrolment = "enrolment of device 1"
+    return devices[0], secure
+
+
+WORLD = World(SCRATCH / "authority")
+# One round in which all is said, and one device of each stage of it.
+PLAYED = Round(WORLD, 3, number=1)
+_GROUP = PLAYED.group(1)
+_INBOXES = PLAYED.share()
+_SHARED = copy.copy(PLAYED.sessions[1])
+for _index, _session in PLAYED.sessions.items():
+    _session.mask(_INBOXES[_index], np.zeros(STEP_SIZE, np.float32))
+_MASKED = copy.copy(PLAYED.sessions[1])
+_ALL = PLAYED.survivors([1, 2, 3])
+_AGREED = PLAYED.agree(_ALL, 1, 2, 3)
+_UNMASKING = pb.Unmasking(agreed=_AGREED[1:])
+SAID: list[Message] = [_GROUP, _INBOXES[1], _ALL, _UNMASKING]
+STAGES: list[tuple[type[Message], Session, Callable[..., object]]] = [
+    (pb.MaskingGroup, Session(WORLD.device("device 1"), 1, HISTORY), Session.share),
+    (
+        pb.IncomingShares,
+        _SHARED,
+        lambda session, inbox: session.mask(inbox, np.zeros(STEP_SIZE, np.float32)),
+    ),
+    (pb.Survivors, _MASKED, Session.agree),
+    (pb.Unmasking, PLAYED.sessions[1], Session.unmask),
+]
+ASKED = [
+    pb.AggregateRequest(keys=PLAYED.sessions[1].advertisement),
+    pb.AggregateRequest(shares=PLAYED.sessions[1].share(_GROUP)),
+    pb.AggregateRequest(agreed=_AGREED[0]),
+    pb.AggregateRequest(revealed=PLAYED.sessions[1].unmask(_UNMASKING)),
+]
+SUMMERS = [
+    _summer("keys", None),
+    _summer("sharing", MaskingStage.SHARE),
+    _summer("agreeing", MaskingStage.AGREE),
+    _summer("unmasking", MaskingStage.UNMASK),
+]
 
 
 def payload(data: bytes) -> None:
@@ -140,6 +213,25 @@ def config(data: bytes) -> None:
         assert all(math.isfinite(value) for _, value in read.ListFields())
 
 
+def masking_device(data: bytes) -> None:
+    """What a coordinator says in secure aggregation; the first byte says in which stage."""
+    stage = (data[0] if data else 0) % len(STAGES)
+    kind, session, step = STAGES[stage]
+    with contextlib.suppress(DecodeError, DistrustedError):
+        step(copy.copy(session), kind.FromString(data[1:]))
+
+
+def masking_coordinator(data: bytes) -> None:
+    """What a device says in secure aggregation; the first byte says in which stage."""
+    stage = (data[0] if data else 0) % len(SUMMERS)
+    device, secure = SUMMERS[stage]
+    with contextlib.suppress(DecodeError, RefusedStepError):
+        request = pb.AggregateRequest.FromString(data[1:])
+        request.round = 1
+        secure.take(device, request)
+        secure.answer(device.id, request)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
@@ -153,6 +245,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         adapter,
         identity,
         config,
+        masking_device,
+        masking_coordinator,
     )
 }
 
@@ -181,6 +275,14 @@ def seeds() -> dict[str, list[bytes]]:
         ],
         "identity": [
             b'{"coordinator": "a:1", "ca": "", "certificate": "", "key": "", "invitation": ""}'
+        ],
+        "masking_device": [
+            bytes([stage]) + said.SerializeToString() for stage, said in enumerate(SAID)
+        ],
+        "masking_coordinator": [
+            bytes([stage]) + asked.SerializeToString()
+            for stage in range(len(SUMMERS))
+            for asked in ASKED
         ],
         "config": [b'{"rounds": 3, "local_steps": 10, "learning_rate": 0.002, "tau": 30}'],
     }
