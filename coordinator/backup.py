@@ -1,9 +1,10 @@
 """`comigs backup` and `comigs restore`: one file that holds what a coordinator cannot lose.
 
 A backup is a tar file of the state directory without the devices' updates: a copy of the database
-as it was at one moment (SQLite's online backup), the generalists and the server optimizers' memory
-that it names, keys and certificates, and the audit log. Its last member, MANIFEST, has the SHA-256
-of every other one, so that a backup which is cut off has none. Generalists are written before the
+as it was at one moment, the generalists and the server optimizers' memory that it names, keys and
+certificates, and the audit log. The copy is SQLite's online backup, or the rows of a PostgreSQL
+database in a SQLite file. Its last member, MANIFEST, has the SHA-256 of every other one, so that a
+backup which is cut off has none. Generalists are written before the
 rows that name them and never altered; if a file that is needed vanishes meanwhile, since its round
 ended, the backup starts again.
 
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from coordinator import rows
 from coordinator.audit import COORDINATOR, LOG, AuditLog
 from coordinator.state import DATABASE, GENERALISTS, LOCK, MEMORIES, SCHEMA, State
 from edge_runtime.errors import BackupError, StorageError
@@ -53,43 +55,62 @@ class _ChangedError(Exception):
     """A file that the database names has vanished since it was copied."""
 
 
-def back_up(state: Path, out: Path) -> Summary:
+def back_up(state: Path, out: Path, url: str | None = None) -> Summary:
     """Writes a backup of the state directory `state`, whose coordinator may be running, to `out`.
 
     Only its owner can read it: it holds the authority's and the administrator's keys.
+
+    Args:
+        url: of the PostgreSQL database with the rows, if there is one.
 
     Raises:
         ValueError: there is no coordinator's state, or `out` exists.
         StorageError: something cannot be read or written; there is no `out` then.
     """
-    if not (state / DATABASE).exists():
-        raise ValueError(f"{state} holds no state of a coordinator; give what `comigs serve` has")
+    if not (state / (GENERALISTS if url else DATABASE)).exists():
+        raise ValueError(
+            f"{state} holds no state of a coordinator; give what `comigs serve` has, --database "
+            "too if it has one"
+        )
     if out.exists():
         raise ValueError(f"{out} exists; choose another name, or move it away")
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         directory = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    missing = ""
     try:
         for _ in range(ATTEMPTS):
-            with contextlib.suppress(_ChangedError), storage_errors(out):
-                _copy_database(state / DATABASE, directory / DATABASE)
-                summary = _write(state, directory / DATABASE, directory / "backup.tar")
+            with storage_errors(out):
+                (directory / DATABASE).unlink(missing_ok=True)
+                if url:
+                    rows.from_postgres(url, directory / DATABASE)
+                else:
+                    _copy_database(state / DATABASE, directory / DATABASE)
+                try:
+                    summary = _write(state, directory / DATABASE, directory / "backup.tar")
+                except _ChangedError as error:
+                    missing = str(error)
+                    continue
                 os.replace(directory / "backup.tar", out)
                 sync(out.parent)
                 return summary
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     raise StorageError(
-        f"rounds ended while {state} was copied, {ATTEMPTS} times in a row; pause the rounds, or "
-        "stop the coordinator, and try again"
+        f"rounds ended while {state} was copied, {ATTEMPTS} times in a row, and {missing} was "
+        "gone; pause the rounds, or stop the coordinator, and try again; or give the --state that "
+        "belongs to the database"
     )
 
 
-def restore(file: Path, state: Path) -> Summary:
+def restore(file: Path, state: Path, url: str | None = None) -> Summary:
     """Makes the state directory `state` out of a backup.
 
+    Args:
+        url: of an empty PostgreSQL database for the rows; None: SQLite, in `state`.
+
     Raises:
-        ValueError: `state` exists and is not empty.
+        ValueError: `state` exists and is not empty, or the database is not.
         BackupError: `file` is no backup, is damaged, or is of another version of comigs.
         StorageError: `state` cannot be written; nothing is there then.
     """
@@ -101,6 +122,9 @@ def restore(file: Path, state: Path) -> Summary:
         try:
             summary = _extract(file, directory)
             _begin_anew(file, directory, summary)
+            if url:
+                rows.to_postgres(directory / DATABASE, url)
+                (directory / DATABASE).unlink()
             for path in sorted(directory.rglob("*")):
                 sync(path)
             sync(directory)
@@ -115,7 +139,6 @@ def restore(file: Path, state: Path) -> Summary:
 
 def _copy_database(source: Path, target: Path) -> None:
     """Into one file, without a write-ahead log beside it."""
-    target.unlink(missing_ok=True)
     try:
         uri = f"{source.resolve().as_uri()}?mode=ro"
         with (
@@ -141,7 +164,7 @@ def _write(state: Path, database: Path, out: Path) -> Summary:
             try:
                 opened = path.open("rb")
             except FileNotFoundError as error:
-                raise _ChangedError from error
+                raise _ChangedError(name) from error
             with opened:
                 # The audit log may grow meanwhile: as much of it as there is now.
                 size = os.fstat(opened.fileno()).st_size

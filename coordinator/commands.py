@@ -594,13 +594,14 @@ def backup(
     *,
     state: StateOption,
     out: Annotated[Path, typer.Option(help="File to write; it must not exist.")],
+    database: DatabaseOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Copies what a coordinator remembers into one file, also while it runs."""
     from coordinator import backup
 
     try:
-        summary = backup.back_up(state, out)
+        summary = backup.back_up(state, out, database)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if output is Format.JSON:
@@ -620,13 +621,14 @@ def restore(
     *,
     file: Annotated[Path, typer.Argument(help="What `comigs backup` wrote.")],
     state: Annotated[Path, typer.Option(help="State directory to make; not there, or empty.")],
+    database: DatabaseOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Makes a coordinator's state out of a backup."""
     from coordinator import backup
 
     try:
-        summary = backup.restore(file, state)
+        summary = backup.restore(file, state, database)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--state") from error
     if output is Format.JSON:
