@@ -21,6 +21,7 @@ from edge_runtime.cli import Format, FormatOption, emit, messages
 
 if TYPE_CHECKING:
     from edge_runtime.identity import Identity
+    from protos import coordinator_pb2 as pb
 
 T = TypeVar("T")
 
@@ -396,7 +397,6 @@ def serve(
     from coordinator.selection import select
     from coordinator.server import Options
     from coordinator.server import serve as run
-    from edge_runtime import compression as compressions
 
     least = asynchronous or (MIN_DEVICES if min_devices is None else min_devices)
     try:
@@ -438,15 +438,7 @@ def serve(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    for chosen in compression or ():
-        if chosen not in compressions.NAMES:
-            known = ", ".join(compressions.NAMES)
-            raise typer.BadParameter(f"--compression {chosen} is not one of {known}")
-    if compression and masking is not None:
-        raise typer.BadParameter(
-            "--compression does not go with --secure-aggregation: masked steps are integers that "
-            "must add up, and look random, so there is nothing to compress; leave one out"
-        )
+    offered = _compressions(compression or [], masked=masking is not None, ranks=mixed_ranks)
     if quality_tolerance is not None and quality_gate is None:
         raise typer.BadParameter("--quality-tolerance means nothing without --quality-gate")
     gate = None
@@ -480,7 +472,7 @@ def serve(
             privacy=differential,
             buffering=buffering,
             training=config,
-            compressions=tuple(compressions.NAMES[name] for name in compression or ()),
+            compressions=offered,
         ),
         enrolment_port=enrolment_port,
         names=tuple(name or ()),
@@ -588,6 +580,30 @@ def audit(
         emit({"entries": count, "head": head})
     elif verify:
         _print(f"{count} entries, none altered; the last one's hash is {head}")
+
+
+def _compressions(
+    names: list[str], *, masked: bool, ranks: str | None
+) -> tuple[pb.Compression.ValueType, ...]:
+    """What `--compression` offers."""
+    from edge_runtime.compression import NAMES
+
+    for name in names:
+        if name not in NAMES:
+            known = ", ".join(NAMES)
+            raise typer.BadParameter(f"--compression {name} is not one of {known}")
+    if names and masked:
+        raise typer.BadParameter(
+            "--compression does not go with --secure-aggregation: masked steps are integers that "
+            "must add up, and look random, so there is nothing to compress; leave one out"
+        )
+    if ranks == "flexlora" and {"int8", "top-k"} & set(names):
+        raise typer.BadParameter(
+            "--compression int8 and top-k add what they leave out of a step to the next one, "
+            "number by number, and with --mixed-ranks flexlora numbers mean something else after "
+            "every round; choose float16, or another way to mix ranks"
+        )
+    return tuple(NAMES[name] for name in names)
 
 
 def backup(

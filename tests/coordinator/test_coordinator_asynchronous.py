@@ -36,6 +36,7 @@ from coordinator.aggregation.optimizers import Adam
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
+from edge_runtime.compression import NAMES, compress, decompress
 from edge_runtime.store import Home
 from protos import coordinator_pb2 as pb
 
@@ -198,6 +199,34 @@ def test_a_slow_device_counts_for_a_later_generalist(fleet: Fleet) -> None:
     behind = [event["behind"] for event in served.events if event["event"] == "update_accepted"]
     assert behind == [0, 0, 1, 0]
     assert not list(fleet.state.glob("updates/*/*.safetensors"))
+
+
+def test_a_compressed_step_is_from_the_generalist_that_it_started_from(fleet: Fleet) -> None:
+    """Also when that is not the newest one any more, and the coordinator was killed meanwhile."""
+    options = ("--rounds", "2", "--asynchronous", "1", "--compression", "top-k")
+    options = (*options, "--enrolment-port", "0")
+    bundle, kind, listen = fleet.bundle(), NAMES["top-k"], f"127.0.0.1:{free_port()}"
+    served = fleet.serve(bundle, *options, listen=listen)
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    join_round(ada, ben)
+    start = ada.download(1)
+    first, late = (
+        vector(bundle, train(bundle, start, i, 1)) - vector(bundle, start) for i in (0, 1)
+    )
+    assert ada.upload(header(1, compression=kind), compress(kind, first)).accepted
+    served.wait_for("round_closed", round=1)
+    served.kill()
+    served = fleet.serve(bundle, *options, listen=listen)
+    second = ada.download(2)
+    sent = decompress(kind, compress(kind, first), first.size)
+    np.testing.assert_allclose(vector(bundle, second), vector(bundle, start) + sent, rtol=1e-6)
+    assert ben.upload(header(1, compression=kind), compress(kind, late)).accepted
+    served.wait_for("round_closed", round=2)
+    sent = vector(bundle, start) + decompress(kind, compress(kind, late), late.size)
+    update = wire.encode(bundle.manifest, {"generalist": sent})
+    wanted = expected_next(bundle, [start, second], [(update, 1)])
+    got = vector(bundle, ben.download(3))
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_too_stale_is_refused_and_counted(fleet: Fleet) -> None:

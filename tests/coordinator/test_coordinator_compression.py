@@ -95,6 +95,42 @@ def test_what_was_not_offered_or_is_no_step_is_refused(fleet: Fleet) -> None:
     np.testing.assert_allclose(flat(bundle, ada.download(final.round)), start + 1, rtol=1e-6)
 
 
+def packed(bundle: Bundle, start: bytes, seed: int, name: str) -> tuple[bytes, bytes]:
+    """What a device sends of its step, and the update that it amounts to."""
+    before = flat(bundle, start)
+    step = flat(bundle, train(bundle, start, seed, 1)) - before
+    payload = compress(NAMES[name], step)
+    got = before + decompress(NAMES[name], payload, step.size)
+    return payload, wire.encode(bundle.manifest, {"generalist": got})
+
+
+def test_compressed_updates_of_several_ranks(fleet: Fleet) -> None:
+    """They come to what the same updates come to that were not compressed, at each rank."""
+    wide, narrow = fleet.bundle(width=5000, rank=4), fleet.bundle(width=5000, rank=2)
+    ranks = [("ada", wide, "int8"), ("ben", narrow, "top-k"), ("cyd", narrow, "float16")]
+    offered = [option for name in NAMES for option in ("--compression", name)]
+    finals = []
+    for options in (offered, []):
+        both = ("--bundle", str(narrow.path), "--mixed-ranks", "hetlora")
+        state = fleet.directory / f"state-{len(finals)}"
+        served = fleet.serve(
+            wide, *both, "--rounds", "1", "--min-devices", "3", *options, state=state
+        )
+        clients = [fleet.enrolled(served, bundle, name)[0] for name, bundle, _ in ranks]
+        join_round(*clients)
+        for seed, (client, (_, bundle, name)) in enumerate(zip(clients, ranks, strict=True)):
+            small, whole = packed(bundle, client.download(1), seed, name)
+            if options:
+                answer = client.upload(header(1, compression=NAMES[name]), small)
+            else:
+                answer = client.upload(header(1), whole)
+            assert answer.accepted, answer.reason
+        last = check_in_until(clients[0], pb.CheckInReply.FINISH).round
+        finals.append([flat(r[1], c.download(last)) for c, r in zip(clients, ranks, strict=True)])
+    for compressed, plain in zip(*finals, strict=True):
+        np.testing.assert_allclose(compressed, plain, rtol=1e-5, atol=1e-6)
+
+
 def test_a_device_goes_on_when_its_compression_is_offered_no_more(fleet: Fleet) -> None:
     """As after a restart of the coordinator with other options: it asks first what has come."""
     bundle = fleet.bundle()
@@ -108,12 +144,16 @@ def test_a_device_goes_on_when_its_compression_is_offered_no_more(fleet: Fleet) 
     assert "was not offered" in reply.reason
 
 
-def test_compression_does_not_go_with_secure_aggregation(fleet: Fleet) -> None:
+def test_what_compression_does_not_go_with(fleet: Fleet) -> None:
+    """Masks; and ranks that are mixed so that what was left out has no place in the next step."""
     command = serve_command(
         fleet.bundle().path, fleet.state, "--listen", "127.0.0.1:0", "--compression", "int8"
     )
-    masked = ["--secure-aggregation", "--min-devices", "3", "--clip-norm", "1"]
-    for options, said in ((masked, "does not go with"), (["--compression", "zip"], "not one of")):
+    for options, said in (
+        (["--secure-aggregation", "--min-devices", "3", "--clip-norm", "1"], "does not go with"),
+        (["--compression", "zip"], "not one of"),
+        (["--mixed-ranks", "flexlora"], "numbers mean something else after every round"),
+    ):
         done = subprocess.run(
             [*command, *options], capture_output=True, text=True, timeout=60, check=False
         )

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psycopg
 import pytest
 from coordinator_help import (
@@ -29,6 +30,7 @@ from coordinator_help import (
     mean_of,
     train,
 )
+from masking_help import Masked, expected, joined, step_of, vector
 
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle
@@ -107,6 +109,11 @@ def url(server: Server, request: pytest.FixtureRequest) -> str:
 def rows(url: str, query: str) -> list[tuple[Any, ...]]:
     with psycopg.connect(url) as connection:
         return connection.execute(query).fetchall()
+
+
+def comigs(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edge_runtime", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def replay(fleet: Fleet, bundle: Bundle, url: str, lives: list[dict[int, bytes]]) -> bytes:
@@ -277,3 +284,127 @@ def test_bad_addresses_of_databases(fleet: Fleet) -> None:
         assert words in message
         assert "secret" not in message
         assert "Traceback" not in message
+
+
+def test_a_backup_of_postgres_is_restored_anywhere(fleet: Fleet, server: Server, url: str) -> None:
+    """Into another database and into SQLite; and the rounds go on from it."""
+    bundle = fleet.bundle()
+    options = ("--rounds", "3", "--server-optimizer", "adam", "--enrolment-port", "0")
+    listen = f"127.0.0.1:{free_port()}"
+    served = fleet.serve(bundle, "--database", url, *options, listen=listen)
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(3)))
+
+    def play(number: int, reporting: list[int]) -> bytes:
+        """A round in which device 2 is refused; what it started from."""
+        start = clients[0].download(number)
+        assert not clients[2].upload(header(number), b"nonsense").accepted
+        for seed in reporting:
+            update = train(bundle, start, seed, number)
+            assert clients[seed].upload(header(number), update).accepted
+        return start
+
+    join_round(*clients)
+    play(1, [0, 1])
+    served.wait_for("round_closed", round=1)
+    join_round(*clients)
+    start = play(2, [0])
+    file = fleet.directory / "backup"
+    made = comigs("backup", "--state", fleet.state, "--out", file, "--database", url)
+    assert made.returncode == 0, made.stderr
+    served.kill()
+    results = set()
+    into = {"postgres": ("--database", server.url("restored")), "sqlite": ()}
+    for name, where in into.items():
+        state = fleet.directory / name
+        restored = comigs("restore", file, "--state", state, *where)
+        assert restored.returncode == 0, restored.stderr
+        assert (state / "coordinator.sqlite3").exists() == (name == "sqlite")
+        again = fleet.serve(bundle, *where, *options, state=state, listen=listen)
+        again.ready()
+        join_round(*clients)
+        assert play(3, [0, 1]) == start, "round 2 was open, so it is abandoned"
+        again.wait_for("round_closed", round=3)
+        results.add(clients[0].download(4))
+        again.kill()
+    assert len(results) == 1, "the optimizer's memory is there too"
+    full = ("--database", into["postgres"][1])
+    other = fleet.directory / "other"
+    for arguments, words in (
+        (("restore", file, "--state", other, *full), "not empty; give an empty database"),
+        (("backup", "--state", fleet.state, "--out", other), "--database too if it has one"),
+        (
+            ("backup", "--state", fleet.state, "--out", other, "--database", server.url("new")),
+            "holds no state of a coordinator",
+        ),
+    ):
+        refused = comigs(*arguments)
+        assert refused.returncode == 2, refused.stderr
+        assert words in " ".join(refused.stderr.replace("│", " ").split())
+        assert not other.exists()
+
+
+def test_secure_aggregation_with_postgres(fleet: Fleet, url: str) -> None:
+    """One device drops out, and the coordinator is killed while shares are revealed."""
+    bundle = fleet.bundle()
+    options = ("--database", url, "--secure-aggregation", "--min-devices", "3", "--rounds", "1")
+    options = (*options, "--secure-threshold", "0.75", "--stage-seconds", "10")
+    options = (*options, "--enrolment-port", "0")
+    listen = f"127.0.0.1:{free_port()}"
+    served = fleet.serve(bundle, *options, listen=listen)
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(4)))
+    number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+    start = vector(bundle, clients[0].download(number))
+    maskers = [Masked(client, number) for client in clients]
+    reached = threading.Event()
+    maskers[0].reached = "unmask", reached
+
+    def killed() -> Served:
+        assert reached.wait(60)
+        served.kill()
+        (stage,) = rows(url, "select stage from masking_groups")
+        assert stage == ("unmask",)
+        return fleet.serve(bundle, *options, listen=listen)
+
+    steps = [step_of(bundle, i, number) for i in range(4)]
+    *_, again = in_parallel(
+        *(
+            lambda i=i, m=m: m.run(steps[i], until="mask" if i == 3 else None)
+            for i, m in enumerate(maskers)
+        ),
+        killed,
+    )
+    again.wait_for("round_closed", round=number)
+    got = vector(bundle, clients[0].download(number + 1))
+    np.testing.assert_array_equal(got, expected(start, steps[:3], group=4))
+    assert rows(url, "select * from masking_members") == [], "secrets go with the round"
+
+
+def test_two_cohorts_with_postgres(fleet: Fleet, url: str) -> None:
+    """The rounds of both go on, each with its own updates, when the coordinator is killed."""
+    bundles = [fleet.bundle(), fleet.bundle(width=24)]
+    options = ("--bundle", str(bundles[1].path), "--database", url, "--rounds", "2")
+    options = (*options, "--enrolment-port", "0")
+    listen = f"127.0.0.1:{free_port()}"
+    served = fleet.serve(bundles[0], *options, listen=listen)
+    members = [
+        (bundle, fleet.enrolled(served, bundle, f"{place} a", f"{place} b"))
+        for place, bundle in enumerate(bundles)
+    ]
+    starts, updates = [], []
+    for bundle, clients in members:
+        join_round(*clients)
+        starts.append(clients[0].download(1))
+        updates.append([train(bundle, starts[-1], seed, 1) for seed in range(2)])
+        assert clients[0].upload(header(1), updates[-1][0]).accepted
+    served.kill()
+    again = fleet.serve(bundles[0], *options, listen=listen)
+    again.ready()
+    for (bundle, clients), sent, start in zip(members, updates, starts, strict=True):
+        assert clients[1].upload(header(1), sent[1]).accepted
+        join_round(*clients)
+        got = wire.decode(bundle.manifest, clients[1].download(2))["generalist"]
+        np.testing.assert_allclose(got, mean_of(bundle, sent), rtol=1e-5, atol=1e-6)
+        assert clients[0].download(1) == start
+    ended = "select cohort, count(*) from rounds where status = 'aggregated' group by cohort"
+    assert sorted(count for _, count in rows(url, ended)) == [1, 1]
+    assert rows(url, "select count(distinct cohort), count(*) from updates") == [(2, 4)]

@@ -168,3 +168,32 @@ def test_what_a_round_costs_a_device(fleet: Fleet, devices: int) -> None:
         assert more < 1200 + 160 * (devices - 1)
         assert got < 400 + 850 * (devices - 1)
     print(f"\n{devices} devices: {more} bytes more sent, {got} received in {masker.calls} calls")
+
+
+def test_two_cohorts_at_once(fleet: Fleet) -> None:
+    """Each sums up its own devices, in a round of the same number, though one of each vanishes."""
+    bundles = [fleet.bundle(), fleet.bundle(width=24)]
+    options = (*MASKED, "--secure-threshold", "0.6", "--stage-seconds", "3", "--rounds", "1")
+    served = fleet.serve(bundles[0], "--bundle", str(bundles[1].path), *options)
+    members = [
+        (bundle, fleet.enrolled(served, bundle, *(f"{place} {i}" for i in range(4))))
+        for place, bundle in enumerate(bundles)
+    ]
+    everybody = [client for _, clients in members for client in clients]
+    assert set(in_parallel(*(lambda c=c: joined([c]) for c in everybody))) == {1}
+    starts = [vector(bundle, clients[0].download(1)) for bundle, clients in members]
+    leaving = {0: {3: "mask"}, 1: {2: "agree"}}
+    in_parallel(
+        *(
+            lambda b=bundle, c=clients, p=place: play(b, c, 1, leaving[p])
+            for place, (bundle, clients) in enumerate(members)
+        )
+    )
+    closed = [served.wait_for("round_closed") for _ in members]
+    assert len({event["cohort"] for event in closed}) == 2
+    for place, (bundle, clients) in enumerate(members):
+        summed = [i for i in range(4) if leaving[place].get(i) != "mask"]
+        steps = [step_of(bundle, index, 1) for index in summed]
+        got = vector(bundle, clients[0].download(2))
+        np.testing.assert_array_equal(got, expected(starts[place], steps, group=4))
+    assert members[0][0].manifest != members[1][0].manifest
