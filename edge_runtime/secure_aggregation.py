@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -47,6 +47,14 @@ MOST_DEVICES = 2**13
 """More would be too much to look through for a small device."""
 COUNTERS = 2
 """Numbers behind a step's coordinates: coordinates clipped, and whether its norm was."""
+# What `cryptography` says of bytes that are none, or of another authority.
+_NO_CERTIFICATE = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+)
 # Clocks of devices differ.
 CLOCK_SKEW = datetime.timedelta(days=1)
 
@@ -113,7 +121,7 @@ def certified(der: bytes, authority: x509.Certificate) -> Signer:
         subject = certificate.subject
         (role,) = subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)
         (enrolment,) = subject.get_attributes_for_oid(NameOID.SERIAL_NUMBER)
-    except (ValueError, TypeError, InvalidSignature) as error:
+    except _NO_CERTIFICATE as error:
         raise ValueError("the keys come without a certificate of this coordinator") from error
     if role.value != "device" or not isinstance(key, ec.EllipticCurvePublicKey):
         raise ValueError("the keys come with a certificate that is not a device's")
