@@ -57,7 +57,7 @@ class Database(ABC):
     def mark(self, schema: int) -> None: ...
 
     @abstractmethod
-    def guard(self, session: Session) -> None:
+    def guard(self, session: Session | Connection) -> None:
         """Begins a transaction: it commits only if this is still the coordinator of the state.
 
         Raises:
@@ -90,7 +90,7 @@ class Sqlite(Database):
         with self.engine.begin() as connection:
             connection.exec_driver_sql(f"PRAGMA user_version={schema}")
 
-    def guard(self, session: Session) -> None: ...
+    def guard(self, session: Session | Connection) -> None: ...
 
     def lost(self) -> None: ...
 
@@ -133,7 +133,7 @@ class Postgres(Database):
         with self.engine.begin() as connection:
             connection.execute(text("update lead set schema = :schema"), {"schema": schema})
 
-    def guard(self, session: Session) -> None:
+    def guard(self, session: Session | Connection) -> None:
         if self._doubtful:
             with contextlib.suppress(InUseError):  # perhaps by our own connection that broke
                 self._hold()

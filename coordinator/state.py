@@ -17,20 +17,22 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from sqlalchemy import (
     BigInteger,
+    BindParameter,
     ColumnElement,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
     Integer,
     Select,
+    bindparam,
     delete,
     func,
     inspect,
@@ -67,6 +69,9 @@ UPDATES = "updates"
 REFUSALS_A_MINUTE = 60
 # Raised whenever the tables below change; in the database as `user_version`.
 SCHEMA = 2
+
+
+E = TypeVar("E", bound="Base")
 
 
 class Status(StrEnum):
@@ -304,6 +309,87 @@ class Settings(Base):
     the same numbers and are not the same."""
 
 
+class Queries:
+    """What is asked for every call, built once: that takes longer than the answer."""
+
+    def __init__(self) -> None:
+        devices, rounds, participants, updates, groups = (
+            kind.__table__ for kind in (Device, Round, Participant, Update, MaskingGroup)
+        )
+        device = _given("device")
+
+        def of_round(rows: Any) -> Any:
+            return (rows.c.cohort == _given("cohort")) & (rows.c.round == _given("round"))
+
+        counted = (updates.c.cohort == _given("cohort")) & (updates.c.counted == _given("round"))
+        joined = select(participants.c.refused).where(
+            of_round(participants), participants.c.device == device
+        )
+        accepted = select(updates).where(of_round(updates), updates.c.device == device)
+        self.enrolled = select(devices).where(devices.c.enrolment == _given("enrolment"))
+        self.current = select(rounds).where(
+            rounds.c.cohort == _given("cohort"), rounds.c.status.in_([Status.WAITING, Status.OPEN])
+        )
+        self.standing = select(
+            joined.scalar_subquery(),
+            accepted.with_only_columns(updates.c.sha256).scalar_subquery(),
+        )
+        self.update = accepted
+        self.count = select(func.count()).select_from(updates).where(counted)
+        self.counts = select(updates.c.device).where(counted, updates.c.device == device)
+        self.masking_group = select(groups).where(of_round(groups))
+        kinds: tuple[type[Update | MaskingMember], ...] = (Update, MaskingMember)
+        self.missing = {kind: self._missing(kind) for kind in kinds}
+        self.not_back = {kind: self._not_back(kind) for kind in kinds}
+
+    def _missing(self, done: type[Update | MaskingMember]) -> Select[Any]:
+        """A participant of the round of which there is nothing `done` yet, and should be."""
+        joined = aliased(Participant)
+        here = (joined.cohort == _given("cohort")) & (joined.round == _given("round"))
+        return select(joined.device).where(here, _missed(joined.device, done)).limit(1)
+
+    def _not_back(self, done: type[Update | MaskingMember]) -> Select[Any]:
+        """Likewise, a device whose update went into the round before."""
+        earlier, before = aliased(Update), _given("round") - 1
+        aggregated = select(Round.number).where(
+            Round.cohort == _given("cohort"),
+            Round.number == before,
+            Round.status == Status.AGGREGATED,
+        )
+        there = (earlier.cohort == _given("cohort")) & (earlier.round == before)
+        missed = _missed(earlier.device, done)
+        return select(earlier.device).where(there, aggregated.exists(), missed).limit(1)
+
+
+def _missed(
+    device: InstrumentedAttribute[str], done: type[Update | MaskingMember]
+) -> ColumnElement[bool]:
+    """Whether the round waits for a device: not if it was refused, or is revoked or elsewhere."""
+    cohort, number = _given("cohort"), _given("round")
+    here = Device.revoked_at.is_(None) & (Device.cohort == cohort)
+    reported = select(done.device).where(
+        done.cohort == cohort, done.round == number, done.device == device
+    )
+    refused = select(Participant.device).where(
+        Participant.cohort == cohort,
+        Participant.round == number,
+        Participant.device == device,
+        Participant.refused,
+    )
+    return (
+        select(Device.id).where(Device.id == device, here).exists()
+        & ~reported.exists()
+        & ~refused.exists()
+    )
+
+
+def _given(name: str) -> BindParameter[Any]:
+    return bindparam(name)
+
+
+QUERIES = Queries()
+
+
 class State:
     """The state directory of one coordinator. Methods block; each write is durable on return.
 
@@ -516,8 +602,7 @@ class State:
 
     def enrolled(self, enrolment: str) -> Device | None:
         """The device whose certificates carry `enrolment` now."""
-        with self._transaction() as session:
-            return session.scalar(select(Device).where(Device.enrolment == enrolment))
+        return self._entity(Device, QUERIES.enrolled, enrolment=enrolment)
 
     def named(self, name: str, *, cohort: str, contract_sha256: str) -> Device:
         """The device of that name, made if there is none: for those who need not enrol."""
@@ -557,8 +642,9 @@ class State:
 
     def current(self) -> Round:
         """The one round that is WAITING or OPEN."""
-        with self._transaction() as session:
-            return self._current(session)
+        current = self._entity(Round, QUERIES.current)
+        assert current is not None, "`begin` made the first one, and each makes the next"
+        return current
 
     def round(self, number: int) -> Round | None:
         with self._transaction() as session:
@@ -759,13 +845,7 @@ class State:
             return set(session.scalars(chosen))
 
     def standing(self, number: int, device: str) -> Standing:
-        joined = select(Participant.refused).where(
-            self._in(Participant, number), Participant.device == device
-        )
-        accepted = select(Update.sha256).where(self._in(Update, number), Update.device == device)
-        both = select(joined.scalar_subquery(), accepted.scalar_subquery())
-        with self._transaction() as session:
-            refused, sha256 = session.execute(both).one()
+        ((refused, sha256),) = self._ask(QUERIES.standing, round=number, device=device)
         return Standing(participates=refused is not None, refused=bool(refused), sha256=sha256)
 
     def misses_any(
@@ -784,35 +864,10 @@ class State:
             done: what there is of a device that is not missed.
         """
 
-        def missed(device: InstrumentedAttribute[str]) -> ColumnElement[bool]:
-            here = Device.revoked_at.is_(None) & (Device.cohort == self.cohort)
-            reported = select(done.device).where(self._in(done, number), done.device == device)
-            refused = select(Participant.device).where(
-                self._in(Participant, number), Participant.device == device, Participant.refused
-            )
-            return (
-                select(Device.id).where(Device.id == device, here).exists()
-                & ~reported.exists()
-                & ~refused.exists()
-            )
-
-        # Aliases, so that the conditions inside `missed` are about other rows.
-        joined, earlier = aliased(Participant), aliased(Update)
-        queries = [select(joined.device).where(self._in(joined, number), missed(joined.device))]
+        queries = [QUERIES.missing[done]]
         if returning:
-            aggregated = select(Round.number).where(
-                Round.cohort == self.cohort,
-                Round.number == number - 1,
-                Round.status == Status.AGGREGATED,
-            )
-            queries.append(
-                select(earlier.device).where(
-                    self._in(earlier, number - 1), aggregated.exists(), missed(earlier.device)
-                )
-            )
-        # The first one answers: the database need not look at all of them.
-        with self._transaction() as session:
-            return any(session.scalar(query.limit(1)) is not None for query in queries)
+            queries.append(QUERIES.not_back[done])
+        return any(self._ask(query, round=number) for query in queries)
 
     def updates(self, number: int) -> list[Update]:
         """The accepted updates that count in the round, in the order of device ids."""
@@ -821,18 +876,15 @@ class State:
             return list(session.scalars(accepted.order_by(Update.device)))
 
     def count_updates(self, number: int) -> int:
-        with self._transaction() as session:
-            return session.scalar(select(func.count()).where(self._counted(number))) or 0
+        ((count,),) = self._ask(QUERIES.count, round=number)
+        return int(count)
 
     def counts(self, number: int, device: str) -> bool:
         """Whether an update of `device` counts in the round."""
-        chosen = select(Update.device).where(self._counted(number), Update.device == device)
-        with self._transaction() as session:
-            return session.scalar(chosen) is not None
+        return bool(self._ask(QUERIES.counts, round=number, device=device))
 
     def update(self, number: int, device: str) -> Update | None:
-        with self._transaction() as session:
-            return session.get(Update, (self.cohort, number, device))
+        return self._entity(Update, QUERIES.update, round=number, device=device)
 
     def partial(self, number: int, device: str, sha256: bytes) -> Path:
         """Where the bytes of an update are gathered; nothing may be there yet."""
@@ -950,8 +1002,7 @@ class State:
 
     def masking_group(self, number: int) -> MaskingGroup | None:
         """None while the round's group is not settled."""
-        with self._transaction() as session:
-            return session.get(MaskingGroup, (self.cohort, number))
+        return self._entity(MaskingGroup, QUERIES.masking_group, round=number)
 
     def masking_members(self, number: int) -> list[MaskingMember]:
         """Those who advertised keys, in the order of device ids."""
@@ -1133,6 +1184,17 @@ class State:
 
     def _updates_of(self, number: int) -> str:
         return _updates_directory(self.cohort, number)
+
+    def _ask(self, query: Select[Any], **about: Any) -> Sequence[Any]:
+        """The rows of one of the QUERIES."""
+        with self._storage_errors(), self._engine.begin() as connection:
+            self._database.guard(connection)
+            return connection.execute(query, {"cohort": self.cohort, **about}).all()
+
+    def _entity(self, kind: type[E], query: Select[Any], **about: Any) -> E | None:
+        """The one row of that kind."""
+        rows = self._ask(query, **about)
+        return kind(**rows[0]._mapping) if rows else None
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Session]:
