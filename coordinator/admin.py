@@ -129,12 +129,12 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
 
     async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.PauseReply:  # noqa: N802
         async with self._command(context):
-            self._rounds(request.cohort).pause()
+            await self._rounds(request.cohort).pause()
         return pb.PauseReply()
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeReply:  # noqa: N802
         async with self._command(context):
-            self._rounds(request.cohort).resume()
+            await self._rounds(request.cohort).resume()
         return pb.ResumeReply()
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortReply:  # noqa: N802
@@ -146,13 +146,13 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
                     f"a reason has at most {LONGEST_REASON} characters of printable text",
                 )
             rounds = self._rounds(request.cohort)
-            return pb.AbortReply(round=rounds.abort(request.reason, request.command))
+            return pb.AbortReply(round=await rounds.abort(request.reason, request.command))
 
     async def RollBack(self, request: pb.RollBackRequest, context: Context) -> pb.RollBackReply:  # noqa: N802
         async with self._command(context):
             await _check_command(request.command, context)
             rounds = self._rounds(request.cohort)
-            return pb.RollBackReply(round=rounds.roll_back(request.round, request.command))
+            return pb.RollBackReply(round=await rounds.roll_back(request.round, request.command))
 
     def _rounds(self, cohort: str) -> Rounds:
         """Of that cohort, or of the only one."""

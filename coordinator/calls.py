@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError, Message
 
 from coordinator.audit import NOBODY, Auditor
 from coordinator.tls import Role, subject_of
+from coordinator.uploads import read_part
 from edge_runtime import protocol
 from edge_runtime.errors import StorageError
 from protos import coordinator_pb2
@@ -87,15 +88,16 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def answer(request: Any, context: Any) -> Any:
             async with self._watch(service, method, request, context):
-                return await behaviour(await _limited(request, context), context)
+                return await behaviour(await _good(request, context), context)
 
         async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
             async with self._watch(service, method, request, context):
-                async for message in behaviour(await _limited(request, context), context):
+                async for message in behaviour(await _good(request, context), context):
                     yield message
 
         watched = generate if inspect.isasyncgenfunction(behaviour) else answer
-        return wrap(watched, _reading(handler.request_deserializer), handler.response_serializer)
+        read = _reading(handler.request_deserializer)
+        return wrap(watched, read, handler.response_serializer)
 
     @contextlib.asynccontextmanager
     async def _watch(
@@ -160,38 +162,44 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._auditor.refused("call_refused", call.by, fields)
 
 
-class _Unreadable:
-    """Stands for bytes that are no message of the kind that they should be."""
+@dataclass(frozen=True)
+class _Bad:
+    """Stands for bytes that are no message as it should be. Raising an error where they are read
+    would write a traceback into the log, which anybody could cause."""
+
+    code: grpc.StatusCode
+    reason: str
 
 
-def _reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """`deserialize`; its error would be a traceback in the log that anybody can cause."""
+def _reading(deserialize: Any) -> Callable[[bytes], Any]:
+    """`deserialize`, for a kind of message, within its limit."""
+    kind = deserialize.__self__.DESCRIPTOR.name
+    read = read_part if kind == "UploadPart" else deserialize
 
-    def read(content: bytes) -> Any:
+    def checked(content: bytes) -> Any:
         try:
-            return deserialize(content)
+            protocol.check_size(kind, len(content))
+            return read(content)
+        except protocol.TooLargeError as error:
+            return _Bad(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except DecodeError:
-            return _Unreadable()
+            return _Bad(grpc.StatusCode.INVALID_ARGUMENT, "the message cannot be read")
 
-    return read
-
-
-async def _limited(request: Any, context: Any) -> Any:
-    """`request`, a message or a stream of them; ends the call if one is too large, or is none."""
-    if isinstance(request, _Unreadable):
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message cannot be read")
-    if not isinstance(request, Message):
-        return _each_limited(request, context)
-    try:
-        protocol.check(request)
-    except protocol.TooLargeError as error:
-        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-    return request
+    return checked
 
 
-async def _each_limited(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+async def _good(request: Any, context: Any) -> Any:
+    """`request`, a message or a stream of them; ends the call if one is bad."""
+    if isinstance(request, _Bad):
+        await context.abort(request.code, request.reason)
+    return request if isinstance(request, Message) else _each_good(request, context)
+
+
+async def _each_good(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
     async for request in requests:
-        yield await _limited(request, context)
+        if isinstance(request, _Bad):
+            await context.abort(request.code, request.reason)
+        yield request
 
 
 def _code(said: Any, error: BaseException | None) -> grpc.StatusCode:

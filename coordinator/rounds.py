@@ -30,9 +30,10 @@
   machine's time ends no round.
 * While the state cannot be written nothing moves; every step is tried again until it can.
 
-All state changes are synchronous code on the event loop: no other coroutine sees a half of one, and
-a cancelled call cannot leave one. Only the aggregate is computed in a thread; while it is, the
-round is closed to updates.
+What devices cause, such as an accepted update, is committed for many of them at once (`Commits`).
+Everything else that changes the rounds is synchronous code on the event loop that holds the same
+lock: it sees no half of such a commit, and a cancelled call cannot leave one. The aggregate is
+computed in a thread, without the lock; while it is, the round is closed to updates.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -57,11 +58,24 @@ from coordinator.aggregation import (
     conclude_sum,
 )
 from coordinator.buffering import Buffering
+from coordinator.commits import Commits
 from coordinator.database import TakenOverError
 from coordinator.quality import Quality, QualityGate
 from coordinator.secure_aggregation import Masking, SecureAggregation, over
 from coordinator.selection import Selection
-from coordinator.state import Device, MaskingMember, Round, Standing, State, Status, Update
+from coordinator.state import (
+    Change,
+    Delivery,
+    Device,
+    MaskingMember,
+    Participant,
+    Refusal,
+    Round,
+    Standing,
+    State,
+    Status,
+    Update,
+)
 from edge_runtime import wire
 from edge_runtime.errors import AdapterError, ComigsError, StorageError, brief
 from protos import coordinator_pb2 as pb
@@ -81,6 +95,8 @@ LOOK_SECONDS = 0.05
 INTACT_SECONDS = 60.0
 # How long to wait for the last round's devices to store the final generalist.
 DELIVERY_SECONDS = 60.0
+
+WAIT = pb.CheckInReply(action=pb.CheckInReply.WAIT, retry_seconds=RETRY_SECONDS)
 
 T = TypeVar("T")
 
@@ -180,6 +196,7 @@ class Rounds:
         self._ledger = None if policy.privacy is None else Ledger(state, policy.privacy)
         self._told_spent = False
         self._history = state.history()
+        self._commits: Commits[Change] = Commits(state.commit)
         self._stopping = False
         self._closing: int | None = None
         # When the open round's deadline is, by the monotonic clock.
@@ -244,7 +261,16 @@ class Rounds:
                     self._report("storage_recovered", {})
                 return result
 
+    async def settled(self) -> None:
+        """Returns when everything that devices have caused is durable."""
+        await self._commits.settled()
+
     async def _resume(self) -> None:
+        async with self._commits.still:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Goes on where the coordinator had ended."""
         current = self._state.current()
         if self._ledger is not None:
             left = max(0, self._policy.rounds - current.done)
@@ -271,6 +297,15 @@ class Rounds:
 
     async def _advance(self) -> bool:
         """Takes the next step if it is due. Returns whether there may be another one."""
+        async with self._commits.still:
+            step = self._step()
+        if not isinstance(step, bool):
+            await self._aggregate(step)
+            return True
+        return step
+
+    def _step(self) -> bool | Round:
+        """Likewise; a round that is to be aggregated is only closed to updates, and returned."""
         current = self._state.current()
         self._check_start(current)
         if self._is_over(current) or current.paused:
@@ -279,26 +314,27 @@ class Rounds:
         if current.status == Status.WAITING:
             return self._open(current)
         if self._masked is not None:
-            return await self._advance_masked(self._masked, current)
-        return await self._close_if_due(current)
+            return self._step_masked(self._masked, current)
+        return self._close_if_due(current)
 
-    async def _close_if_due(self, current: Round) -> bool:
+    def _close_if_due(self, current: Round) -> bool | Round:
         if self._policy.buffering is not None:
-            if full := self._is_full(current.number):
-                await self._aggregate(current, self._state.updates(current.number))
-            return full
+            return self._closed(current) if self._is_full(current.number) else False
         due = self._seconds_left(current) == 0
         enough = self._state.count_updates(current.number) >= self._policy.min_devices
         if enough and (due or self._is_complete(current.number)):
-            await self._aggregate(current, self._state.updates(current.number))
-            return True
+            return self._closed(current)
         if due:
             updates = self._state.updates(current.number)
             self._abandon(current, updates, "too few updates at its deadline")
             return True
         return False
 
-    async def _advance_masked(self, masked: SecureAggregation, current: Round) -> bool:
+    def _closed(self, current: Round) -> Round:
+        self._closing = current.number
+        return current
+
+    def _step_masked(self, masked: SecureAggregation, current: Round) -> bool | Round:
         """Likewise, with secure aggregation: it begins when training is over."""
         number = current.number
         gone = self._state.unreliable(number)
@@ -311,8 +347,7 @@ class Rounds:
         except AggregationError as error:
             self._abandon(current, self._state.updates(number), str(error))
             return True
-        await self._aggregate(current, self._state.updates(number))
-        return True
+        return self._closed(current)
 
     def _settle(self, masked: SecureAggregation, current: Round) -> bool:
         """Lets those who have trained begin with secure aggregation, if it is time."""
@@ -361,33 +396,36 @@ class Rounds:
         self._gathered_by = None
         return [candidates[name] for name in selection.choose(number, candidates)]
 
-    async def _aggregate(self, current: Round, updates: list[Update]) -> None:
-        self._closing = current.number
+    async def _aggregate(self, current: Round) -> None:
+        """Ends a round that was closed to updates."""
         quality = None
         try:
+            updates = self._state.updates(current.number)
             contributions = [self._contribution(current, update) for update in updates]
             outcome = await asyncio.to_thread(self._close, current, updates, contributions)
             generalist = wire.encode(self._manifest, outcome.generalist)
             if self._policy.gate is not None:
                 quality = await self._measure(self._policy.gate, current, generalist)
-            if not self._is_still(current):
-                return
-            noise = None if self._ledger is None else self._ledger.privacy.noise_multiplier
-            if (objection := self._objection(quality)) is not None:
-                # Its quality is told, so it costs privacy like any other.
-                self._abandon(current, updates, objection, quality=quality, noise=noise)
-                return
-            self._state.aggregate(
-                current.number,
-                generalist,
-                outcome.memory,
-                quality=quality,
-                noise=noise,
-                reach=self._reach(),
-            )
+            async with self._commits.still:
+                if not self._is_still(current):
+                    return
+                noise = None if self._ledger is None else self._ledger.privacy.noise_multiplier
+                if (objection := self._objection(quality)) is not None:
+                    # Its quality is told, so it costs privacy like any other.
+                    self._abandon(current, updates, objection, quality=quality, noise=noise)
+                    return
+                self._state.aggregate(
+                    current.number,
+                    generalist,
+                    outcome.memory,
+                    quality=quality,
+                    noise=noise,
+                    reach=self._reach(),
+                )
         except (AggregationError, AdapterError) as error:
-            if self._is_still(current):  # else its files may have been deleted meanwhile
-                self._give_up(current, updates, error)
+            async with self._commits.still:
+                if self._is_still(current):  # else its files may have been deleted meanwhile
+                    self._give_up(current, updates, error)
             return
         finally:
             self._closing = None
@@ -570,22 +608,24 @@ class Rounds:
 
     # What the administrator commands; durable on return
 
-    def pause(self) -> None:
+    async def pause(self) -> None:
         """Keeps rounds from beginning and from ending, and devices from being sent to train."""
-        if not self._state.current().paused:
-            self._state.pause()
-            self._report("paused", {})
+        async with self._commits.still:
+            if not self._state.current().paused:
+                self._state.pause()
+                self._report("paused", {})
 
-    def resume(self) -> None:
+    async def resume(self) -> None:
         """Ends a pause."""
-        if self._state.current().paused:
-            self._state.unpause(deadline=self._start_clock())
-            if self._masked is not None:
-                self._masked.start_clock()
-            self._report("resumed", {})
-            self._wake()
+        async with self._commits.still:
+            if self._state.current().paused:
+                self._state.unpause(deadline=self._start_clock())
+                if self._masked is not None:
+                    self._masked.start_clock()
+                self._report("resumed", {})
+                self._wake()
 
-    def abort(self, reason: str, command: str) -> int:
+    async def abort(self, reason: str, command: str) -> int:
         """Abandons the open round and drops its updates; its number.
 
         Args:
@@ -594,6 +634,10 @@ class Rounds:
         Raises:
             RefusedCommandError: no round is open.
         """
+        async with self._commits.still:
+            return self._abort(reason, command)
+
+    def _abort(self, reason: str, command: str) -> int:
         if (made := self._state.commanded(command)) is not None:
             return made.number - 1
         current = self._state.current()
@@ -606,7 +650,7 @@ class Rounds:
         self._wake()
         return current.number
 
-    def roll_back(self, number: int, command: str) -> int:
+    async def roll_back(self, number: int, command: str) -> int:
         """Goes back to the generalist that round `number` started from.
 
         Args:
@@ -619,6 +663,10 @@ class Rounds:
             RefusedCommandError: there is no such round, it is the current one, or its generalist
                 is missing or damaged.
         """
+        async with self._commits.still:
+            return self._roll_back(number, command)
+
+    def _roll_back(self, number: int, command: str) -> int:
         if (made := self._state.commanded(command)) is not None:
             return made.number
         current, wanted = self._state.current(), self._state.round(number)
@@ -662,7 +710,7 @@ class Rounds:
                 self._heard[device] = time.monotonic()
                 changed = self._changed
                 self._nudged.set()
-                reply = self._answer(device)
+                reply = self._answer(device) or await self._join(device)
                 left = end - time.monotonic()
                 if reply.action != pb.CheckInReply.WAIT or left <= 0 or self._stopping:
                     break
@@ -675,8 +723,20 @@ class Rounds:
             self._heard[device] = time.monotonic()
         else:
             self._heard.pop(device, None)
-        reply.history = self._history
-        return reply
+        answer = pb.CheckInReply(history=self._history)
+        answer.MergeFrom(reply)
+        return answer
+
+    async def _join(self, device: str) -> pb.CheckInReply:
+        """What to answer a device that is to become a participant first."""
+
+        def join(_: list[Change]) -> Change | None:
+            if self._answer(device) is not None:  # the round has ended
+                return None
+            return Participant(round=self._state.current().number, device=device)
+
+        await self._commits.make(device, join)
+        return self._answer(device) or WAIT
 
     def check_update(self, device: str, header: pb.UploadHeader) -> bool:
         """Whether an update with this header could count now; False if it does already.
@@ -699,8 +759,12 @@ class Rounds:
             )
         return accepted
 
-    def _place(self, device: str, header: pb.UploadHeader) -> int:
-        """The round in which an update with this header would count; raises as `check_update`."""
+    def _place(self, device: str, header: pb.UploadHeader, beside: Sequence[Change] = ()) -> int:
+        """The round in which an update with this header would count; raises as `check_update`.
+
+        Args:
+            beside: what is committed together with it.
+        """
         if header.history not in ("", self._history):
             raise RefusedUpdateError(
                 f"round {header.round} was forgotten when the coordinator was restored from a "
@@ -709,7 +773,7 @@ class Rounds:
             )
         current = self._state.current()
         if self._policy.buffering is not None:
-            return self._place_in_buffer(self._policy.buffering, current, device, header)
+            return self._place_in_buffer(self._policy.buffering, current, device, header, beside)
         if header.round < current.number or header.round == self._closing:
             raise RefusedUpdateError(f"round {header.round} is over", Reason.LATE)
         if header.round > current.number or current.status != Status.OPEN:
@@ -722,20 +786,25 @@ class Rounds:
             problem = self._masked.check_upload(device, header.round, header.total_bytes)
             if problem is not None:
                 raise RefusedUpdateError(problem, Reason.MASKING)
-        elif self._is_full(header.round):
+        elif self._is_full(header.round, beside):
             raise RefusedUpdateError(
                 f"round {header.round} has all the updates that it wanted", Reason.FULL
             )
         return header.round
 
     def _place_in_buffer(
-        self, buffering: Buffering, current: Round, device: str, header: pb.UploadHeader
+        self,
+        buffering: Buffering,
+        current: Round,
+        device: str,
+        header: pb.UploadHeader,
+        beside: Sequence[Change],
     ) -> int:
         """Likewise, in asynchronous rounds: the first one with room."""
         if header.round > current.number:
             raise RefusedUpdateError(f"round {header.round} has not begun", Reason.EARLY)
         number = current.number
-        while self._state.count_updates(number) >= buffering.size:
+        while self._count(number, beside) >= buffering.size:
             number += 1
         if current.done + number - current.number >= self._policy.rounds:
             raise RefusedUpdateError("all rounds have the updates that they wanted", Reason.FULL)
@@ -756,33 +825,36 @@ class Rounds:
             )
         return number
 
-    def accept(self, device: Device, header: pb.UploadHeader, file: str) -> None:
+    async def accept(self, device: Device, header: pb.UploadHeader, file: str) -> None:
         """Counts a checked update whose payload is on disk as `file`; durable on return.
 
         Raises:
             RefusedUpdateError: it came too late, or another one came first.
         """
-        if self._accepted(device.id, header) is not None:
-            return
-        counted = self._place(device.id, header)
-        self._state.add_update(
-            Update(
+
+        def count(beside: list[Change]) -> Change | None:
+            if self._accepted(device.id, header) is not None:
+                return None
+            return Update(
                 round=header.round,
                 device=device.id,
-                counted=counted,
+                counted=self._place(device.id, header, beside),
                 file=file,
                 sha256=header.sha256,
                 tokens=header.tokens,
                 contract_sha256=device.contract_sha256,
             )
-        )
+
+        made = await self._commits.make(device.id, count)
+        if not isinstance(made, Update):
+            return
         self._report(
             "update_accepted",
             {
-                "round": counted,
+                "round": made.counted,
                 "device": device.name,
                 "bytes": header.total_bytes,
-                "behind": counted - header.round,
+                "behind": made.counted - header.round,
             },
         )
         self._nudged.set()
@@ -811,9 +883,10 @@ class Rounds:
                 return reply
             await _wait(changed, left)
 
-    def refuse(self, device: Device, number: int, error: RefusedUpdateError) -> None:
+    async def refuse(self, device: Device, number: int, error: RefusedUpdateError) -> None:
         """Records a refused update; the round goes on without it."""
-        self._state.add_refusal(number, device.id, str(error))
+        refusal = Refusal(round=number, device=device.id, reason=str(error), time=time.time())
+        await self._commits.make(device.id, lambda _: refusal)
         self._report(
             "update_refused",
             {
@@ -831,31 +904,31 @@ class Rounds:
         self._heard.pop(device, None)
         self._nudged.set()
 
-    def delivered(self, device: str, number: int) -> None:
+    async def delivered(self, device: str, number: int) -> None:
         """`device` has stored the generalist of round `number`."""
         current = self._state.current()
         if self._is_over(current) and number == current.number:
-            self._state.note_delivery(device, number)
+            await self._commits.make(device, lambda _: Delivery(number, device))
             self._nudged.set()
 
     # The inside
 
-    def _answer(self, device: str) -> pb.CheckInReply:
+    def _answer(self, device: str) -> pb.CheckInReply | None:
+        """None: it is to train, and to become a participant first."""
         current = self._state.current()
         if self._is_over(current):
             return pb.CheckInReply(action=pb.CheckInReply.FINISH, round=current.number)
         left = self._seconds_left(current)
-        wait = pb.CheckInReply(action=pb.CheckInReply.WAIT, retry_seconds=RETRY_SECONDS)
         has_time = left or self._policy.buffering is not None
         if current.status != Status.OPEN or current.paused or not has_time:
-            return wait
+            return WAIT
         standing = self._state.standing(current.number, device)
         if not self._is_wanted(standing, current.number):
-            return wait
+            return WAIT
         if self._policy.buffering is not None and self._state.counts(current.number, device):
-            return wait
+            return WAIT
         if not standing.participates:
-            self._state.join(current.number, device)
+            return None
         return pb.CheckInReply(
             action=pb.CheckInReply.TRAIN,
             round=current.number,
@@ -901,16 +974,21 @@ class Rounds:
             return False
         return standing.sha256 is None and not standing.refused
 
-    def _is_full(self, number: int) -> bool:
+    def _count(self, number: int, beside: Sequence[Change] = ()) -> int:
+        """How many updates count in the round, with those in `beside`."""
+        more = sum(isinstance(row, Update) and row.counted == number for row in beside)
+        return self._state.count_updates(number) + more
+
+    def _is_full(self, number: int, beside: Sequence[Change] = ()) -> bool:
         """Whether the round has as many updates as it wants."""
         if self._policy.buffering is not None:
-            return self._state.count_updates(number) >= self._policy.buffering.size
+            return self._count(number, beside) >= self._policy.buffering.size
         selection = self._policy.selection
         if selection is None:
             return False
         if self._masked is not None:
             return self._state.count_masking(number) >= selection.wanted
-        return self._state.count_updates(number) >= selection.wanted
+        return self._count(number, beside) >= selection.wanted
 
     def _is_complete(self, number: int) -> bool:
         """Whether the round has the updates that it should have before it closes early."""

@@ -147,6 +147,8 @@ async def serve(options: Options, report: Report) -> None:
             report=report,
         )
         async with contextlib.AsyncExitStack() as running:
+            for cohort in cohorts.all:
+                running.push_async_callback(cohort.rounds.settled)
             if options.monitor is not None:
                 report("monitoring", {"address": _monitor(options, metrics, overview, running)})
             listening = _insecure(parts, running) if options.insecure else _secure(parts, running)

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from coordinator.rounds import RefusedUpdateError, Report
 from coordinator.secure_aggregation import RefusedStepError
 from coordinator.state import Device, State
 from coordinator.tls import Authority, RefusedRequestError, requested_key
-from coordinator.uploads import BrokenUploadError, Uploads
+from coordinator.uploads import BrokenUploadError, Part, Uploads
 from edge_runtime import protocol, wire
 from edge_runtime.connection import Traffic
 from protos import coordinator_pb2 as pb
@@ -65,8 +66,11 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         self._traffic = traffic
         self._report = report
         uploads = Transfers(limits)
+        thread = ThreadPoolExecutor(1, "uploads")
         self._uploads = {
-            cohort.name: Uploads(cohort=cohort, transfers=uploads, traffic=traffic, masked=masked)
+            cohort.name: Uploads(
+                cohort=cohort, transfers=uploads, traffic=traffic, masked=masked, thread=thread
+            )
             for cohort in cohorts.all
         }
         self._downloads = Transfers(limits)
@@ -80,7 +84,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             spoken = await common_protocol(request.protocol, context, oldest)
             reply = await cohort.rounds.check_in(device.id, request.wait_seconds)
             reply.protocol = spoken
-            cohort.rounds.delivered(device.id, request.stored_round)
+            await cohort.rounds.delivered(device.id, request.stored_round)
             return self._traffic.send(reply)
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
@@ -111,9 +115,10 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             finally:
                 self._downloading.discard(device.id)
 
-    async def Upload(  # noqa: N802
-        self, request_iterator: _MaybeAsyncIterator[pb.UploadPart], context: Context
+    async def Upload(  # type: ignore[override] # noqa: N802
+        self, request_iterator: _MaybeAsyncIterator[Part], context: Context
     ) -> pb.UploadReply:
+        """Its parts come as `read_part` makes them."""
         header = pb.UploadHeader()
         async with self._member(context) as (device, cohort):
             uploads = self._uploads[cohort.name]
@@ -124,13 +129,13 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                     self._check_header(header, cohort.manifest_of(device))
                     if cohort.rounds.check_update(device.id, header):
                         file = await uploads.receive(device, header, parts)
-                        cohort.rounds.accept(device, header, file)
+                        await cohort.rounds.accept(device, header, file)
             except TimeoutError:
                 broken = f"the upload took longer than {UPLOAD_SECONDS:.0f} seconds"
             except BrokenUploadError as error:
                 broken = str(error)
             except RefusedUpdateError as error:
-                cohort.rounds.refuse(device, header.round, error)
+                await cohort.rounds.refuse(device, header.round, error)
                 return self._traffic.send(pb.UploadReply(accepted=False, reason=str(error)))
             else:
                 return self._traffic.send(pb.UploadReply(accepted=True))
@@ -166,7 +171,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             try:
                 return self._traffic.send(await cohort.rounds.aggregate(device, request))
             except RefusedStepError as error:
-                cohort.rounds.refuse(device, request.round, RefusedUpdateError(str(error)))
+                await cohort.rounds.refuse(device, request.round, RefusedUpdateError(str(error)))
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     async def Renew(self, request: pb.SigningRequest, context: Context) -> pb.Certificate:  # noqa: N802
@@ -217,13 +222,13 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                 )
             yield device, cohort
 
-    async def _receive_header(self, parts: AsyncIterator[pb.UploadPart]) -> pb.UploadHeader:
+    async def _receive_header(self, parts: AsyncIterator[Part]) -> pb.UploadHeader:
         part = await anext(parts, None)
         if part is None:
             raise BrokenUploadError("the upload ended before it began")
-        self._traffic.receive(part)
-        if part.WhichOneof("part") != "header":
+        if isinstance(part, memoryview) or part.WhichOneof("part") != "header":
             raise RefusedUpdateError("the upload does not start with a header")
+        self._traffic.receive(part)
         return part.header
 
     def _check_header(self, header: pb.UploadHeader, manifest: manifest_pb2.Manifest) -> None:

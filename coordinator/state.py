@@ -55,8 +55,8 @@ from coordinator.quality import Quality
 from edge_runtime.errors import BundleError, StorageError
 from edge_runtime.files import (
     remove_leftovers,
-    replace_durably,
     storage_errors,
+    sync,
     write_atomic,
 )
 
@@ -222,6 +222,19 @@ class Refusal(Base):
     time: Mapped[float]
 
     __table_args__ = (Index("refusals_of_device", "device", "time"),)
+
+
+@dataclass
+class Delivery:
+    """A device has stored the final generalist, that of round `round`."""
+
+    round: int
+    device: str
+    cohort: str = ""
+
+
+Change = Participant | Update | Refusal | Delivery
+"""What a device causes, and `State.commit` takes together with what others cause."""
 
 
 class PrivacySpend(Base):
@@ -628,11 +641,6 @@ class State:
             chosen = select(Device.name, Device.id).where(Device.id.in_(list(devices)))
             return {name: device for name, device in session.execute(chosen)}
 
-    def note_delivery(self, device: str, number: int) -> None:
-        """Notes that `device` has stored the final generalist, that of round `number`."""
-        with self._transaction() as session:
-            session.get_one(Device, device).stored_round = number
-
     def delivered(self, number: int) -> set[str]:
         """Ids of the devices that have stored the final generalist, that of round `number`."""
         with self._transaction() as session:
@@ -831,12 +839,6 @@ class State:
 
     # Participants, updates and refusals
 
-    def join(self, number: int, device: str) -> None:
-        """Makes `device` a participant of the round; nothing happens if it is one."""
-        with self._transaction() as session:
-            if session.get(Participant, (self.cohort, number, device)) is None:
-                session.add(self._participant(number, device))
-
     def participants(self, number: int) -> set[str]:
         with self._transaction() as session:
             chosen = select(Participant.device).where(
@@ -902,7 +904,8 @@ class State:
         return path
 
     def keep_partial(self, path: Path, number: int, device: str, sha256: bytes) -> str:
-        """Makes a gathered update durable; only `add_update` makes it count.
+        """Gives a gathered update, whose content becomes durable, its place; only a commit of the
+        row makes it count.
 
         Args:
             path: where it is, whole and checked.
@@ -919,13 +922,26 @@ class State:
         if not path.exists():
             raise FileNotFoundError(path)
         with storage_errors(self.directory / relative):
-            replace_durably(path, self.directory / relative)
+            sync(path)
+            os.replace(path, self.directory / relative)
         return relative
 
-    def add_update(self, update: Update) -> None:
-        update.cohort = self.cohort
+    def commit(self, changes: Sequence[Change]) -> None:
+        """Makes changes that many devices have caused durable, all of them or none."""
+        for change in changes:
+            change.cohort = self.cohort
+        files = (self.directory / row.file for row in changes if isinstance(row, Update))
+        for directory in {file.parent for file in files}:
+            with storage_errors(directory):
+                sync(directory)
         with self._transaction() as session:
-            session.add(update)
+            for change in changes:
+                if isinstance(change, Delivery):
+                    session.get_one(Device, change.device).stored_round = change.round
+                elif isinstance(change, Refusal):
+                    self._add_refusal(session, change)
+                else:
+                    session.add(change)
 
     def drop_update(self, number: int, device: str, reason: str) -> str:
         """Refuses an accepted update after all. Returns the device's name."""
@@ -933,29 +949,28 @@ class State:
         with self._transaction() as session:
             dropped = session.scalars(chosen).one()
             session.delete(dropped)
-            name = session.get_one(Device, device).name
-        self.add_refusal(dropped.round, device, reason)
-        return name
+            self._add_refusal(
+                session,
+                Refusal(
+                    cohort=self.cohort,
+                    round=dropped.round,
+                    device=device,
+                    reason=reason,
+                    time=time.time(),
+                ),
+            )
+            return session.get_one(Device, device).name
 
-    def add_refusal(self, number: int, device: str, reason: str) -> None:
-        """Notes that an update of `device` was refused; of many in a minute, the first ones."""
-        with self._transaction() as session:
-            now = time.time()
-            lately = (Refusal.device == device) & (Refusal.time > now - 60)
-            count = session.scalar(select(func.count()).select_from(Refusal).where(lately)) or 0
-            if count < REFUSALS_A_MINUTE:
-                session.add(
-                    Refusal(
-                        cohort=self.cohort,
-                        round=number,
-                        device=device,
-                        reason=reason,
-                        time=now,
-                    )
-                )
-            participant = session.get(Participant, (self.cohort, number, device))
-            if participant is not None:
-                participant.refused = True
+    def _add_refusal(self, session: Session, refusal: Refusal) -> None:
+        """Notes that an update of a device was refused; of many in a minute, the first ones."""
+        lately = (Refusal.device == refusal.device) & (Refusal.time > refusal.time - 60)
+        count = session.scalar(select(func.count()).select_from(Refusal).where(lately)) or 0
+        if count < REFUSALS_A_MINUTE:
+            session.add(refusal)
+        whose = (self.cohort, refusal.round, refusal.device)
+        participant = session.get(Participant, whose)
+        if participant is not None:
+            participant.refused = True
 
     # Differential privacy
 

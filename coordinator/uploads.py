@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import io
 import os
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,20 +32,122 @@ from edge_runtime.files import storage_errors
 from protos import coordinator_pb2 as pb
 
 T = TypeVar("T")
+# So much of an update may wait to be written.
+MOST_PIECES = 4
+READ_BYTES = 1024**2
+# An UploadPart that is nothing but data begins so: field 2, of variable length.
+DATA = 0x12
+
+Part = pb.UploadPart | memoryview
+"""What an upload consists of; memoryview: the data of a part that is nothing else."""
 
 
 class BrokenUploadError(Exception):
     """An upload that does not count yet and may be taken up again; one line that says why."""
 
 
+def read_part(content: bytes) -> Part:
+    """A serialized UploadPart. Its data is not copied, as protobuf would do twice.
+
+    Raises:
+        DecodeError: it is none.
+    """
+    if content[:1] == bytes([DATA]):
+        size, shift, at = 0, 0, 1
+        while at < min(len(content), 6):
+            size |= (content[at] & 0x7F) << shift
+            shift, at = shift + 7, at + 1
+            if content[at - 1] < 0x80:
+                if at + size == len(content):
+                    return memoryview(content)[at:]
+                break
+    return pb.UploadPart.FromString(content)
+
+
+class Gathering:
+    """The file of an update that is coming in. A thread writes what has come while more comes."""
+
+    def __init__(self, file: io.FileIO, offset: int, thread: Executor) -> None:
+        """What is in the file beyond `offset` does not count."""
+        file.truncate(offset)
+        file.seek(0)
+        self._file, self._thread = file, thread
+        self._sha256 = hashlib.sha256()
+        self._pieces: list[memoryview] = []
+        self._writing: asyncio.Future[None] | None = None
+        self._failure: BaseException | None = None
+        if offset:
+            self._start()
+
+    async def add(self, data: memoryview) -> None:
+        """Takes what follows; waits while much of it is in memory.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._pieces.append(data)
+        if self._writing is None:
+            self._start()
+        while self._writing is not None and len(self._pieces) >= MOST_PIECES:
+            await asyncio.wait([self._writing])
+        if self._failure is not None:
+            raise self._failure
+
+    async def end(self) -> bytes:
+        """SHA-256 of all that has come, once it is written. Cancelled, it still waits for that.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        cancelled: asyncio.CancelledError | None = None
+        while self._writing is not None:
+            try:
+                await asyncio.wait([self._writing])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+        if self._failure is not None:
+            raise self._failure
+        return self._sha256.digest()
+
+    def _start(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        loop = asyncio.get_running_loop()
+        self._writing = loop.run_in_executor(self._thread, self._write, pieces)
+        self._writing.add_done_callback(self._written)
+
+    def _written(self, writing: asyncio.Future[None]) -> None:
+        self._writing, self._failure = None, writing.exception()
+        if self._pieces and self._failure is None:
+            self._start()
+
+    def _write(self, pieces: list[memoryview]) -> None:
+        """In the thread."""
+        while known := self._file.read(READ_BYTES):  # before the offset, and only once
+            self._sha256.update(known)
+        for piece in pieces:
+            self._sha256.update(piece)
+            rest = piece
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+
 class Uploads:
     """Gathers the updates of one cohort. One event loop, one instance per State."""
 
     def __init__(
-        self, *, cohort: Cohort, transfers: Transfers, traffic: Traffic, masked: bool
+        self,
+        *,
+        cohort: Cohort,
+        transfers: Transfers,
+        traffic: Traffic,
+        masked: bool,
+        thread: Executor,
     ) -> None:
         """
         Args:
+            thread: writes what comes.
             masked: whether updates are masked, so that any bytes of the right number will do.
         """
         self._transfers = transfers
@@ -53,6 +157,7 @@ class Uploads:
         self._masked = masked
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._open: dict[str, asyncio.Timeout] = {}
+        self._thread = thread
         # Held while an update is in memory as a whole.
         self._unpacking = threading.Lock()
 
@@ -62,7 +167,7 @@ class Uploads:
         return path.stat().st_size if path.exists() else 0
 
     async def receive(
-        self, device: Device, header: pb.UploadHeader, parts: AsyncIterator[pb.UploadPart]
+        self, device: Device, header: pb.UploadHeader, parts: AsyncIterator[Part]
     ) -> str:
         """Takes in the data that follows `header`, from its offset on, and checks the whole.
 
@@ -83,8 +188,8 @@ class Uploads:
             try:
                 async with self._transfers.turn() as moved:
                     with storage_errors(path):
-                        await self._gather(path, header, parts, moved)
-                return await _to_its_end(lambda: self._keep(path, device, header))
+                        digest = await self._gather(path, header, parts, moved)
+                return await _to_its_end(lambda: self._keep(path, device, header, digest))
             except TooSlowError as error:
                 raise BrokenUploadError(str(error)) from error
             except RefusedUpdateError:
@@ -112,39 +217,44 @@ class Uploads:
         self,
         path: Path,
         header: pb.UploadHeader,
-        parts: AsyncIterator[pb.UploadPart],
+        parts: AsyncIterator[Part],
         moved: Callable[[int], None],
-    ) -> None:
-        """Writes what comes into the file, from the header's offset on, piece by piece."""
+    ) -> bytes:
+        """Writes what comes into the file, from the header's offset on, piece by piece.
+
+        Returns:
+            SHA-256 of the whole.
+        """
+        received = header.offset
         with path.open("r+b", buffering=0) as file:
-            if header.offset > file.seek(0, os.SEEK_END):
+            if received > file.seek(0, os.SEEK_END):
                 raise BrokenUploadError("the bytes before the offset are not here")
-            received = file.seek(file.truncate(header.offset))
-            async for part in parts:
-                self._traffic.receive(part)
-                if part.WhichOneof("part") != "data":
-                    raise RefusedUpdateError("something other than data follows the header")
-                data = part.data  # each look at it is a copy
-                moved(len(data))
-                received += len(data)
-                if received > header.total_bytes:
-                    raise RefusedUpdateError(
-                        f"more data came than the {header.total_bytes} bytes that were announced"
-                    )
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[file.write(rest) :]
+            gathering = Gathering(file, received, self._thread)
+            try:
+                async for part in parts:
+                    if isinstance(part, pb.UploadPart):
+                        raise RefusedUpdateError("something other than data follows the header")
+                    self._traffic.received += memoryview(part.obj).nbytes
+                    moved(len(part))
+                    received += len(part)
+                    if received > header.total_bytes:
+                        raise RefusedUpdateError(
+                            f"more data came than the {header.total_bytes} bytes announced"
+                        )
+                    await gathering.add(part)
+            finally:  # however it ended, the device may go on from here
+                digest = await gathering.end()
         if received < header.total_bytes:
             # So it ends when the connection breaks, too.
             raise BrokenUploadError(
                 f"the upload is truncated: {received} of {header.total_bytes} bytes came"
             )
+        return digest
 
-    def _keep(self, path: Path, device: Device, header: pb.UploadHeader) -> str:
-        """Checks what was gathered, and makes it durable. Memory stays far below its size."""
+    def _keep(self, path: Path, device: Device, header: pb.UploadHeader, digest: bytes) -> str:
+        """Checks what was gathered, of that SHA-256, and makes it durable. Memory stays far below
+        its size."""
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").digest()
             if digest != header.sha256:
                 if header.offset:  # what came before a break was lost on this side
                     path.unlink()
@@ -186,9 +296,9 @@ class Uploads:
 
 async def _to_its_end(work: Callable[[], T]) -> T:
     """The result of `work`, run in a thread; cancelled, it still waits for the thread."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
+    running = asyncio.get_running_loop().run_in_executor(None, work)
     try:
-        return await asyncio.shield(task)
+        return await asyncio.shield(running)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        await asyncio.wait([running])
         raise

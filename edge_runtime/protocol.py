@@ -73,7 +73,14 @@ def check(message: Message) -> None:
     Raises:
         TooLargeError: `message` is larger than one of its kind may be.
     """
-    name, size = message.DESCRIPTOR.name, message.ByteSize()
+    check_size(message.DESCRIPTOR.name, message.ByteSize())
+
+
+def check_size(name: str, size: int) -> None:
+    """
+    Raises:
+        TooLargeError: a message of that name may not be so large.
+    """
     most = MOST_BYTES.get(name, LARGEST)
     if size > most:
         raise TooLargeError(f"a {name} of {size} bytes is larger than the {most} that one may have")

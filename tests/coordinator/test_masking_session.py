@@ -452,7 +452,7 @@ def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
         digest = hashlib.sha256(payload).digest()
         place = {"cohort": "base", "round": 1, "device": devices[number].id}
         known = {"contract_sha256": "c", "counted": True}
-        state.add_update(Update(**place, **known, file=name, sha256=digest, tokens=1))
+        state.commit([Update(**place, **known, file=name, sha256=digest, tokens=1)])
     assert secure.advance(group(), {devices[n].id for n in absent})
     summed = sorted(devices.keys() - absent)
     silent, late = {1, 8}, 19
