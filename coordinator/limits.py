@@ -36,6 +36,8 @@ BURST = 50
 LONGEST_DELAY_SECONDS = 2.0
 # Seconds that a transfer may lag behind the least rate.
 GRACE_SECONDS = 10.0
+# A transfer's time limit is put off so often: it may end that much too early.
+REARM_SECONDS = 1.0
 # What a device may send before anybody looks at it, of each call.
 WINDOW_BYTES = 16 * 1024
 LOOK_SECONDS = 1.0
@@ -116,13 +118,15 @@ class Transfers:
             TooSlowError: too few have.
         """
         async with self._free:
-            due = asyncio.get_running_loop().time() + GRACE_SECONDS
+            due = armed = asyncio.get_running_loop().time() + GRACE_SECONDS
             scope = asyncio.timeout_at(due)
 
             def moved(count: int) -> None:
-                nonlocal due
+                nonlocal due, armed
                 due += count / self._rate
-                scope.reschedule(due)
+                if due > armed + REARM_SECONDS:  # each time costs something
+                    armed = due
+                    scope.reschedule(due)
 
             try:
                 async with scope:

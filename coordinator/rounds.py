@@ -206,6 +206,8 @@ class Rounds:
         self._heard: dict[str, float] = {}
         # Wakes the check-ins that wait; replaced by a new one each time.
         self._changed = asyncio.Event()
+        # All who wait wake at once; answering so many takes a while.
+        self._waking = asyncio.Lock()
         # Wakes `run`.
         self._nudged = asyncio.Event()
         # When it last woke, by the monotonic clock.
@@ -715,6 +717,8 @@ class Rounds:
                 if reply.action != pb.CheckInReply.WAIT or left <= 0 or self._stopping:
                     break
                 await _wait(changed, left)
+                async with self._waking:  # one by one, and whoever comes anew in between
+                    pass
         except asyncio.CancelledError:
             # The device hung up: it is not waiting any more.
             self._heard.pop(device, None)

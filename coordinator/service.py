@@ -127,8 +127,8 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                     parts = aiter(request_iterator)
                     header = await self._receive_header(parts)
                     self._check_header(header, cohort.manifest_of(device))
-                    if cohort.rounds.check_update(device.id, header):
-                        file = await uploads.receive(device, header, parts)
+                    file = await uploads.receive(device, header, parts)
+                    if file is not None:
                         await cohort.rounds.accept(device, header, file)
             except TimeoutError:
                 broken = f"the upload took longer than {UPLOAD_SECONDS:.0f} seconds"

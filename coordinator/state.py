@@ -341,7 +341,8 @@ class Queries:
         accepted = select(updates).where(of_round(updates), updates.c.device == device)
         self.enrolled = select(devices).where(devices.c.enrolment == _given("enrolment"))
         self.current = select(rounds).where(
-            rounds.c.cohort == _given("cohort"), rounds.c.status.in_([Status.WAITING, Status.OPEN])
+            rounds.c.cohort == _given("cohort"),
+            (rounds.c.status == Status.WAITING) | (rounds.c.status == Status.OPEN),
         )
         self.standing = select(
             joined.scalar_subquery(),
@@ -448,6 +449,7 @@ class State:
             self.close()
             raise
         self.clean()
+        self._remove_uncounted()
         written = (directory / name for name in (GENERALISTS, MEMORIES))
         for place in (directory, *written, *(directory / UPDATES).glob("*")):
             remove_leftovers(place)
@@ -837,6 +839,14 @@ class State:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
 
+    def _remove_uncounted(self) -> None:
+        """Deletes updates that a kill kept from being counted; their devices send them again."""
+        with self._transaction() as session:
+            counted = set(session.scalars(select(Update.file)))
+        for path in (self.directory / UPDATES).glob("*/*.safetensors"):
+            if path.relative_to(self.directory).as_posix() not in counted:
+                path.unlink(missing_ok=True)
+
     # Participants, updates and refusals
 
     def participants(self, number: int) -> set[str]:
@@ -892,16 +902,14 @@ class State:
         """Where the bytes of an update are gathered; nothing may be there yet."""
         return self.directory / self._updates_of(number) / device / f"{sha256.hex()}.partial"
 
-    def begin_partial(self, number: int, device: str, sha256: bytes) -> Path:
+    def begin_partial(self, path: Path) -> None:
         """Makes that file, or takes it up again; other unfinished updates of the device go."""
-        path = self.partial(number, device, sha256)
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             for other in path.parent.iterdir():
                 if other != path:
                     other.unlink()
             path.touch()
-        return path
 
     def keep_partial(self, path: Path, number: int, device: str, sha256: bytes) -> str:
         """Gives a gathered update, whose content becomes durable, its place; only a commit of the

@@ -168,25 +168,31 @@ class Uploads:
 
     async def receive(
         self, device: Device, header: pb.UploadHeader, parts: AsyncIterator[Part]
-    ) -> str:
-        """Takes in the data that follows `header`, from its offset on, and checks the whole.
+    ) -> str | None:
+        """Takes in the data that follows `header`, from its offset on, and checks the whole; waits
+        for its turn first.
 
         An earlier upload of the device that is still open, as when only the device has noticed
         that the connection broke, is ended.
 
         Returns:
-            The file, as a path below the state directory: durable, and counted by nobody yet.
+            The file, as a path below the state directory: durable, and counted by nobody yet. None
+            if the update counts already.
 
         Raises:
-            RefusedUpdateError: it is not what was announced, or not this bundle's shared tensors.
+            RefusedUpdateError: it could not count, is not what was announced, or not this bundle's
+                shared tensors.
             BrokenUploadError: it ended early or was too slow, the bytes before the offset are not
                 here, or another upload of the device took its place.
             StorageError: it cannot be written.
         """
         async with self._turn(device.id):
-            path = self._state.begin_partial(header.round, device.id, header.sha256)
+            path = self._state.partial(header.round, device.id, header.sha256)
             try:
                 async with self._transfers.turn() as moved:
+                    if not self._cohort.rounds.check_update(device.id, header):
+                        return None
+                    self._state.begin_partial(path)
                     with storage_errors(path):
                         digest = await self._gather(path, header, parts, moved)
                 return await _to_its_end(lambda: self._keep(path, device, header, digest))
