@@ -351,6 +351,9 @@ def serve(
             rich_help_panel=OPERATION,
         ),
     ] = None,
+    keep_generalists: Annotated[
+        int, typer.Option(min=1, help="Of each cohort: as many can be rolled back to.")
+    ] = 100,
     max_connections: Annotated[
         int, typer.Option(min=1, help="To each port.", rich_help_panel=LIMITS)
     ] = 4096,
@@ -491,6 +494,7 @@ def serve(
         exit_when_done=exit_when_done,
         monitor=monitor,
         traces=traces,
+        keep_generalists=keep_generalists,
     )
     try:
         asyncio.run(run(options, _print_json if output is Format.JSON else _print_text))

@@ -83,6 +83,8 @@ class Options:
     """HOST:PORT of metrics and dashboard; None: neither."""
     traces: str | None = None
     """URL of an OpenTelemetry collector; None: no traces."""
+    keep_generalists: int | None = None
+    """How many of each cohort; None: all."""
 
 
 async def serve(options: Options, report: Report) -> None:
@@ -186,6 +188,7 @@ async def _begin(
 ) -> Cohort:
     """The cohort as it was left, or at its first round, which starts from `generalist`."""
     state, bundle, policy = whole.of(group.name), group.bundles[0], options.policy
+    state.keep_generalists = options.keep_generalists
     if policy.gate is not None:
         policy = replace(policy, gate=replace(policy.gate, bundle=bundle.path))
     if policy.recipe.ranks == "flexlora":

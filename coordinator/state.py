@@ -412,6 +412,8 @@ class State:
     """
 
     cohort = ""
+    keep_generalists: int | None = None
+    """How many of a cohort `clean` leaves, at least; None: all."""
 
     def __init__(self, directory: Path, url: str | None = None) -> None:
         """Opens or makes the state in `directory` and keeps other coordinators out of it.
@@ -801,8 +803,8 @@ class State:
         self.clean()
 
     def clean(self) -> None:
-        """Deletes the updates and the optimizer's memory of rounds that are over; what cannot be
-        deleted now is another time."""
+        """Deletes the updates and the optimizer's memory of rounds that are over, and generalists
+        that are beyond the number to keep; what cannot be deleted now is another time."""
         # Looked for before the rows: what another thread writes meanwhile is not in the list.
         updates = list((self.directory / UPDATES).glob("*"))
         memories = list((self.directory / MEMORIES).glob("*.safetensors"))
@@ -820,9 +822,10 @@ class State:
                     .join(Round, (Round.cohort == Update.cohort) & (Update.round >= Round.oldest))
                     .where(_ongoing(), Update.counted < Round.number)
                 ).all()
+                outdated = self._outdated(session, rounds)
         except StorageError:
             return
-        for file in over:
+        for file in (*over, *outdated):
             with contextlib.suppress(OSError):
                 (self.directory / file).unlink(missing_ok=True)
         kept = {
@@ -838,6 +841,25 @@ class State:
             if f"{MEMORIES}/{path.name}" in forgotten:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
+
+    def _outdated(self, session: Session, ongoing: Iterable[Round]) -> set[str]:
+        """Files of generalists that need not be kept: no cohort has them among its latest ones, and
+        no update that may still count started from them."""
+        if self.keep_generalists is None:
+            return set()
+        named: set[str] = set()
+        kept: set[str] = set()
+        for current in ongoing:
+            starts = session.execute(
+                select(Round.number, Round.generalist_file)
+                .where(Round.cohort == current.cohort)
+                .order_by(Round.number.desc())
+            ).all()
+            latest = list(dict.fromkeys(file for _, file in starts))
+            named.update(latest)
+            kept.update(latest[: self.keep_generalists])
+            kept.update(file for number, file in starts if number >= current.oldest)
+        return named - kept
 
     def _remove_uncounted(self) -> None:
         """Deletes updates that a kill kept from being counted; their devices send them again."""

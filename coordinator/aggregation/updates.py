@@ -167,7 +167,14 @@ class StoredUpdate:
         self._layout = layout
         try:
             self._offsets = self._find_tensors()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (
+            OSError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as error:
             raise DamagedUpdateError(self._contribution) from error
 
     def _find_tensors(self) -> NDArray[np.int64]:
@@ -201,7 +208,7 @@ class StoredUpdate:
                     piece = numbers[begin - start : max(begin, end) - start]
                     if file.readinto(piece.data) != piece.nbytes:
                         raise DamagedUpdateError(self._contribution)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise DamagedUpdateError(self._contribution) from error
         return numbers.astype(np.float64)
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from coordinator_help import (
+    TIMEOUT,
     Fleet,
     check_in_until,
     finish,
@@ -47,6 +49,13 @@ def commanded(state: Path, *words: str) -> dict[str, object]:
     done = command(state, *words, "--format", "json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def report(bundle: Bundle, clients: list[Client], number: int) -> None:
@@ -186,6 +195,28 @@ def test_roll_back(fleet: Fleet) -> None:
     assert pair[0].download(9) == pair[0].download(6)
     text = command(fleet.state, "rollback", "1").stdout
     assert text == "round 10 starts from what round 1 started from\n"
+
+
+def test_of_the_generalists_the_latest_are_kept(fleet: Fleet) -> None:
+    """And no other: not the one of a round that was rolled back to once it is too long ago."""
+    bundle = fleet.bundle()
+    options = ("--rounds", "9", "--min-devices", "1", "--keep-generalists", "2")
+    served = fleet.serve(bundle, *options)
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+
+    def kept() -> set[int]:
+        return {int(path.name.split("-")[0]) for path in fleet.state.glob("generalists/*")}
+
+    for number in (1, 2, 3):
+        report(bundle, [ada], number)
+        served.wait_for("round_opened", round=number + 1)
+    wait_until(lambda: kept() == {3, 4})
+    assert command(fleet.state, "rollback", "1").returncode == 21
+    assert commanded(fleet.state, "rollback", "3") == {"rolled_back_to": 3, "round": 5}
+    for number in (5, 6):
+        report(bundle, [ada], number)
+        served.wait_for("round_opened", round=number + 1)
+    wait_until(lambda: kept() == {6, 7})
 
 
 def test_what_cannot_be_rolled_back_is_refused(fleet: Fleet) -> None:
