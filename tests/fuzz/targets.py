@@ -73,7 +73,7 @@ def _summer(name: str, stage: MaskingStage | None) -> tuple[Device, SecureAggreg
             state.add_masking_shares(1, device.id, ASKED[1].shares.SerializeToString())
             place = {"cohort": "base", "round": 1, "device": device.id, "counted": 1}
             known = {"file": device.id, "sha256": b"", "tokens": 1, "contract_sha256": "c"}
-            state.add_update(Update(**place, **known))
+            state.commit([Update(**place, **known)])
         state.set_masking_stage(1, stage)
     devices[0].enrolment = "enrolment of device 1"
     return devices[0], secure
