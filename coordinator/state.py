@@ -450,6 +450,7 @@ class State:
         except BaseException:
             self.close()
             raise
+        self._sweep()
         self.clean()
         self._remove_uncounted()
         written = (directory / name for name in (GENERALISTS, MEMORIES))
@@ -740,6 +741,7 @@ class State:
                     oldest=max(closed.oldest, number + 1 - reach),
                 )
             )
+        self._sweep(number + 1)
 
     def abandon(
         self,
@@ -774,6 +776,7 @@ class State:
                     command=command,
                 )
             )
+        self._sweep(number + 1)
         self.clean()
 
     def roll_back(self, to: int, reason: str, *, command: str) -> None:
@@ -800,6 +803,7 @@ class State:
                     command=command,
                 )
             )
+        self._sweep(number + 1)
         self.clean()
 
     def clean(self) -> None:
@@ -1213,6 +1217,28 @@ class State:
         relative = f"{MEMORIES}/{number}-{hashlib.sha256(memory).hexdigest()}.safetensors"
         write_atomic(self.directory / relative, memory)
         return relative
+
+    def _sweep(self, number: int | None = None) -> None:
+        """Deletes what attempts that failed, or were killed, have left of what a round was to start
+        from: with differential privacy that is another noise on the same sum.
+
+        Args:
+            number: of the round; None: of all. No other thread may be about to write one.
+        """
+        those = "" if number is None else f"{number}-"
+        columns = {GENERALISTS: Round.generalist_file, MEMORIES: Round.memory_file}
+        for folder, column in columns.items():
+            files = (self.directory / folder).glob(f"{those}*.safetensors")
+            found = {f"{folder}/{path.name}" for path in files}
+            with contextlib.suppress(StorageError, OSError):
+                with self._transaction() as session:
+                    named = set(
+                        session.scalars(
+                            select(column).where(column.startswith(f"{folder}/{those}"))
+                        )
+                    )
+                for file in found - named:
+                    (self.directory / file).unlink(missing_ok=True)
 
     def _in(
         self, rows: type[Participant | Update | MaskingMember | MaskingGroup], number: int

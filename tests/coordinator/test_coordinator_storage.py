@@ -110,6 +110,37 @@ def test_a_full_disk_loses_nothing(fleet: Fleet, full: Full) -> None:
     check_in_until(cy, pb.CheckInReply.FINISH)
 
 
+def test_what_a_failed_attempt_to_close_a_round_left_is_deleted(fleet: Fleet) -> None:
+    """With differential privacy, generalists of several noises would tell what one must not."""
+    bundle = fleet.bundle()
+    options = ("--min-devices", "1", "--server-optimizer", "momentum")
+    served = fleet.serve(bundle, *options)
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    join_round(ada)
+    start = ada.download(1)
+    left = [
+        fleet.state / folder / f"2-{'0' * 64}.safetensors" for folder in ("generalists", "memories")
+    ]
+
+    def fail() -> None:
+        for path in left:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(start)
+
+    fail()
+    assert ada.upload(header(1), train(bundle, start, 0, 1)).accepted
+    join_round(ada)
+    assert not any(path.exists() for path in left)
+    assert ada.download(1) == start
+    result = ada.download(2)
+    served.stop()
+    fail()
+    again = fleet.serve(bundle, *options)
+    again.ready()
+    assert not any(path.exists() for path in left)
+    assert {path.read_bytes() for path in left[0].parent.iterdir()} == {start, result}
+
+
 def test_a_full_disk_may_be_the_one_with_the_log(fleet: Fleet, small_disk: Full) -> None:
     """What it prints comes when there is room again, and meanwhile it serves."""
     bundle = fleet.bundle()
