@@ -30,6 +30,8 @@ from export.tiers import Tier
 
 # For child processes; here it has already been read, when it was imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Where a message of wrong usage breaks must not depend on the length of a temporary path.
+os.environ["TERMINAL_WIDTH"] = "250"
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 # How long an example takes says nothing on a busy machine.
 hypothesis.settings.register_profile("untimed", deadline=None)
