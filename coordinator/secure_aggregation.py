@@ -37,6 +37,7 @@ from edge_runtime.secure_aggregation import (
     COUNTERS,
     LEAST_DEVICES,
     MOST_DEVICES,
+    Signer,
     agreement,
     bitmap,
     noise_share,
@@ -470,12 +471,14 @@ class SecureAggregation:
     # The inside
 
     def _check_keys(self, device: Device, number: int, keys: pb.KeyAdvertisement) -> None:
+        if self._signer(number, keys).enrolment != device.enrolment:
+            raise RefusedStepError("the keys are another device's")
+
+    def _signer(self, number: int, keys: pb.KeyAdvertisement) -> Signer:
         try:
-            signer = verify(keys, number, self._history, self._authority)
+            return verify(keys, number, self._history, self._authority)
         except ValueError as error:
             raise RefusedStepError(str(error)) from error
-        if signer.enrolment != device.enrolment:
-            raise RefusedStepError("the keys are another device's")
 
     def _check_shares(
         self, standing: MaskingStanding | None, group: MaskingGroup, shares: pb.OutgoingShares
@@ -501,7 +504,7 @@ class SecureAggregation:
         if standing is None or standing.number is None or not reported:
             raise RefusedStepError("this device was not asked who is summed up")
         keys = pb.KeyAdvertisement.FromString(self._keys_of(group.round)[standing.number])
-        signer = verify(keys, group.round, self._history, self._authority)
+        signer = self._signer(group.round, keys)
         signed = signer.has_signed(self._what_is_agreed(group), agreed.signature)
         if agreed.index != standing.number or not signed:
             raise RefusedStepError("the signature is not of what this device was told")

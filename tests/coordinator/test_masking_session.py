@@ -328,6 +328,21 @@ def test_what_is_charged_holds_against_a_device(devices: int, staying: float) ->
         assert epsilon({fewer: 10}, 1e-5) > cost
 
 
+def test_what_agreeing_costs_in_a_large_group(world: World) -> None:
+    """docs/privacy.md has what this prints with -s."""
+    masking = Masking(
+        staying=0.75, stage_seconds=60, min_devices=3, clip_norm=None, noise_multiplier=0.0
+    )
+    graph, terms = masking.terms(1000)
+    needed = quorum(terms, complete=graph.is_complete)
+    keys = Session(world.device("device 1000"), ROUND, HISTORY).advertisement
+    one = pb.Agreement(index=1000, signature=keys.signature, certificate=keys.certificate)
+    size = pb.AggregateReply(unmask=pb.Unmasking(agreed=[one] * needed)).ByteSize()
+    print(f"\n{graph.degree} neighbours, {needed} agreements, {size} bytes")
+    assert (graph.degree, needed) == (118, 601)
+    assert size < 330_000
+
+
 def tail(devices: int, marked: int, degree: int, hits: range) -> Fraction:
     """The probability that as many as in `hits` of `degree` others are marked, exactly."""
     others = devices - 1

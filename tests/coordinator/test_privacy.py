@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,30 @@ def test_devices_noise_their_masked_steps(fleet: Fleet) -> None:
     assert served.wait_for("privacy_spent", round=number)["epsilon"] == pytest.approx(
         epsilon({2.0: 1}, 1e-5), abs=1e-4
     )
+
+
+def test_a_masked_round_costs_from_when_shares_are_asked_for(fleet: Fleet) -> None:
+    """Not while devices agree on who is summed up, though then too few stay; and not twice."""
+    bundle = fleet.bundle()
+    options = (*PRIVATE, "--secure-aggregation", "--min-devices", "3", "--rounds", "9")
+    options = (*options, "--over-selection", "1", "--stage-seconds", "2")
+    served = fleet.serve(bundle, *options)
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(3)))
+    costs = []
+    for until in ("agree", "unmask"):
+        number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+        maskers = [Masked(client, number) for client in clients]
+        step = step_of(bundle, 0, number)
+        in_parallel(*(lambda m=m, s=step, u=until: m.run(s, until=u) for m in maskers))
+        served.wait_for("round_abandoned", round=number)
+        costs.append(spent(fleet.state))
+    assert costs == [[], [(2, 2.0)]]
+
+
+def spent(state: Path) -> list[tuple[int, float]]:
+    """Round and noise multiplier of what was charged."""
+    with sqlite3.connect(state / "coordinator.sqlite3") as connection:
+        return connection.execute("select round, noise_multiplier from privacy_spends").fetchall()
 
 
 def cohort_after_a_round(path: Path, noise: float | None, *, kept: bool = True) -> State:
