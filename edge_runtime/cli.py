@@ -123,8 +123,8 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # TLS 1.3 only. gRPC for Python has no setting for that, but this names the cipher suites of
     # TLS 1.2, and those of 1.3 are not subject to it: one that needs an RSA certificate never fits
-    # ours, which are ECDSA, so that no handshake of TLS 1.2 succeeds.
-    os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")
+    # ours, which are ECDSA, so that no handshake of TLS 1.2 succeeds. Nobody may say otherwise.
+    os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES128-GCM-SHA256"
     # Bars that transformers draws between our lines; likewise read at the import.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:

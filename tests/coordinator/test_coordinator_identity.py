@@ -386,7 +386,10 @@ def test_the_enrolment_port_serves_nothing_else(fleet: Fleet, served: Served) ->
 
 
 @pytest.mark.parametrize("port", ["address", "enrolment"])
-def test_tls_1_3_only(served: Served, port: str) -> None:
+def test_tls_1_3_only(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    """Also where gRPC is told otherwise by the environment."""
+    monkeypatch.setenv("GRPC_SSL_CIPHER_SUITES", "ECDHE-ECDSA-AES128-GCM-SHA256")
+    served = fleet.serve(fleet.bundle())
     host, _, number = served.listening[port].rpartition(":")
 
     def handshake(version: ssl.TLSVersion) -> str | None:
