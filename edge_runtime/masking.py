@@ -55,6 +55,16 @@ def agree(private: bytes, public: bytes, context: bytes) -> bytes:
     return HKDF(hashes.SHA256(), KEY_BYTES, salt=None, info=context).derive(shared)
 
 
+def is_usable(public: bytes) -> bool:
+    """Whether `agree` will take a public key from whomever: one of low order gives every private
+    key the same secret, 0."""
+    try:
+        agree(bytes(KEY_BYTES), public, b"")
+    except ValueError:
+        return False
+    return True
+
+
 def pairwise_seed(private: bytes, public: bytes, round_number: int) -> bytes:
     """s_uv, the same for both ends; raises as `agree`."""
     return agree(private, public, b"comigs pairwise mask %d" % round_number)

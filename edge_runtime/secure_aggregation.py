@@ -99,8 +99,8 @@ def verify(
     Raises:
         ValueError: they are not signed by a device that `authority` certified; one line says why.
     """
-    if {len(keys.encryption_key), len(keys.mask_key)} != {masking.KEY_BYTES}:
-        raise ValueError("keys have 32 bytes each")
+    if not (masking.is_usable(keys.encryption_key) and masking.is_usable(keys.mask_key)):
+        raise ValueError("keys have 32 bytes each, and are not of low order")
     signer = certified(keys.certificate, authority)
     message = _signed(number, history, keys.encryption_key, keys.mask_key)
     if not signer.has_signed(message, keys.signature):

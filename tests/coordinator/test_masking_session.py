@@ -22,7 +22,7 @@ from coordinator.neighbours import MAX_NEIGHBOURS, graph_for
 from coordinator.secure_aggregation import Masking, SecureAggregation
 from coordinator.state import MaskingGroup, Settings, State, Update
 from coordinator.tls import administrator
-from edge_runtime import protocol
+from edge_runtime import masking, protocol
 from edge_runtime.errors import RefusedError
 from edge_runtime.identity import new_key
 from edge_runtime.neighbours import Graph
@@ -31,6 +31,7 @@ from edge_runtime.secure_aggregation import (
     MOST_DEVICES,
     DistrustedError,
     Session,
+    advertisement,
     agreement,
     bitmap,
     prepared,
@@ -280,6 +281,17 @@ def test_keys_are_of_devices_that_this_authority_knows(world: World, tmp_path: P
     ):
         with pytest.raises(ValueError, match=complaint):
             verify(Session(who, number, history).advertisement, ROUND, HISTORY, authority)
+
+
+@pytest.mark.parametrize("weak", [bytes(32), b"\1" + bytes(31), bytes(31)])
+def test_a_key_that_nobody_can_agree_with_is_no_key(world: World, weak: bytes) -> None:
+    """One of low order, advertised to all, would end the round of every neighbour."""
+    authority = x509.load_der_x509_certificate(world.authority.der)
+    eve, good = world.device("eve"), masking.public_key(bytes(32))
+    for pair in ((weak, good), (good, weak)):
+        with pytest.raises(ValueError, match="low order"):
+            verify(advertisement(eve, ROUND, HISTORY, *pair), ROUND, HISTORY, authority)
+    verify(advertisement(eve, ROUND, HISTORY, good, good), ROUND, HISTORY, authority)
 
 
 def test_the_largest_messages_fit(world: World) -> None:
