@@ -54,6 +54,7 @@ from coordinator.database import InUseError, Postgres, Sqlite
 from coordinator.quality import Quality
 from edge_runtime.errors import BundleError, StorageError
 from edge_runtime.files import (
+    make_directory,
     remove_leftovers,
     storage_errors,
     sync,
@@ -431,6 +432,7 @@ class State:
         self.directory = directory
         with storage_errors(directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync(directory.parent)
             self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -931,7 +933,8 @@ class State:
     def begin_partial(self, path: Path) -> None:
         """Makes that file, or takes it up again; other unfinished updates of the device go."""
         with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent.parent)  # where the update will be
+            path.parent.mkdir(exist_ok=True)
             for other in path.parent.iterdir():
                 if other != path:
                     other.unlink()

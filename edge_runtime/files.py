@@ -30,7 +30,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         StorageError: the disk is full or not writable; the old content is intact.
     """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -40,6 +40,18 @@ def write_atomic(path: Path, content: bytes) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
             raise
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory, and those above it, if it is not there; durable when it returns.
+
+    Raises:
+        OSError: as `Path.mkdir` and `os.fsync`.
+    """
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 def replace_durably(source: Path, path: Path) -> None:

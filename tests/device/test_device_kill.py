@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -130,6 +131,22 @@ def test_a_finished_device_stays_as_it_is(
     more = run_alone(home, text_dir, "--rounds", 2)  # as it was told to
     assert sum(event["event"] == "step" for event in more) == 10
     assert "nothing_to_do" not in {event["event"] for event in more}
+
+
+def test_a_new_folder_is_as_durable_as_what_is_written_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut right after could take the folder, and the file with it."""
+    synced: list[Path] = []
+    fsync = os.fsync
+
+    def watched(handle: int) -> None:
+        fsync(handle)
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_atomic(tmp_path / "a" / "b" / "file", b"content")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} < set(synced)
 
 
 def test_a_failed_replacement_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
