@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from coordinator.accounting import Privacy, epsilon
 from coordinator.aggregation import Noise, Recipe
-from coordinator.neighbours import graph_for
 from coordinator.secure_aggregation import STAGE_SECONDS, STAYING, Masking
 from coordinator.selection import Selection
 from edge_runtime.secure_aggregation import LEAST_DEVICES
@@ -62,15 +61,16 @@ def mask(
             f"--secure-threshold {staying:g} is not above 0.5 and at most 1: with half of the "
             "shares or fewer, both secrets of a device could be restored"
         )
-    if selection is not None:
-        graph_for(selection.wanted, staying)  # so many neighbours must be possible
-    return Masking(
+    masking = Masking(
         staying=staying,
         stage_seconds=STAGE_SECONDS if stage_seconds is None else stage_seconds,
         min_devices=min_devices,
         clip_norm=recipe.clip_norm,
         noise_multiplier=0.0 if recipe.noise is None else recipe.noise.multiplier,
     )
+    if selection is not None:
+        masking.terms(selection.wanted)  # so large a group must be possible
+    return masking
 
 
 def noise(

@@ -16,6 +16,8 @@ from masking_help import Masked, expected, joined, step_of, vector
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
+from edge_runtime.errors import RefusedError
+from protos import coordinator_pb2 as pb
 
 SOAK = bool(os.environ.get("COMIGS_SOAK"))
 MASKED = ("--secure-aggregation", "--min-devices", "3")
@@ -146,6 +148,36 @@ def test_a_coordinator_that_is_killed_in_any_stage_goes_on(fleet: Fleet) -> None
         steps = [step_of(bundle, i, number) for i in range(5) if i not in leaving]
         got = vector(bundle, clients[0].download(number + 1))
         np.testing.assert_array_equal(got, expected(start, steps, group=5))
+
+
+def test_a_device_that_signs_something_else_is_refused_and_the_round_goes_on(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    options = ("--secure-threshold", "0.6", "--rounds", "1")
+    served = fleet.serve(bundle, *MASKED, *options)
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(4)))
+    number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+    start = vector(bundle, clients[0].download(number))
+    maskers = [Masked(client, number) for client in clients]
+    steps = [step_of(bundle, index, number) for index in range(4)]
+    honest = maskers[3].session.agree
+
+    def another(survivors: pb.Survivors) -> pb.Agreement:
+        return pb.Agreement(index=honest(survivors).index, signature=b"of something else")
+
+    maskers[3].session.agree = another  # type: ignore[method-assign]
+
+    def refused() -> None:
+        with pytest.raises(RefusedError, match="not of what this device was told"):
+            maskers[3].run(steps[3])
+
+    in_parallel(
+        *(lambda m=m, s=s: m.run(s) for m, s in zip(maskers[:3], steps, strict=False)), refused
+    )
+    assert served.wait_for("update_refused")["device"] == "device 3"
+    served.wait_for("round_closed", round=number)
+    got = vector(bundle, clients[0].download(number + 1))
+    # Its step had come, so it is in the sum.
+    np.testing.assert_array_equal(got, expected(start, steps, group=4))
 
 
 @pytest.mark.parametrize("devices", [4, 8])
