@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,17 @@ class Bundle:
         Raises:
             BundleError: not listed, missing, truncated or altered.
         """
+        entry = self._sized(relative)
+        path = self.path / relative
+        if sha256_of(path) != entry.sha256:
+            raise BundleError(
+                f"bundle {self.path}: {relative} was altered (its SHA-256 differs from the "
+                "manifest's); copy the bundle again"
+            )
+        return path
+
+    def _sized(self, relative: str) -> pb.File:
+        """The manifest's entry of a file that is there with that many bytes."""
         entry = next((f for f in self.manifest.files if f.path == relative), None)
         if entry is None:
             raise BundleError(f"bundle {self.path}: {relative} is not listed in its manifest")
@@ -42,12 +56,25 @@ class Bundle:
                 f"bundle {self.path}: {relative} has {path.stat().st_size} bytes instead of "
                 f"{entry.size}; copy the bundle again"
             )
-        if sha256_of(path) != entry.sha256:
-            raise BundleError(
-                f"bundle {self.path}: {relative} was altered (its SHA-256 differs from the "
-                "manifest's); copy the bundle again"
-            )
-        return path
+        return entry
+
+    @contextlib.contextmanager
+    def checking(self, files: Iterable[str]) -> Iterator[None]:
+        """Checks the content of large files while the block reads them, and their sizes before it.
+
+        Raises:
+            BundleError: like `file`; whatever the block made of them is not to be used.
+        """
+        names = list(files)
+        for name in names:
+            self._sized(name)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            done = [pool.submit(self.file, name) for name in names]
+            try:
+                yield
+            finally:
+                for check in done:  # an error of theirs explains one of the block
+                    check.result()
 
     def program(self, name: str, engine: str) -> pb.Program:
         """The manifest's entry of a program.

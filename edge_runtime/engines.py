@@ -131,8 +131,6 @@ class OnnxRuntime:
         if loaded is not None:
             return _OnnxProgram(entry, loaded)
         path = bundle.file(entry.file)
-        for data in entry.data_files:
-            bundle.file(data)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -143,9 +141,10 @@ class OnnxRuntime:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        with bundle.checking(entry.data_files):
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
         self._sessions[key] = session
         return _OnnxProgram(entry, session)
 

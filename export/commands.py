@@ -33,7 +33,7 @@ def export(
         str, typer.Option(help="pretrained, or random (for measuring speed only).")
     ] = "pretrained",
     precision: Annotated[
-        str, typer.Option(help="float32, or int8 for the base's matrices (onnxruntime).")
+        str, typer.Option(help="Of the base's matrices: float32; int8 or int4 (onnxruntime).")
     ] = "float32",
     tier: Annotated[str, typer.Option(help="Device tier; see export/tiers.json.")] = "laptop",
     engine: Annotated[str, typer.Option(help="onnxruntime, executorch or both.")] = "both",
@@ -115,7 +115,7 @@ def check_precision(precision: str, engines: Sequence[str]) -> None:
         raise typer.BadParameter(f"choose {' or '.join(PRECISIONS)}", param_hint="--precision")
     if not set(engines) <= set(PRECISIONS[precision]):
         raise typer.BadParameter(
-            "int8 programs are for ONNX Runtime so far; add --engine onnxruntime",
+            f"{precision} programs are for ONNX Runtime so far; add --engine onnxruntime",
             param_hint="--precision",
         )
 

@@ -149,7 +149,7 @@ def test_a_bundle_that_goes_bad_later_costs_nothing(
     before = (home / "state.safetensors").read_bytes()
     copy = shutil.copytree(own_bundle, tmp_path / "copy")
     alter_program(own_bundle)
-    refusal(start(home, text_dir), BUNDLE)
+    refusal(start(home, text_dir, "--rounds", 2), BUNDLE)
     refusal(comigs("predict", "--home", home, "text"), BUNDLE)
     refusal(comigs("device", "evaluate", "--home", home, "--data", text_dir), BUNDLE)
     assert (home / "state.safetensors").read_bytes() == before

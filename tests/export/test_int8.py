@@ -18,6 +18,7 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.data import Batches, load_tokenizer
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import ParityError
+from edge_runtime.predict import Predictor
 from edge_runtime.training import Evaluator, Trainer, new_state
 from export import onnx_graph
 from export.base import load_base
@@ -72,6 +73,22 @@ def test_the_manifest_says_it_and_the_gate_has_seen_it(export: Export) -> None:
     programs = {program.name: program for program in small.programs}
     # What continues a text has scales for blocks, and is the nearer to float32 for it.
     assert programs["decode"].parity.worst_relative_error < 0.03
+
+
+def test_four_bits_continue_a_text_nearly_as_the_float32_base_does(export: Export) -> None:
+    text = Path(torch.__file__).with_name("functional.py").read_text()
+    likelihood = {}
+    for precision in ("float32", "int8", "int4"):
+        bundle = export(precision)
+        tokens = load_tokenizer(bundle).encode(text).ids[:64]
+        ours = Predictor(bundle, load_engine("onnxruntime", threads=2), load_fresh(bundle))
+        losses = []
+        for end in range(1, 64):
+            logits = ours.logits(tokens[:end]).astype(np.float64)
+            losses.append(np.log(np.exp(logits).sum()) - logits[tokens[end]])
+        likelihood[precision] = np.mean(losses)
+    assert likelihood["int8"] == pytest.approx(likelihood["float32"], abs=0.02)
+    assert likelihood["int4"] == pytest.approx(likelihood["float32"], abs=0.2)
 
 
 def test_it_learns_as_the_float32_base_does(export: Export) -> None:
