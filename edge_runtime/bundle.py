@@ -85,6 +85,12 @@ class Bundle:
         for program in self.manifest.programs:
             if (program.name, program.engine) == (name, engine):
                 return program
+        others = sorted(p.name for p in self.manifest.programs if p.engine == engine)
+        if others:
+            raise BundleError(
+                f"bundle {self.path} has no {name} for engine {engine}, only {', '.join(others)}; "
+                "export it again for a --tier that has it"
+            )
         engines = sorted({p.engine for p in self.manifest.programs}) or ["none"]
         raise BundleError(
             f"bundle {self.path} has no {name} for engine {engine} (engines in it: "

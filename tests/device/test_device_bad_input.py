@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 
 from edge_runtime import adapters, cli
 from edge_runtime.bundle import Bundle, open_bundle
-from edge_runtime.errors import AdapterError, DivergedError
+from edge_runtime.errors import AdapterError, BundleError, DivergedError
 from edge_runtime.invitation import encode
 from edge_runtime.store import Home
 from export import mixture
@@ -421,6 +421,14 @@ def test_nonsense_budgets(option: str, value: str, says: str) -> None:
     message = " ".join(done.stderr.replace("│", " ").split())
     assert f"Invalid value for '{option}': {value!r} is not a " in message
     assert f"write for example {says}" in message
+
+
+def test_a_program_that_the_bundle_lacks(tiny_bundle: Bundle) -> None:
+    """What is missing is what is to be mended."""
+    with pytest.raises(BundleError, match=r"only .*train_step\.b2; export .* --tier that has it"):
+        tiny_bundle.program("train_step.b7", "onnxruntime")
+    with pytest.raises(BundleError, match=r"engines in it: onnxruntime\); .* --engine executorch"):
+        tiny_bundle.program("train_step.b2", "executorch")
 
 
 @pytest.mark.parametrize(
