@@ -252,8 +252,6 @@ class SecureAggregation:
         agreed = _numbered(self._state.masking_numbers(number, said="agreed"))
         summed = {update.device for update in self._state.updates(number)}
         over = due or not summed - gone - agreed.keys()
-        if not over and not graph.is_complete and len(agreed) % LOOK_EVERY:
-            return False
         enough = len(agreed) >= _quorum(group)
         if not enough or not self._ends(group)[0] <= graph.covered(agreed.values()):
             if over:
