@@ -115,6 +115,10 @@ class Cohort:
         self.manifest = group.bundles[0].manifest
         """That of the generalist."""
         self.manifests = manifests_of(group)
+        self.most_bytes = {
+            contract: wire.max_bytes(manifest) for contract, manifest in self.manifests.items()
+        }
+        """Contract -> size of the largest update that an honest device sends."""
         self._digests: dict[Path, bytes] = {}
 
     def manifest_of(self, device: Device) -> pb.Manifest:

@@ -24,7 +24,7 @@ from coordinator.uploads import BrokenUploadError, Part, Uploads
 from edge_runtime import protocol, wire
 from edge_runtime.connection import Traffic
 from protos import coordinator_pb2 as pb
-from protos import coordinator_pb2_grpc, manifest_pb2
+from protos import coordinator_pb2_grpc
 
 if TYPE_CHECKING:  # these two names are in the stub only
     from protos.coordinator_pb2_grpc import _MaybeAsyncIterator
@@ -126,7 +126,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                 async with asyncio.timeout(UPLOAD_SECONDS):
                     parts = aiter(request_iterator)
                     header = await self._receive_header(parts)
-                    self._check_header(header, cohort.manifest_of(device))
+                    self._check_header(header, cohort.most_bytes[device.contract_sha256])
                     file = await uploads.receive(device, header, parts)
                     if file is not None:
                         await cohort.rounds.accept(device, header, file)
@@ -149,7 +149,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         self._traffic.receive(request)
         async with self._member(context) as (device, cohort):
             try:
-                self._check_header(request, cohort.manifest_of(device))
+                self._check_header(request, cohort.most_bytes[device.contract_sha256])
             except RefusedUpdateError:  # `Upload` says why, and the device goes on
                 return self._traffic.send(pb.UploadOffsetReply())
             accepted = cohort.state.update(request.round, device.id)
@@ -231,8 +231,8 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         self._traffic.receive(part)
         return part.header
 
-    def _check_header(self, header: pb.UploadHeader, manifest: manifest_pb2.Manifest) -> None:
-        limit = wire.max_bytes(manifest)
+    def _check_header(self, header: pb.UploadHeader, limit: int) -> None:
+        """Raises RefusedUpdateError for what no honest device sends; its bytes have a `limit`."""
         if not 0 < header.total_bytes <= limit:
             raise RefusedUpdateError(
                 f"{header.total_bytes} bytes were announced; the shared tensors need more than 0 "
