@@ -41,6 +41,7 @@ import numpy as np
 from google.protobuf import json_format
 
 from benchmarks.load_devices import COORDINATOR, FLOOR
+from benchmarks.machine import Machine, machine
 from coordinator.cohorts import UNNAMED
 from coordinator.state import State
 from coordinator.tls import CA_FILE, Authority
@@ -96,6 +97,8 @@ class Peer(TypedDict):
 class Result(TypedDict):
     """What `comigs bench coordinator --format json` prints. Medians over the repetitions."""
 
+    benchmark: str
+    machine: Machine
     devices: int
     round_seconds: float
     ratio_to_bare_loop: float
@@ -287,6 +290,8 @@ def _result(
 
     ordered = sorted(1000 * seconds for seconds in latencies)
     return {
+        "benchmark": "coordinator",
+        "machine": machine(),
         "devices": devices,
         "round_seconds": median(r["check_in"] + r["download"] + r["upload"] for r in rounds),
         "ratio_to_bare_loop": ratio(["upload"], ["upload", "sum"]),

@@ -13,6 +13,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
@@ -49,6 +50,7 @@ def page(results: Results, folder: Path) -> str:
         ("decode", "Suggestions", decode_table),
         ("tier", "Tiers", tier_table),
         ("profile", "Where the time goes", profile_table),
+        ("coordinator", "Coordinator", coordinator_table),
     )
     for kind, title, table in sections:
         found = [(name, result) for name, result in results if result["benchmark"] == kind]
@@ -68,6 +70,8 @@ def page(results: Results, folder: Path) -> str:
 
 
 def heading(result: dict[str, Any]) -> str:
+    if result["benchmark"] == "coordinator":
+        return f"{result['devices']} devices, updates of {result['update_bytes'] / 1e6:.1f} MB"
     base = result["base"] + (" (random weights)" if result["weights"] == "random" else "")
     match result["benchmark"]:
         case "train":
@@ -268,6 +272,36 @@ def profile_table(result: dict[str, Any]) -> str:
         ]
         parts += [f"**{name}**", markdown(("operator", "calls", "ms", "share"), lines)]
     return "\n\n".join(parts)
+
+
+def coordinator_table(result: dict[str, Any]) -> str:
+    def middle(parts: str, *names: str) -> float:
+        return float(median(sum(part[name] for name in names) for part in result[parts]))
+
+    ours = (
+        *("comigs", f"{result['round_seconds']:.1f}"),
+        f"{middle('rounds', 'upload'):.1f}",
+        f"{result['ratio_to_bare_loop']:.2f}",
+        f"{result['peak_rss_mib']:.0f}",
+        f"{result['checkin_p99_ms']:.0f}",
+    )
+    whole, uploads = ("upload", "sum", "download"), ("upload", "sum")
+    bare = (
+        *("bare loop", f"{middle('bare_loops', *whole):.1f}"),
+        *(f"{middle('bare_loops', *uploads):.1f}", "1", "", ""),
+    )
+    peers = (
+        (peer["name"], f"{peer['round_seconds']:.1f}", "", "", f"{peer['peak_rss_mib']:.0f}", "")
+        for peer in result["peers"]
+    )
+    heads = (
+        *("", "round, s", "its uploads, s", "of the bare loop's"),
+        *("peak memory, MiB", "check-in within (99 %), ms"),
+    )
+    settings = "\n".join(f"* {peer['name']}: {peer['settings']}." for peer in result["peers"])
+    missing = "\n".join(f"* {name} is missing: {why}." for name, why in result["missing"].items())
+    parts = [markdown(heads, [ours, bare, *peers]), settings, missing]
+    return "\n\n".join(part for part in parts if part)
 
 
 # --- plots -------------------------------------------------------------------------------------

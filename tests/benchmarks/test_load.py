@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+from benchmarks.results import coordinator_table, heading
+
 
 def test_a_round_is_compared_with_the_bare_loop() -> None:
     done = subprocess.run(
@@ -31,3 +33,12 @@ def test_a_round_is_compared_with_the_bare_loop() -> None:
     assert 0 < result["checkin_median_ms"] <= result["checkin_p99_ms"] <= result["checkin_max_ms"]
     assert result["checkins"] > 0
     assert result["peers"] == []
+
+    peer = {"name": "Another", "round_seconds": 9.0, "peak_rss_mib": 800.0, "settings": "its own"}
+    table = coordinator_table({**result, "peers": [peer]})
+    assert heading(result) == "12 devices, updates of 4.7 MB"
+    (ours,) = (line for line in table.splitlines() if line.startswith("| comigs |"))
+    assert f"| {result['ratio_to_bare_loop']:.2f} |" in ours
+    assert f"| {result['peak_rss_mib']:.0f} |" in ours
+    assert "| Another | 9.0 |" in table
+    assert "* Another: its own." in table
