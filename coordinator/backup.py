@@ -31,7 +31,8 @@ from typing import IO, Any
 
 from coordinator import rows
 from coordinator.audit import COORDINATOR, LOG, AuditLog
-from coordinator.state import DATABASE, GENERALISTS, LOCK, MEMORIES, SCHEMA, State
+from coordinator.state import DATABASE, GENERALISTS, LOCK, MEMORIES, State
+from coordinator.tables import SCHEMA
 from edge_runtime.errors import BackupError, StorageError
 from edge_runtime.files import storage_errors, sync
 

@@ -17,7 +17,8 @@ import grpc
 from coordinator.cohorts import Cohorts
 from coordinator.limits import CALLS_AT_ONCE, Pace
 from coordinator.rounds import PRESENT_SECONDS, Report
-from coordinator.state import Device, State
+from coordinator.state import State
+from coordinator.tables import Device
 from coordinator.tls import Role, Subject, subject_of
 from edge_runtime import protocol
 from edge_runtime.bundle import contract_sha256

@@ -18,7 +18,8 @@ from pathlib import Path, PurePath
 from coordinator.aggregation.ranks import fit_generalist
 from coordinator.aggregation.updates import Layout
 from coordinator.rounds import Rounds
-from coordinator.state import Device, Round, State
+from coordinator.state import State
+from coordinator.tables import Device, Round
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle, contract_sha256, family_sha256
 from edge_runtime.errors import BundleError

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from coordinator.callers import NO_BUNDLE, Callers, common_protocol, storage_errors
 from coordinator.cohorts import Cohorts
 from coordinator.rounds import Report
-from coordinator.state import Invitation, State
+from coordinator.state import State
+from coordinator.tables import Invitation
 from coordinator.tls import Authority, RefusedRequestError, requested_key
 from edge_runtime.connection import Traffic
 from edge_runtime.invitation import is_name

@@ -15,7 +15,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from coordinator.database import postgres_engine
-from coordinator.state import DATABASE, Participant, Refusal, Round, Settings, Status, Update
+from coordinator.state import DATABASE
+from coordinator.tables import Participant, Refusal, Round, Settings, Status, Update
 from edge_runtime.errors import StorageError
 
 

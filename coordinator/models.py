@@ -16,7 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coordinator import listing
-from coordinator.state import Round
+from coordinator.tables import Round
 
 
 @dataclass(frozen=True)

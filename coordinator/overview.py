@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from coordinator import listing, models
 from coordinator.calls import Calls
-from coordinator.state import Device, Participant, Refusal, Round, Settings, Update
+from coordinator.tables import Device, Participant, Refusal, Round, Settings, Update
 from edge_runtime.connection import Traffic
 
 MOST_ROUNDS = 60

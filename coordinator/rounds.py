@@ -63,7 +63,8 @@ from coordinator.database import TakenOverError
 from coordinator.quality import Quality, QualityGate
 from coordinator.secure_aggregation import Masking, SecureAggregation, over
 from coordinator.selection import Selection
-from coordinator.state import (
+from coordinator.state import State
+from coordinator.tables import (
     Change,
     Delivery,
     Device,
@@ -72,7 +73,6 @@ from coordinator.state import (
     Refusal,
     Round,
     Standing,
-    State,
     Status,
     Update,
 )

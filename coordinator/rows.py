@@ -10,7 +10,7 @@ from sqlalchemy import URL, Connection, create_engine, func, insert, inspect, se
 from sqlalchemy.exc import DBAPIError
 
 from coordinator.database import Postgres, postgres_engine
-from coordinator.state import SCHEMA, Base, Round
+from coordinator.tables import SCHEMA, Base, Round
 from edge_runtime.errors import StorageError
 
 AT_A_TIME = 1000

@@ -21,13 +21,13 @@ from cryptography import x509
 from coordinator.aggregation import AggregationError
 from coordinator.aggregation.updates import Flat
 from coordinator.neighbours import graph_for, least_devices
-from coordinator.state import (
+from coordinator.state import State
+from coordinator.tables import (
     Device,
     MaskingGroup,
     MaskingMember,
     MaskingStage,
     MaskingStanding,
-    State,
     Update,
 )
 from edge_runtime import masking, shamir

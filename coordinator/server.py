@@ -35,7 +35,8 @@ from coordinator.overview import Live, Overview
 from coordinator.rounds import Policy, Report, Rounds, to_all
 from coordinator.secure_aggregation import SecureAggregation
 from coordinator.service import Service
-from coordinator.state import Settings, State
+from coordinator.state import State
+from coordinator.tables import Settings
 from coordinator.tls import ADMIN_FILE, Authority, administrator, subject_of
 from edge_runtime import adapters, wire
 from edge_runtime.adapters import Vectors

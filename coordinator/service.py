@@ -18,7 +18,8 @@ from coordinator.cohorts import Cohort, Cohorts
 from coordinator.limits import Limits, TooSlowError, Transfers
 from coordinator.rounds import RefusedUpdateError, Report
 from coordinator.secure_aggregation import RefusedStepError
-from coordinator.state import Device, State
+from coordinator.state import State
+from coordinator.tables import Device
 from coordinator.tls import Authority, RefusedRequestError, requested_key
 from coordinator.uploads import BrokenUploadError, Part, Uploads
 from edge_runtime import protocol, wire

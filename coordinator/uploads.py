@@ -24,7 +24,7 @@ import numpy as np
 from coordinator.cohorts import Cohort
 from coordinator.limits import TooSlowError, Transfers
 from coordinator.rounds import RefusedUpdateError
-from coordinator.state import Device
+from coordinator.tables import Device
 from edge_runtime import compression, wire
 from edge_runtime.connection import Traffic
 from edge_runtime.errors import AdapterError

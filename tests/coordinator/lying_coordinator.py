@@ -12,7 +12,7 @@ from typing import Any
 
 import coordinator.server
 from coordinator.secure_aggregation import SecureAggregation
-from coordinator.state import MaskingGroup, MaskingStage, MaskingStanding
+from coordinator.tables import MaskingGroup, MaskingStage, MaskingStanding
 from edge_runtime.identity import new_key, sign
 from edge_runtime.masking import public_key
 from edge_runtime.secure_aggregation import bitmap

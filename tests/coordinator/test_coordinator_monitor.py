@@ -30,7 +30,8 @@ from coordinator.calls import Calls
 from coordinator.metrics import Metrics
 from coordinator.monitor import MOST_CONNECTIONS, Monitor
 from coordinator.overview import Live, Overview
-from coordinator.state import Settings, State
+from coordinator.state import State
+from coordinator.tables import Settings
 from edge_runtime.connection import Traffic, connect
 from edge_runtime.errors import AddressError, TrustError
 from protos import coordinator_pb2 as pb

@@ -20,7 +20,8 @@ from masking_help import HISTORY, ROUND, SIZE, Round, World
 from coordinator.accounting import epsilon
 from coordinator.neighbours import MAX_NEIGHBOURS, graph_for
 from coordinator.secure_aggregation import Masking, SecureAggregation
-from coordinator.state import MaskingGroup, Settings, State, Update
+from coordinator.state import State
+from coordinator.tables import MaskingGroup, Settings, Update
 from coordinator.tls import administrator
 from edge_runtime import masking, protocol
 from edge_runtime.errors import RefusedError

@@ -28,7 +28,8 @@ from masking_help import Masked, joined, step_of, vector
 from coordinator.accounting import Ledger, Privacy, UnsoundError, check, epsilon
 from coordinator.aggregation import Contribution, Noise, Recipe, aggregate
 from coordinator.aggregation.private import PrivateMean
-from coordinator.state import Settings, State
+from coordinator.state import State
+from coordinator.tables import Settings
 from edge_runtime import wire
 from edge_runtime.cli import main
 from edge_runtime.client import Client

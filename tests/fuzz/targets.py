@@ -29,7 +29,8 @@ from masking_help import HISTORY, Round, World
 from masking_help import SIZE as STEP_SIZE
 
 from coordinator.secure_aggregation import Masking, RefusedStepError, SecureAggregation
-from coordinator.state import Device, MaskingStage, Settings, State, Update
+from coordinator.state import State
+from coordinator.tables import Device, MaskingStage, Settings, Update
 from coordinator.tls import RefusedRequestError, requested_key
 from edge_runtime import adapters, compression, invitation, training_config, wire
 from edge_runtime.bundle import contract_sha256, open_bundle
