@@ -73,7 +73,7 @@ GENERALISTS = "generalists"
 MEMORIES = "memories"
 UPDATES = "updates"
 # Of a device's refused updates so many are kept: a hostile one could fill the disk with them.
-REFUSALS_A_MINUTE = 60
+REFUSALS_AN_HOUR = 60
 
 E = TypeVar("E", bound="Base")
 
@@ -672,10 +672,10 @@ class State:
             return session.get_one(Device, device).name
 
     def _add_refusal(self, session: Session, refusal: Refusal) -> None:
-        """Notes that an update of a device was refused; of many in a minute, the first ones."""
-        lately = (Refusal.device == refusal.device) & (Refusal.time > refusal.time - 60)
+        """Notes that an update of a device was refused; of many in an hour, the first ones."""
+        lately = (Refusal.device == refusal.device) & (Refusal.time > refusal.time - 3600)
         count = session.scalar(select(func.count()).select_from(Refusal).where(lately)) or 0
-        if count < REFUSALS_A_MINUTE:
+        if count < REFUSALS_AN_HOUR:
             session.add(refusal)
         whose = (self.cohort, refusal.round, refusal.device)
         participant = session.get(Participant, whose)

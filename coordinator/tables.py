@@ -164,7 +164,10 @@ class Refusal(Base):
     reason: Mapped[str]
     time: Mapped[float]
 
-    __table_args__ = (Index("refusals_of_device", "device", "time"),)
+    __table_args__ = (
+        Index("refusals_of_device", "device", "time"),
+        Index("refusals_of_round", "cohort", "round"),
+    )
 
 
 @dataclass

@@ -3,9 +3,10 @@
 import json
 import os
 import resource
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from coordinator_help import (
     train,
 )
 
+from coordinator.state import State
+from coordinator.tables import Refusal
 from edge_runtime import wire
 from edge_runtime.connection import Unproven
 from protos import coordinator_pb2 as pb
@@ -108,6 +111,18 @@ def test_a_full_disk_loses_nothing(fleet: Fleet, full: Full) -> None:
     for seed, client in enumerate(clients):
         assert client.upload(header(2), train(bundle, mean, seed, 2)).accepted
     check_in_until(cy, pb.CheckInReply.FINISH)
+
+
+def test_a_device_that_is_refused_without_end_does_not_fill_the_disk(tmp_path: Path) -> None:
+    with closing(State(tmp_path)) as whole:
+        state = whole.of("a cohort")
+        eve, ada = (state.named(n, cohort="", contract_sha256="").id for n in ("eve", "ada"))
+        times = [1e9 + 20 * each for each in range(360)]  # two hours
+        state.commit([Refusal(round=1, device=eve, reason="bad", time=t) for t in times])
+        state.commit([Refusal(round=1, device=ada, reason="bad", time=1e9)])
+    with sqlite3.connect(tmp_path / "coordinator.sqlite3") as connection:
+        kept = connection.execute("select count(*) from refusals group by device order by 1")
+        assert kept.fetchall() == [(1,), (120,)]
 
 
 def test_what_a_failed_attempt_to_close_a_round_left_is_deleted(fleet: Fleet) -> None:
