@@ -144,23 +144,43 @@ def _rounds(session: Session, cohort: str) -> list[dict[str, Any]]:
         Update.round == Participant.round,
         Update.device == Participant.device,
     )
-    counts = [
+    participants, without, silent = (
         select(func.count()).where(*this, *more).correlate(Round).scalar_subquery()
-        for more in ((), (update,), (~update, Participant.refused), (~update, ~Participant.refused))
-    ]
+        for more in ((), (~update, Participant.refused), (~update, ~Participant.refused))
+    )
+    accepted = (
+        select(func.count())
+        .where(Update.cohort == Round.cohort, Update.counted == Round.number)
+        .scalar_subquery()
+    )
     refusals = (
         select(func.count())
         .where(Refusal.cohort == Round.cohort, Refusal.round == Round.number)
         .scalar_subquery()
     )
-    chosen = select(Round, *counts, refusals).where(Round.cohort == cohort)
+    counts = (participants, accepted, without, silent, refusals)
+    chosen = select(Round, *counts).where(Round.cohort == cohort)
     rows = session.execute(chosen.order_by(Round.number.desc()).limit(MOST_ROUNDS)).all()
-    return [_row(*row) for row in reversed(rows)]
+    oldest = rows[0][0].oldest if rows else 0  # the last round is the current one
+    return [_row(*row, oldest=oldest) for row in reversed(rows)]
 
 
 def _row(
-    found: Round, participants: int, accepted: int, without: int, silent: int, refusals: int
+    found: Round,
+    participants: int,
+    accepted: int,
+    without: int,
+    silent: int,
+    refusals: int,
+    *,
+    oldest: int,
 ) -> dict[str, Any]:
+    """
+    Args:
+        oldest: the earliest round whose participants may still report.
+    """
+    if found.closed_at is not None and found.number >= oldest:
+        silent = 0  # rounds are asynchronous: nobody has dropped out yet
     seconds = None
     if found.opened_at is not None:
         seconds = max(0.0, (found.closed_at or time.time()) - found.opened_at)

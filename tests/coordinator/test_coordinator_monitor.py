@@ -24,6 +24,7 @@ from coordinator_help import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
+from coordinator import listing
 from coordinator.administrator import Administrator
 from coordinator.audit import AuditLog, Auditor
 from coordinator.calls import Calls
@@ -140,6 +141,28 @@ def test_a_device_that_is_accepted_after_all_is_counted_once(fleet: Fleet) -> No
     (row,) = json.loads(get(address, "/overview.json"))["cohorts"][0]["rounds"]
     outcome = {"participants": 2, "accepted": 1, "without": 0, "silent": 1, "refusals": 1}
     assert {name: row[name] for name in outcome} == outcome
+
+
+def test_a_slow_device_of_asynchronous_rounds_is_no_drop_out(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served, address = monitored(fleet, "--asynchronous", "1", "--max-staleness", "1")
+    ada, ben, cy = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    join_round(ada, ben, cy)
+    for client in (ada, ben):
+        assert client.upload(header(1), train(bundle, client.download(1), 0, 1)).accepted
+    served.wait_for("round_closed", round=2)
+
+    def rounds() -> list[dict[str, int]]:
+        return json.loads(get(address, "/overview.json"))["cohorts"][0]["rounds"]
+
+    end = time.monotonic() + 20
+    while len(shown := rounds()) < 3:  # what was read before is kept for a second
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert [row["accepted"] for row in shown] == [1, 1, 0]
+    assert [row.accepted for row in listing.rounds(fleet.state)] == [1, 1, 0]
+    # What started in round 1 could count in round 2, and cannot in round 3.
+    assert [row["silent"] for row in shown] == [1, 0, 0]
 
 
 def browser(url: str, directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
