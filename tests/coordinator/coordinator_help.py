@@ -251,6 +251,19 @@ def aged(identity: Identity, state: Path, left: datetime.timedelta) -> Identity:
     return replace(identity, certificate=pem.decode())
 
 
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Waits for what only the coordinator can tell."""
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+def seen(administrator: Administrator, name: str) -> bool:
+    """Whether a call of that device has begun; one that is to wait is waiting then."""
+    return any(entry.last_seen for entry in administrator.devices() if entry.name == name)
+
+
 def ids(state: Path) -> dict[str, str]:
     """Name -> id of the devices that are not revoked."""
     with sqlite3.connect(state / "coordinator.sqlite3") as connection:

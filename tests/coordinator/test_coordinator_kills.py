@@ -24,6 +24,7 @@ from coordinator_help import (
     invited,
     mean_of,
     train,
+    until,
 )
 
 from edge_runtime import adapters, wire
@@ -188,20 +189,23 @@ def test_kills_while_devices_enrol_do_not_cost_them_their_invitations(fleet: Fle
     names = [f"device {index}" for index in range(60)]
     invitations = invited(served, *names)
 
+    enrolled: list[str] = []
+
     def enrol() -> None:
         for invitation in invitations:
             client = fleet.client(enrol_with(invitation, bundle))
             client.check_in(0)
             client.close()
+            enrolled.append(invitation.name)
 
     def kill_twice() -> None:
-        time.sleep(0.1)
-        served.kill()
-        again = fleet.serve(bundle, *port, listen=listen)
-        again.ready()
-        time.sleep(0.3)
-        again.kill()
-        fleet.serve(bundle, *port, listen=listen)
+        current = served
+        for least in (5, 25):
+            until(lambda least=least: len(enrolled) >= least, "nobody enrols")
+            current.kill()
+            assert len(enrolled) < len(names), "some had still to enrol"
+            current = fleet.serve(bundle, *port, listen=listen)
+            current.ready()
 
     in_parallel(enrol, kill_twice)
     with sqlite3.connect(fleet.state / "coordinator.sqlite3") as connection:

@@ -3,7 +3,7 @@
 import re
 import sqlite3
 import subprocess
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,10 @@ from coordinator_help import (
     in_parallel,
     join_round,
     mean_of,
+    seen,
     serve_command,
     train,
+    until,
 )
 
 from coordinator.administrator import Administrator
@@ -205,16 +207,13 @@ def test_what_a_device_is_told(fleet: Fleet) -> None:
 
 def test_check_in_is_held_open_until_something_changes(fleet: Fleet) -> None:
     bundle = fleet.bundle()
-    ada, ben = fleet.enrolled(fleet.serve(bundle), bundle, "ada", "ben")
-
-    def late() -> None:
-        time.sleep(1)
+    served = fleet.serve(bundle)
+    ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
+    with ThreadPoolExecutor() as pool, Administrator(served.administrator()) as administrator:
+        held = pool.submit(ada.check_in, 20)
+        until(lambda: seen(administrator, "ada"), "the check-in does not arrive")
         ben.check_in(5)
-
-    begin = time.monotonic()
-    reply, _ = in_parallel(lambda: ada.check_in(20), late)
-    assert reply.action == pb.CheckInReply.TRAIN
-    assert 0.9 < time.monotonic() - begin < 5
+        assert held.result().action == pb.CheckInReply.TRAIN
 
 
 def test_a_device_that_hung_up_is_not_present(fleet: Fleet) -> None:
@@ -222,12 +221,12 @@ def test_a_device_that_hung_up_is_not_present(fleet: Fleet) -> None:
     served = fleet.serve(bundle)
     ada, ben = fleet.enrolled(served, bundle, "ada", "ben")
 
-    def hang_up() -> None:
-        time.sleep(0.5)
+    with ThreadPoolExecutor() as pool, Administrator(served.administrator()) as administrator:
+        held = pool.submit(ada.check_in, 20)
+        until(lambda: seen(administrator, "ada"), "the check-in does not arrive")
         ada.close()
-
-    with pytest.raises(ValueError, match="closed channel"):
-        in_parallel(lambda: ada.check_in(20), hang_up)
+        with pytest.raises(ValueError, match="closed channel"):
+            held.result()
     assert ben.check_in(0.5).action == pb.CheckInReply.WAIT
 
 
