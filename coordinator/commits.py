@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,13 @@ class Commits(Generic[R]):
                 else:
                     changes.append(change)
                     yield wanted.done
+
+
+async def to_its_end(work: Callable[[], T]) -> T:
+    """The result of `work`, run in a thread; cancelled, it still waits for the thread."""
+    running = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise

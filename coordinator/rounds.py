@@ -39,6 +39,7 @@ computed in a thread, without the lock; while it is, the round is closed to upda
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -58,7 +59,7 @@ from coordinator.aggregation import (
     conclude_sum,
 )
 from coordinator.buffering import Buffering
-from coordinator.commits import Commits
+from coordinator.commits import Commits, to_its_end
 from coordinator.database import TakenOverError
 from coordinator.quality import Quality, QualityGate
 from coordinator.secure_aggregation import Masking, SecureAggregation, over
@@ -400,11 +401,10 @@ class Rounds:
 
     async def _aggregate(self, current: Round) -> None:
         """Ends a round that was closed to updates."""
-        quality = None
+        quality, updates = None, list[Update]()
         try:
-            updates = self._state.updates(current.number)
-            contributions = [self._contribution(current, update) for update in updates]
-            outcome = await asyncio.to_thread(self._close, current, updates, contributions)
+            updates = await asyncio.to_thread(self._state.updates, current.number)
+            outcome = await asyncio.to_thread(self._close, current, updates)
             generalist = wire.encode(self._manifest, outcome.generalist)
             if self._policy.gate is not None:
                 quality = await self._measure(self._policy.gate, current, generalist)
@@ -416,7 +416,8 @@ class Rounds:
                     # Its quality is told, so it costs privacy like any other.
                     self._abandon(current, updates, objection, quality=quality, noise=noise)
                     return
-                self._state.aggregate(
+                aggregated = functools.partial(
+                    self._state.aggregate,
                     current.number,
                     generalist,
                     outcome.memory,
@@ -424,6 +425,7 @@ class Rounds:
                     noise=noise,
                     reach=self._reach(),
                 )
+                await to_its_end(aggregated)
         except (AggregationError, AdapterError) as error:
             async with self._commits.still:
                 if self._is_still(current):  # else its files may have been deleted meanwhile
@@ -520,9 +522,7 @@ class Rounds:
             given, began=directory / began.generalist_file, staleness=current.done - began.done
         )
 
-    def _close(
-        self, current: Round, updates: list[Update], contributions: list[Contribution]
-    ) -> Outcome:
+    def _close(self, current: Round, updates: list[Update]) -> Outcome:
         memory = self._memory_of(current)
         incoming = wire.decode(self._manifest, self._read_start(current))
         if self._masked is not None:
@@ -541,7 +541,7 @@ class Rounds:
             self._manifest,
             self._policy.recipe,
             incoming=incoming,
-            contributions=contributions,
+            contributions=[self._contribution(current, update) for update in updates],
             memory=memory,
         )
 

@@ -25,6 +25,7 @@ from sqlalchemy import (
     Select,
     delete,
     func,
+    insert,
     inspect,
     select,
     update,
@@ -361,7 +362,12 @@ class State:
             opened.opened_at = time.time()
             opened.deadline = deadline
             opened.recipe = recipe
-            session.add_all(self._participant(number, device) for device in participants)
+            joined = [
+                {"cohort": self.cohort, "round": number, "device": device, "refused": False}
+                for device in participants
+            ]
+            if joined:
+                session.execute(insert(Participant), joined)
 
     def resume(self, number: int, *, deadline: float | None, recipe: str) -> None:
         """Gives an open round another deadline, and the recipe that it will be closed with."""
@@ -925,9 +931,6 @@ class State:
     def _counted(self, number: int) -> ColumnElement[bool]:
         """Whether updates count in round `number`."""
         return (Update.cohort == self.cohort) & (Update.counted == number)
-
-    def _participant(self, number: int, device: str) -> Participant:
-        return Participant(cohort=self.cohort, round=number, device=device)
 
     def _updates_of(self, number: int) -> str:
         return _updates_directory(self.cohort, number)

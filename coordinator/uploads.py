@@ -17,11 +17,11 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from coordinator.cohorts import Cohort
+from coordinator.commits import to_its_end
 from coordinator.limits import TooSlowError, Transfers
 from coordinator.rounds import RefusedUpdateError
 from coordinator.tables import Device
@@ -31,7 +31,6 @@ from edge_runtime.errors import AdapterError
 from edge_runtime.files import storage_errors
 from protos import coordinator_pb2 as pb
 
-T = TypeVar("T")
 # So much of an update may wait to be written.
 MOST_PIECES = 4
 READ_BYTES = 1024**2
@@ -195,7 +194,7 @@ class Uploads:
                     self._state.begin_partial(path)
                     with storage_errors(path):
                         digest = await self._gather(path, header, parts, moved)
-                return await _to_its_end(lambda: self._keep(path, device, header, digest))
+                return await to_its_end(lambda: self._keep(path, device, header, digest))
             except TooSlowError as error:
                 raise BrokenUploadError(str(error)) from error
             except RefusedUpdateError:
@@ -298,13 +297,3 @@ class Uploads:
             unpacked.write_bytes(payload)
         path.unlink()
         return unpacked
-
-
-async def _to_its_end(work: Callable[[], T]) -> T:
-    """The result of `work`, run in a thread; cancelled, it still waits for the thread."""
-    running = asyncio.get_running_loop().run_in_executor(None, work)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
