@@ -14,7 +14,8 @@ import grpc
 
 from coordinator.callers import Callers, storage_errors
 from coordinator.cohorts import Cohorts
-from coordinator.rounds import NoSuchRoundError, RefusedCommandError, Report, Rounds
+from coordinator.policy import NoSuchRoundError, RefusedCommandError, Report
+from coordinator.rounds import Rounds
 from coordinator.state import State
 from edge_runtime import invitation as invitations
 from protos import coordinator_pb2 as pb

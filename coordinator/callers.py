@@ -16,7 +16,8 @@ import grpc
 
 from coordinator.cohorts import Cohorts
 from coordinator.limits import CALLS_AT_ONCE, Pace
-from coordinator.rounds import PRESENT_SECONDS, Report
+from coordinator.policy import Report
+from coordinator.rounds import PRESENT_SECONDS
 from coordinator.state import State
 from coordinator.tables import Device
 from coordinator.tls import Role, Subject, subject_of

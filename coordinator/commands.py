@@ -395,8 +395,8 @@ def serve(
     from coordinator.cohorts import CohortsError
     from coordinator.database import postgres_engine
     from coordinator.limits import Limits
+    from coordinator.policy import Policy
     from coordinator.quality import QualityGate
-    from coordinator.rounds import Policy
     from coordinator.selection import select
     from coordinator.server import Options
     from coordinator.server import serve as run

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from coordinator.callers import NO_BUNDLE, Callers, common_protocol, storage_errors
 from coordinator.cohorts import Cohorts
-from coordinator.rounds import Report
+from coordinator.policy import Report
 from coordinator.state import State
 from coordinator.tables import Invitation
 from coordinator.tls import Authority, RefusedRequestError, requested_key

@@ -40,30 +40,29 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
-from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator.accounting import Ledger, Privacy
+from coordinator.accounting import Ledger
 from coordinator.aggregation import (
     AggregationError,
-    Contribution,
     DamagedUpdateError,
-    Outcome,
-    Recipe,
-    aggregate,
-    conclude_sum,
 )
 from coordinator.buffering import Buffering
+from coordinator.closing import Closing
 from coordinator.commits import Commits, to_its_end
 from coordinator.database import TakenOverError
+from coordinator.policy import (
+    NoSuchRoundError,
+    Policy,
+    Reason,
+    RefusedCommandError,
+    RefusedUpdateError,
+    Report,
+)
 from coordinator.quality import Quality, QualityGate
-from coordinator.secure_aggregation import Masking, SecureAggregation, over
-from coordinator.selection import Selection
+from coordinator.secure_aggregation import SecureAggregation, over
 from coordinator.state import State
 from coordinator.tables import (
     Change,
@@ -78,7 +77,7 @@ from coordinator.tables import (
     Update,
 )
 from edge_runtime import wire
-from edge_runtime.errors import AdapterError, ComigsError, StorageError, brief
+from edge_runtime.errors import AdapterError, ComigsError, StorageError
 from protos import coordinator_pb2 as pb
 from protos import manifest_pb2
 
@@ -100,73 +99,6 @@ DELIVERY_SECONDS = 60.0
 WAIT = pb.CheckInReply(action=pb.CheckInReply.WAIT, retry_seconds=RETRY_SECONDS)
 
 T = TypeVar("T")
-
-Report = Callable[[str, dict[str, Any]], None]
-"""Takes an event's name and its fields."""
-
-
-def to_all(*observers: Report) -> Report:
-    """A Report that passes each event on to all of `observers`, in their order."""
-
-    def report(event: str, fields: dict[str, Any]) -> None:
-        for observer in observers:
-            observer(event, fields)
-
-    return report
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How rounds are run."""
-
-    rounds: int
-    """Aggregated rounds until the end."""
-    min_devices: int
-    deadline_seconds: float
-    recipe: Recipe
-    selection: Selection | None
-    """None: every device takes part."""
-    masking: Masking | None
-    """None: updates come as they are."""
-    gate: QualityGate | None
-    """None: what comes of a round is not looked at."""
-    privacy: Privacy | None
-    """Differential privacy; None: there is none."""
-    buffering: Buffering | None
-    """None: rounds are synchronous."""
-    training: pb.TrainingConfig
-    compressions: tuple[pb.Compression.ValueType, ...] = ()
-    """That updates may have, the preferred one first."""
-
-
-class Reason(StrEnum):
-    """Why an update does not count, in few words."""
-
-    MALFORMED = "malformed"
-    LATE = "late"
-    EARLY = "early"
-    ANOTHER = "another"  # of the same device was accepted before
-    NO_PART = "no_part"
-    FULL = "full"
-    STALE = "stale"  # what it started from is too long ago
-    MASKING = "masking"  # no masked step of this device was asked for then
-
-
-class RefusedCommandError(Exception):
-    """What the administrator wants cannot be done; the message is one line that says why."""
-
-
-class NoSuchRoundError(RefusedCommandError):
-    """There is no round of that number."""
-
-
-class RefusedUpdateError(Exception):
-    """An update does not count; the message is one line that says why. It is kept and shown, and
-    may quote what the device sent."""
-
-    def __init__(self, message: str, reason: Reason = Reason.MALFORMED) -> None:
-        super().__init__(brief(message))
-        self.reason = reason
 
 
 class Rounds:
@@ -190,10 +122,16 @@ class Rounds:
         """
         self._state = state
         self._manifest = manifest
-        self._manifests = manifests
         self._policy = policy
         self._report = report
         self._masked = masked
+        self._ends = Closing(
+            state=state,
+            manifest=manifest,
+            manifests=manifests,
+            recipe=policy.recipe,
+            masked=masked,
+        )
         self._ledger = None if policy.privacy is None else Ledger(state, policy.privacy)
         self._told_spent = False
         self._history = state.history()
@@ -404,7 +342,7 @@ class Rounds:
         quality, updates = None, list[Update]()
         try:
             updates = await asyncio.to_thread(self._state.updates, current.number)
-            outcome = await asyncio.to_thread(self._close, current, updates)
+            outcome = await asyncio.to_thread(self._ends.close, current, updates)
             generalist = wire.encode(self._manifest, outcome.generalist)
             if self._policy.gate is not None:
                 quality = await self._measure(self._policy.gate, current, generalist)
@@ -450,7 +388,7 @@ class Rounds:
 
     async def _measure(self, gate: QualityGate, current: Round, generalist: bytes) -> Quality:
         try:
-            return await gate.compare(self._start_of(current), generalist)
+            return await gate.compare(self._ends.start_of(current), generalist)
         except ComigsError as error:
             raise AggregationError(f"what came of it could not be measured: {error}") from error
 
@@ -473,95 +411,13 @@ class Rounds:
         fields = {"round": current.number, "device": name, "reason": str(damage)}
         self._report("update_damaged", fields)
 
-    def _start_of(self, current: Round) -> Path:
-        return self._state.directory / current.generalist_file
-
-    def _read_start(self, wanted: Round) -> bytes:
-        """What the round starts from.
-
-        Raises:
-            AdapterError: it is missing, or not what was stored.
-        """
-        path = self._start_of(wanted)
-        try:
-            payload = path.read_bytes()
-        except OSError as error:
-            raise AdapterError(
-                f"cannot read {path}, the generalist of round {wanted.number}: "
-                f"{error.strerror}; restore the state directory from a copy"
-            ) from error
-        if hashlib.sha256(payload).hexdigest() != wanted.generalist_sha256:
-            raise AdapterError(
-                f"{path}, the generalist of round {wanted.number}, is damaged: it does not match "
-                "its SHA-256; restore the state directory from a copy"
-            )
-        return payload
-
     def _check_start(self, current: Round) -> None:
         """Looks now and then whether the generalist is what was stored, raising as `_read_start`:
         from a damaged one no download would ever succeed."""
         file, until = self._intact
         if file != current.generalist_file or time.monotonic() >= until:
-            self._read_start(current)
+            self._ends.read_start(current)
             self._intact = current.generalist_file, time.monotonic() + INTACT_SECONDS
-
-    def _contribution(self, current: Round, update: Update) -> Contribution:
-        directory = self._state.directory
-        given = Contribution(
-            device=update.device,
-            path=directory / update.file,
-            tokens=update.tokens,
-            manifest=self._manifest_of(update),
-        )
-        if update.round == current.number:
-            return given
-        began = self._state.round(update.round)
-        if began is None or began.generalist_sha256 == current.generalist_sha256:
-            return given
-        return replace(
-            given, began=directory / began.generalist_file, staleness=current.done - began.done
-        )
-
-    def _close(self, current: Round, updates: list[Update]) -> Outcome:
-        memory = self._memory_of(current)
-        incoming = wire.decode(self._manifest, self._read_start(current))
-        if self._masked is not None:
-            summed = self._masked.total(current.number, updates)
-            noise = self._policy.recipe.noise
-            return conclude_sum(
-                self._manifest,
-                self._policy.recipe,
-                incoming=incoming,
-                total=summed.total,
-                divisor=summed.devices if noise is None else noise.devices,
-                clipped=summed.clipped,
-                memory=memory,
-            )
-        return aggregate(
-            self._manifest,
-            self._policy.recipe,
-            incoming=incoming,
-            contributions=[self._contribution(current, update) for update in updates],
-            memory=memory,
-        )
-
-    def _memory_of(self, current: Round) -> bytes | None:
-        """What the server optimizer remembers."""
-        if current.memory_file is None:
-            return None
-        try:
-            return (self._state.directory / current.memory_file).read_bytes()
-        except OSError as error:
-            raise AdapterError(
-                f"cannot read {self._state.directory / current.memory_file}: {error.strerror}; "
-                "restore the state directory from a copy"
-            ) from error
-
-    def _manifest_of(self, update: Update) -> manifest_pb2.Manifest:
-        manifest = self._manifests.get(update.contract_sha256)
-        if manifest is None:
-            raise AggregationError("an update was made with a bundle that is not served any more")
-        return manifest
 
     def _is_still(self, closing: Round) -> bool:
         """Whether the administrator let a round that is being aggregated go on."""
@@ -681,7 +537,7 @@ class Rounds:
                 f"round {number} is the current one: nothing came of it that could be undone"
             )
         try:
-            self._read_start(wanted)
+            self._ends.read_start(wanted)
         except AdapterError as error:
             raise RefusedCommandError(
                 f"the generalist that round {number} started from is missing or damaged; choose "

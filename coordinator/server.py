@@ -32,7 +32,8 @@ from coordinator.limits import Limits, raise_file_limit, share_heap, watch_conne
 from coordinator.metrics import Metrics
 from coordinator.monitor import Monitor
 from coordinator.overview import Live, Overview
-from coordinator.rounds import Policy, Report, Rounds, to_all
+from coordinator.policy import Policy, Report, to_all
+from coordinator.rounds import Rounds
 from coordinator.secure_aggregation import SecureAggregation
 from coordinator.service import Service
 from coordinator.state import State

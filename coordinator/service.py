@@ -16,7 +16,7 @@ import grpc
 from coordinator.callers import Callers, common_protocol, storage_errors
 from coordinator.cohorts import Cohort, Cohorts
 from coordinator.limits import Limits, TooSlowError, Transfers
-from coordinator.rounds import RefusedUpdateError, Report
+from coordinator.policy import RefusedUpdateError, Report
 from coordinator.secure_aggregation import RefusedStepError
 from coordinator.state import State
 from coordinator.tables import Device

@@ -23,7 +23,7 @@ import numpy as np
 from coordinator.cohorts import Cohort
 from coordinator.commits import to_its_end
 from coordinator.limits import TooSlowError, Transfers
-from coordinator.rounds import RefusedUpdateError
+from coordinator.policy import RefusedUpdateError
 from coordinator.tables import Device
 from edge_runtime import compression, wire
 from edge_runtime.connection import Traffic
