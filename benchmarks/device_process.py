@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 def train(
     bundle: Bundle, engine_name: str, threads: int, program: str, *, packed: bool
 ) -> Commands:
-    """A step as a device takes it: the compiled program, then AdamW on every role.
+    """A step as a device takes it: the compiled program, then AdamW on every role that it is for.
 
     `step` answers with its seconds and its loss, `gradients` writes the last step's to a file.
     """
@@ -41,7 +41,9 @@ def train(
     shape = next(tuple(port.shape) for port in entry.inputs if port.name == "tokens")
     tokens, targets = fixed_text(manifest.base.vocabulary, shape)
     inputs = parameters | {"tokens": tokens, "targets": targets}
-    named = views(manifest, gradients)
+    learning = {port.name.removeprefix("grad:") for port in entry.outputs}
+    named = {n: view for n, view in views(manifest, gradients).items() if n in learning}
+    roles = {tensor.role for tensor in manifest.tensors if tensor.name in learning}
     into = {f"grad:{name}": view for name, view in named.items()}
     outputs = into | allocate(entry.outputs, besides=into)
     loaded = load_engine(engine_name, threads=threads).load(bundle, program, packed=packed)
@@ -52,9 +54,9 @@ def train(
         started = time.perf_counter()
         call()
         state.expert_steps += 1
-        for role, vector in vectors.items():
+        for role in roles:
             adamw(
-                vector,
+                vectors[role],
                 gradients[role],
                 state.first_moment[role],
                 state.second_moment[role],

@@ -36,8 +36,9 @@ class Row(TypedDict):
     """One program of an engine and base type.
 
     `variant` is `standard`, or what is done for less memory: `recompute`, activations computed
-    twice; `unpacked`, weights read where they are. Ratios are to the reference's step in the same
-    turn; spreads are first and third quartile; cosines are to PyTorch's gradient, tensor by tensor.
+    twice; `unpacked`, weights read where they are; or `router`, a step of the router alone, still
+    beside the whole one. Ratios are to the reference's step in the same turn; spreads are first and
+    third quartile; cosines are to PyTorch's gradient, tensor by tensor.
     `gemm_peak_share` is of the products' peak in the base's own type, float32 or int8.
     """
 
@@ -114,7 +115,7 @@ def run(
         compiler = Compiler(base=base, folder=folder, progress=progress)
         bundles = {
             (engine, precision): compiler.bundle(
-                tier, engine=engine, precision=precision, programs=("train_step",)
+                tier, engine=engine, precision=precision, programs=("train_step", "router_step")
             )
             for engine, precision in contestants
         }
@@ -135,6 +136,9 @@ def run(
             for (engine, precision), bundle in bundles.items()
             for entry in bundle.manifest.programs
             for packed in ((True, False) if entry.unpacked_memory_bytes else (True,))
+            # One row tells what the router's own step saves.
+            if packed or not entry.name.startswith("router_step")
+            if entry.name != f"router_step.b{batch}.recompute"
         ]
         for engine, precision, program, packed in rows:
             variant = variant_of(program, packed)
@@ -213,8 +217,9 @@ def run(
 
 def variant_of(program: str, packed: bool) -> str:
     """What sets a program, and how it is loaded, apart from others for the same batch."""
-    parts = [*program.split(".")[2:], *([] if packed else ["unpacked"])]
-    return " ".join(parts) or "standard"
+    kind, _, *parts = program.split(".")
+    parts += ["router"] if kind == "router_step" else []
+    return " ".join([*parts, *([] if packed else ["unpacked"])]) or "standard"
 
 
 def step_gflop(base: Base, bundle: Bundle, batch: int) -> float:
@@ -253,7 +258,7 @@ def _cosines(everyone: dict[str, Contestant], folder: Path) -> dict[str, dict[st
         return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
     return {
-        name: {key: cosine(gradients[key], wanted[key]) for key in wanted}
+        name: {key: cosine(gradients[key], wanted[key]) for key in gradients}
         for name, gradients in found.items()
     }
 

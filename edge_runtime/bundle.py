@@ -76,6 +76,9 @@ class Bundle:
                 for check in done:  # an error of theirs explains one of the block
                     check.result()
 
+    def has_program(self, name: str, engine: str) -> bool:
+        return any((p.name, p.engine) == (name, engine) for p in self.manifest.programs)
+
     def program(self, name: str, engine: str) -> pb.Program:
         """The manifest's entry of a program.
 

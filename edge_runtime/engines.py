@@ -25,6 +25,8 @@ from protos import manifest_pb2 as pb
 
 Array = NDArray[Any]
 ENGINES = ("onnxruntime", "executorch")
+# An input, true unless it is bound, of an ONNX graph that is two programs.
+EVERY_OUTPUT = "every_output"
 
 
 class Program(Protocol):
@@ -165,7 +167,10 @@ class _OnnxProgram:
         for name in self.outputs:
             a = outputs[name]
             binding.bind_output(name, "cpu", 0, a.dtype.type, a.shape, a.ctypes.data)
-        kept = (dict(inputs), dict(outputs))  # the binding holds addresses, not references
+        switch = np.array(len(self.outputs) == len(self.session.get_outputs()))
+        if EVERY_OUTPUT in [each.name for each in self.session.get_overridable_initializers()]:
+            binding.bind_input(EVERY_OUTPUT, "cpu", 0, np.bool_, (), switch.ctypes.data)
+        kept = (dict(inputs), dict(outputs), switch)  # the binding holds addresses, not references
 
         def call() -> None:
             assert kept

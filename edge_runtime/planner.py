@@ -85,11 +85,10 @@ def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
             f"divides a batch of {batch_sequences} sequences; change batch_sequences"
         )
     evaluation = bundle.program("eval_loss", engine)
-    names = {entry.name for entry in manifest.programs if entry.engine == engine}
     found: list[Plan] = []
     for recompute in (False, True):
         for size in sorted(sizes, reverse=True):
-            if recompute and _program(size, recompute) not in names:
+            if recompute and not bundle.has_program(_program(size, recompute), engine):
                 continue
             for packed in (True, False):
                 entries = (bundle.program(_program(size, recompute), engine), evaluation)

@@ -1,8 +1,8 @@
 """Local training, exactly as in CoMiGS (arXiv 2409.13931, algorithm 1, eqs. 7 and 8).
 
 Experts take AdamW steps on the training split; after every `tau` of them the router takes
-`router_steps` AdamW steps on the held-out split. One program gives all gradients; each level uses
-its own part and throws the other's away, so no gradient of one level can reach the other.
+`router_steps` AdamW steps on the held-out split. Each level uses its own gradients and throws the
+other's away where they are computed, so no gradient of one level can reach the other.
 
 Everything a step depends on is in `TrainingState`: two runs from the same state are the same bits.
 """
@@ -10,7 +10,7 @@ Everything a step depends on is in `TrainingState`: two runs from the same state
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,6 +80,8 @@ def expert_learning_rate(config: pb.TrainingConfig, step: int) -> float:
 class Trainer:
     """Steps a `TrainingState` with a bundle's compiled `train_step`.
 
+    The router's bursts take the `router_step` of the same kind where the bundle has one.
+
     Args:
         micro_batch: sequences per call of the program; must divide `config.batch_sequences`.
         program: which one; `train_step` of that size if empty.
@@ -100,6 +102,7 @@ class Trainer:
     _inputs: dict[str, Array] = field(init=False)
     _outputs: dict[str, Array] = field(init=False)
     _call: Callable[[], None] = field(init=False)
+    _call_for_router: Callable[[], None] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.config.batch_sequences % self.micro_batch:
@@ -117,7 +120,11 @@ class Trainer:
         gradients = {f"grad:{name}": view for name, view in into.items()}
         self._outputs = gradients | allocate(entry.outputs, besides=gradients)
         program = self.engine.load(self.bundle, name, packed=self.packed)
-        self._call = program.bind(self._inputs, self._outputs)
+        self._call = self._call_for_router = program.bind(self._inputs, self._outputs)
+        of_router = name.replace("train_step", "router_step")
+        if self.bundle.has_program(of_router, self.engine.name):
+            program = self.engine.load(self.bundle, of_router, packed=self.packed)
+            self._call_for_router = program.bind(self._inputs, self._outputs)
 
     def step(self) -> float:
         """One expert step on the training split, and the router's burst if one is due.
@@ -141,17 +148,17 @@ class Trainer:
 
     def _expert_step(self) -> float:
         state, config = self.state, self.config
-        loss = self._accumulate(self.train, state.expert_steps)
+        experts = [role for role in state.vectors if role != ROUTER]
+        loss = self._accumulate(self.train, state.expert_steps, experts, self._call)
         rate = expert_learning_rate(config, state.expert_steps)
         state.expert_steps += 1
-        for role in state.vectors:
-            if role != ROUTER:
-                self._update(role, state.expert_steps, rate)
+        for role in experts:
+            self._update(role, state.expert_steps, rate)
         return loss
 
     def _router_step(self) -> None:
         state = self.state
-        self._accumulate(self.valid, state.router_steps)
+        self._accumulate(self.valid, state.router_steps, [ROUTER], self._call_for_router)
         state.router_steps += 1
         self._update(ROUTER, state.router_steps, self.config.router_learning_rate)
 
@@ -173,24 +180,27 @@ class Trainer:
                 if not np.isfinite(vector.sum()):
                     raise _diverged(f"{role} is", step)
 
-    def _accumulate(self, split: Batches, step: int) -> float:
-        """Fills `_gradients` with the mean over the micro-batches of optimizer step `step`."""
+    def _accumulate(
+        self, split: Batches, step: int, roles: Sequence[str], call: Callable[[], None]
+    ) -> float:
+        """Fills `_gradients` of `roles` with the mean over the micro-batches of optimizer step
+        `step`, each of which `call` computes."""
         parts = self.config.batch_sequences // self.micro_batch
         summed = self._gradients is not self._program_gradients
         if summed:
-            for gradient in self._gradients.values():
-                gradient[...] = 0.0
+            for role in roles:
+                self._gradients[role][...] = 0.0
         loss = 0.0
         for part in range(parts):
             taken = (step * parts + part) * self.micro_batch
             self._inputs["tokens"][...], self._inputs["targets"][...] = split.at(
                 taken, self.micro_batch
             )
-            self._call()
+            call()
             loss += float(self._outputs["cross_entropy"]) / parts
             if summed:
-                for role, part_gradient in self._program_gradients.items():
-                    self._gradients[role] += part_gradient / np.float32(parts)
+                for role in roles:
+                    self._gradients[role] += self._program_gradients[role] / np.float32(parts)
         if not math.isfinite(loss):
             raise _diverged("the loss is", step + 1)
         return loss

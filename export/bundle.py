@@ -235,7 +235,11 @@ def _measure(manifest: pb.Manifest, staging: Path, engine: str, base_bytes: int)
     """Fills in what each program of `engine` needs, and what the engine costs as a whole."""
     runtime = 0
     files = set()
-    entries = [p for p in manifest.programs if p.engine == engine]
+    every = [p for p in manifest.programs if p.engine == engine]
+    # A router's step that is part of a training step needs nothing besides.
+    steps = {(p.file, p.method): p for p in every if p.name.startswith("train_step")}
+    parts = [p for p in every if p.name.startswith("router_step") and (p.file, p.method) in steps]
+    entries = [p for p in every if p not in parts]
     figures = measure(staging, [entry.name for entry in entries], engine)
     for entry, measured in zip(entries, figures, strict=True):
         entry.memory_bytes = measured["program_bytes"]
@@ -247,6 +251,10 @@ def _measure(manifest: pb.Manifest, staging: Path, engine: str, base_bytes: int)
         figures = measure(staging, [entry.name for entry in training], engine, packed=False)
         for entry, measured in zip(training, figures, strict=True):
             entry.unpacked_memory_bytes = measured["program_bytes"]
+    for entry in parts:
+        step = steps[entry.file, entry.method]
+        entry.memory_bytes = step.memory_bytes
+        entry.unpacked_memory_bytes = step.unpacked_memory_bytes
     manifest.engines.append(
         pb.EngineCost(
             engine=engine,

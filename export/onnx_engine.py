@@ -11,6 +11,7 @@ from onnx import external_data_helper
 from torch import Tensor
 
 from export.flat_graph import flat_graph
+from export.onnx_branches import add_switch
 from export.onnx_graph import DECOMPOSITIONS, translate
 from export.programs import Specification
 
@@ -61,6 +62,8 @@ def compile_program(
         arguments=arguments,
         length=specification.length,
     )
+    if specification.optional:
+        add_switch(model, specification.optional)
     _externalise(model, store, file)
     file.write_bytes(model.SerializeToString())
 

@@ -3,7 +3,8 @@
 | program | inputs | outputs |
 |---|---|---|
 | `train_step.b<B>` | tokens, targets (B, T) | loss, cross_entropy, grad:<tensor> for every tensor |
-| `train_step.b<B>.recompute` | the same | the same, in less memory and more time |
+| `router_step.b<B>` | the same | loss, cross_entropy, grad:<tensor> for the router's tensors |
+| either with `.recompute` | the same | the same, in less memory and more time |
 | `eval_loss` | tokens, targets (B, T) | losses (B, T), nats per token |
 | `prefill` | tokens (T,), position, last (1,), cache | logits (V,), routing (L, T, n), cache |
 | `decode` | tokens (1,), position (1,), cache | logits (V,), routing (L, 1, n), cache |
@@ -80,6 +81,8 @@ class Specification:
     """Another program whose compiled form serves for this one too."""
     blocks: Blocks | None = None
     """How its large matrices are quantised, if not in the way of all programs."""
+    optional: tuple[str, ...] = ()
+    """Outputs that a program which is the `same_as` this one leaves out, with what they cost."""
 
 
 def specifications(
@@ -87,18 +90,21 @@ def specifications(
 ) -> list[Specification]:
     """All programs of a tier for an engine.
 
-    A training step with less memory is for the smallest batch, where it is the last resort; for
-    ExecuTorch there is none, since lowering another step takes too long.
+    A training step with less memory is for the smallest batch, where it is the last resort. For
+    ExecuTorch there is none, and no router's step: lowering another step takes too long.
     """
     # ONNX Runtime's attention over a cache is for heads of whole vectors of eight.
-    tensors, smallest = manifest.tensors, min(tier.micro_batches)
-    in_place = engine == "onnxruntime" and decoder.architecture.head_dim % 8 == 0
+    tensors = manifest.tensors
+    on_onnx = engine == "onnxruntime"
+    in_place = on_onnx and decoder.architecture.head_dim % 8 == 0
+    steps = [(size, False) for size in tier.micro_batches]
+    steps += [(min(tier.micro_batches), True)] if on_onnx else []
+    kinds = (False, True) if on_onnx and decoder.mixture.specialists else (False,)
     return [
-        *(train_step(decoder, tensors, size, tier.train_length) for size in tier.micro_batches),
         *(
-            [train_step(decoder, tensors, smallest, tier.train_length, recompute=True)]
-            if engine == "onnxruntime"
-            else []
+            train_step(decoder, tensors, size, tier.train_length, recompute=again, router_only=kind)
+            for size, again in steps
+            for kind in kinds
         ),
         eval_loss(decoder, tensors, tier.eval_batch, tier.train_length),
         *(
@@ -119,24 +125,34 @@ def train_step(
     length: int,
     *,
     recompute: bool = False,
+    router_only: bool = False,
 ) -> Specification:
+    """Loss and gradients; with `router_only` no others than what the router learns from."""
     names = [tensor.name for tensor in tensors]
+    of_router = [tensor.name for tensor in tensors if tensor.role == ROUTER]
+    learning = of_router if router_only else names
+    left_out = [name for name in learning if of_router and name not in of_router]
+    variant = f"b{batch}" + (".recompute" if recompute else "")
 
     def call(tokens: Tensor, targets: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        leaves = [value.detach().requires_grad_(True) for value in values]
-        adapters = dict(zip(names, leaves, strict=True))
+        adapters = {
+            name: value.detach().requires_grad_(name in learning)
+            for name, value in zip(names, values, strict=True)
+        }
         loss, cross_entropy = decoder.loss(adapters, tokens, targets, recompute=recompute)
-        gradients = torch.autograd.grad(loss, leaves)
+        gradients = torch.autograd.grad(loss, [adapters[name] for name in learning])
         return loss.detach(), cross_entropy.detach(), *gradients
 
     shape = (batch, length)
     return Specification(
-        name=f"train_step.b{batch}" + (".recompute" if recompute else ""),
+        name=("router_step." if router_only else "train_step.") + variant,
         inputs=(("tokens", torch.int64, shape), ("targets", torch.int64, shape)),
         adapters=tuple(names),
-        outputs=("loss", "cross_entropy", *(f"grad:{name}" for name in names)),
+        outputs=("loss", "cross_entropy", *(f"grad:{name}" for name in learning)),
         call=call,
         base=decoder,
+        same_as=f"train_step.{variant}" if router_only else "",
+        optional=tuple(f"grad:{name}" for name in left_out),
     )
 
 

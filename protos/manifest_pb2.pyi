@@ -364,8 +364,8 @@ class Program(_message.Message):
     DATA_FILES_FIELD_NUMBER: _builtins.int
     UNPACKED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"train_step.b<sequences>", "train_step.b<sequences>.recompute", "eval_loss", "prefill" or
-    "decode".
+    """"train_step.b<sequences>", "router_step.b<sequences>" (the part of it that only the router
+    learns from), either with ".recompute", "eval_loss", "prefill" or "decode".
     """
     engine: _builtins.str
     """"onnxruntime" or "executorch"."""

@@ -32,6 +32,7 @@ from edge_runtime.store import Home
 from edge_runtime.training import Evaluator
 from export import mixture
 from export.mixture import Mixture
+from protos import manifest_pb2 as pb
 
 EXPERTS = ("generalist", "specialist.1")
 
@@ -136,6 +137,26 @@ def test_activations_computed_twice_are_the_same(export_tiny: ExportTiny, specia
     for role, vector in one.items():
         np.testing.assert_allclose(other[role], vector, atol=2e-5)
         assert not np.array_equal(vector, start[role])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_routers_step_is_a_training_step_without_the_rest(
+    tiny_bundle: Bundle, batch: int
+) -> None:
+    """To the last bit, also summed over micro-batches: bundles without it train the same."""
+    start = mixture.random(tiny_bundle.manifest, 1)
+    manifest = pb.Manifest()
+    manifest.CopyFrom(tiny_bundle.manifest)
+    for program in tiny_bundle.manifest.programs:
+        if program.name.startswith("router_step"):
+            manifest.programs.remove(program)
+    assert len(manifest.programs) < len(tiny_bundle.manifest.programs)
+    one, other = (
+        steps(trainer(bundle, start, micro_batch=1, batch_sequences=batch, tau=2), 5)
+        for bundle in (tiny_bundle, Bundle(tiny_bundle.path, manifest))
+    )
+    assert same(one, other)
+    assert not same(one, start, "router")
 
 
 @pytest.mark.parametrize("batch", [2, 4])

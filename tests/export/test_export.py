@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from executorch.exir._serialize._program import deserialize_pte_binary
@@ -26,7 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from edge_runtime import adapters, planner
 from edge_runtime.adapters import Stacks
 from edge_runtime.bundle import Bundle, open_bundle
-from edge_runtime.engines import load_engine
+from edge_runtime.engines import _OnnxProgram, allocate, load_engine
 from edge_runtime.errors import AdapterError, BaseModelError, BundleError, ParityError, StorageError
 from edge_runtime.predict import Predictor
 from edge_runtime.training import Evaluator
@@ -40,6 +41,7 @@ from export.mixture import Mixture
 from export.onnx_engine import INLINE_BYTES
 from export.programs import Specification, specifications
 from export.tiers import tiers
+from protos import manifest_pb2 as pb
 
 ONE_PROGRAM = ("eval_loss",)
 
@@ -94,8 +96,8 @@ def test_slices_tile_the_vectors(export_tiny: ExportTiny, specialists: int) -> N
 def test_programs_say_what_they_take_give_and_need(tiny_bundle: Bundle) -> None:
     manifest = tiny_bundle.manifest
     assert [p.name for p in manifest.programs] == [
-        *("train_step.b1", "train_step.b2", "train_step.b1.recompute"),
-        *("eval_loss", "prefill", "decode"),
+        *("train_step.b1", "router_step.b1", "train_step.b2", "router_step.b2"),
+        *("train_step.b1.recompute", "router_step.b1.recompute", "eval_loss", "prefill", "decode"),
     ]
     tensors = {t.name: (t.dtype, tuple(t.shape)) for t in manifest.tensors}
     for program in manifest.programs:
@@ -111,17 +113,46 @@ def test_programs_say_what_they_take_give_and_need(tiny_bundle: Bundle) -> None:
         assert program.parity.outputs == len(program.outputs)
         assert 0 <= program.parity.worst_relative_error <= program.parity.tolerance == 1e-4
         assert program.parity.worst_output in [port.name for port in program.outputs]
-        if program.name.startswith("train_step"):
+        if program.name.startswith(("train_step", "router_step")):
             gradients = {
                 port.name.removeprefix("grad:"): (port.dtype, tuple(port.shape))
                 for port in program.outputs
                 if port.name.startswith("grad:")
             }
-            assert gradients == tensors
+            part = "router/" if program.name.startswith("router_step") else ""
+            assert gradients == {n: v for n, v in tensors.items() if n.startswith(part)}
     (cost,) = manifest.engines
     files = {f for p in manifest.programs for f in (p.file, *p.data_files)}
     assert cost.disk_bytes == sum((tiny_bundle.path / f).stat().st_size for f in files)
     assert cost.runtime_bytes > 2**20
+
+
+def test_a_routers_step_computes_and_keeps_nothing_for_the_experts(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    """On ONNX Runtime it is part of the training step: no file and no memory of its own."""
+    for variant in ("b1", "b2", "b1.recompute"):
+        whole, part = (
+            tiny_bundle.program(f"{kind}.{variant}", "onnxruntime")
+            for kind in ("train_step", "router_step")
+        )
+        assert (part.file, part.memory_bytes) == (whole.file, whole.memory_bytes)
+        assert products_run(tiny_bundle, part, tmp_path) <= products_run(
+            tiny_bundle, whole, tmp_path
+        ) - sum("lora" in port.name for port in whole.outputs)
+
+
+def products_run(bundle: Bundle, program: pb.Program, folder: Path) -> int:
+    """How many products one run of a program takes, as ONNX Runtime's profiler saw it."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    session = onnxruntime.InferenceSession(str(bundle.path / program.file), options)
+    inputs, outputs = allocate(program.inputs), allocate(program.outputs)
+    _OnnxProgram(program, session).bind(inputs, outputs)()
+    events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = [e["args"]["op_name"] for e in events if e["name"].endswith("_kernel_time")]
+    return sum(kind in ("Gemm", "FusedGemm", "MatMul", "FusedMatMul") for kind in kernels)
 
 
 def copy_tokenizer(base: Path, to: Path) -> None:
