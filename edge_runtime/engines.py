@@ -139,6 +139,8 @@ class OnnxRuntime:
         options.log_severity_level = 3
         # The planned block is a third larger than what allocating as one goes needs, and no faster.
         options.enable_mem_pattern = False
+        # As written: the default leaves gradients, and what they are computed from, for the end.
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         # Worker threads may wait actively between the operators of a run, but not between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not packed:
