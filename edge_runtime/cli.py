@@ -63,8 +63,8 @@ def telling(first: str) -> Iterator[Callable[[str], None]]:
     yield tell
 
 
-def build() -> typer.Typer:
-    """The command with everything that is installed."""
+def build(command: str | None = None) -> typer.Typer:
+    """The command with everything that is installed, or with as much of it as `command` needs."""
     app = typer.Typer(
         name="comigs",
         help="Personalised next-token prediction that learns on the device, together.",
@@ -72,7 +72,10 @@ def build() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    group = _group(command)
     for point in sorted(entry_points(group="comigs.commands"), key=lambda p: p.name):
+        if group not in (None, point.name):
+            continue
         try:
             register = point.load()
         except ModuleNotFoundError as error:
@@ -80,6 +83,11 @@ def build() -> typer.Typer:
         else:
             register(app)
     return app
+
+
+def _group(command: str | None) -> str | None:
+    """Whose command it is, if anybody's."""
+    return next((group for group, names in COMMANDS.items() if command in names), None)
 
 
 def _register_missing(app: typer.Typer, group: str, package: str) -> None:
@@ -107,14 +115,15 @@ def _run() -> None:
 
     Commands import heavy packages only when they run.
     """
+    command = sys.argv[1] if len(sys.argv) > 1 else None
     try:
-        build()()
+        build(command)()
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        groups = [group for group, names in COMMANDS.items() if set(sys.argv[1:2]) & set(names)]
-        if not package or find_spec(package) is not None or not groups:
+        group = _group(command)
+        if not package or find_spec(package) is not None or group is None:
             raise  # a bug: what is there lacks a part of itself
-        raise _missing(package, groups[0]) from error
+        raise _missing(package, group) from error
 
 
 def main() -> None:

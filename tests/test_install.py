@@ -227,3 +227,15 @@ def test_serve_shows_first_what_a_first_run_needs() -> None:
     assert options[:5] == ["--bundle", "--state", "--listen", "--rounds", "--min-devices"]
     assert len(options) <= 11
     assert "--dp-noise" in rest
+
+
+def test_a_command_waits_for_no_other_packages() -> None:
+    script = (
+        "import sys\nfrom edge_runtime.cli import build\n"
+        "build('invite')\nassert 'coordinator.commands' in sys.modules\n"
+        "print(*{'edge_runtime.commands', 'export.commands', 'tokenizers', 'grpc'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
