@@ -352,7 +352,10 @@ def serve(
         ),
     ] = None,
     keep_generalists: Annotated[
-        int, typer.Option(min=1, help="Of each cohort: as many can be rolled back to.")
+        int,
+        typer.Option(
+            min=1, help="Of each cohort: as many can be rolled back to.", rich_help_panel=OPERATION
+        ),
     ] = 100,
     max_connections: Annotated[
         int, typer.Option(min=1, help="To each port.", rich_help_panel=LIMITS)

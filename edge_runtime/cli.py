@@ -72,6 +72,7 @@ def build(command: str | None = None) -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    app.callback()(lambda: None)  # so that a single command is named, too
     group = _group(command)
     for point in sorted(entry_points(group="comigs.commands"), key=lambda p: p.name):
         if group not in (None, point.name):
