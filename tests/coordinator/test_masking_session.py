@@ -495,6 +495,18 @@ def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
         assert asked(number).HasField("wait")
     assert secure.advance(group(), {devices[n].id for n in (late, 8)})
     agree(late)
+    told, stranger = asked(4).unmask.agreed, World(tmp_path / "other").device("device 14")
+    forged = Session(stranger, 1, state.history()).advertisement.certificate
+    assert 14 in {each.index for each in told}
+    beyond = next(each for each in told if each.index == 14)
+    for agreed, complaint in (
+        (told[:-1], "11 devices confirm who is summed up, and 12 are needed"),
+        ([*told[:-1], *([beyond] * 5)], "11 devices confirm"),
+        ([pb.Agreement(index=14, certificate=forged)], "a stranger confirms"),
+        ([pb.Agreement(index=14, certificate=beyond.certificate)], "none signed"),
+    ):
+        with pytest.raises(DistrustedError, match=complaint):
+            sessions[4].unmask(pb.Unmasking(agreed=agreed))
     for number in devices.keys() - absent - silent:
         revealed = sessions[number].unmask(asked(number).unmask)
         secure.take(devices[number], pb.AggregateRequest(round=1, revealed=revealed))
