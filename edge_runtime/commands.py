@@ -115,7 +115,9 @@ def run(
     name: Annotated[
         str | None, typer.Option(help="The device's name; an invitation brings its own.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Order of the text; set the first time.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Order of the text; set the first time.", show_default="0")
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -162,7 +164,8 @@ def run(
     batch = config.batch_sequences
     report = _reporter(output)
     with at.locked():
-        device_config = _device_config(at, name=name, seed=seed, bundle=bundle, engine=engine)
+        own = None if invited else name
+        device_config = _device_config(at, name=own, seed=seed, bundle=bundle, engine=engine)
         if invited:
             device_config.name = invited.name
         opened = open_bundle(Path(device_config.bundle))
@@ -267,7 +270,7 @@ def _training_config(path: Path | None, rounds: int) -> Any:
 
 
 def _device_config(
-    home: Home, *, name: str | None, seed: int, bundle: Path | None, engine: str | None
+    home: Home, *, name: str | None, seed: int | None, bundle: Path | None, engine: str | None
 ) -> DeviceConfig:
     """The home's configuration, or a new one that is not stored yet."""
     config = home.config()
@@ -279,11 +282,18 @@ def _device_config(
         open_bundle(bundle)
         config = DeviceConfig(
             name=name or home.path.resolve().name,
-            seed=seed,
+            seed=seed or 0,
             bundle=str(bundle.resolve()),
             engine=engine or ENGINES[0],
         )
-    elif bundle is not None:
+        return config
+    for option, wanted, known in (("--name", name, config.name), ("--seed", seed, config.seed)):
+        if wanted not in (None, known):
+            raise typer.BadParameter(
+                f"{option} {wanted} comes too late: {home.path} was made with {known}; leave it "
+                "out, or use another --home"
+            )
+    if bundle is not None:
         # A bundle may move; that its adapters fit is checked when the state is loaded.
         config.bundle = str(bundle.resolve())
     return config
@@ -582,16 +592,19 @@ def doctor(
     ] = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
-    """Check this installation and name the command that mends what is wrong."""
+    """Check this installation and name the command that mends what is wrong.
+
+    Ends with the exit code of the first thing that is."""
     from edge_runtime.doctor import examine
 
     findings = examine(home, decode(invitation) if invitation else None, insecure)
     if output is Format.JSON:
-        emit({"checks": [vars(f) for f in findings], "ok": all(f.ok for f in findings)})
+        checks = [vars(finding) | {"ok": finding.ok} for finding in findings]
+        emit({"checks": checks, "ok": all(finding.ok for finding in findings)})
     else:
         for finding in findings:
             print(f"{'ok ' if finding.ok else 'BAD'}  {finding.what}: {finding.found}")
             if finding.mend:
                 print(f"     mend it with: {finding.mend}")
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(20)
+    if wrong := [finding for finding in findings if not finding.ok]:
+        raise typer.Exit(wrong[0].code)

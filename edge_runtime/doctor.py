@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from edge_runtime.errors import ComigsError
+from edge_runtime.errors import BudgetError, ComigsError, MissingPartError, StorageError
 from protos import coordinator_pb2 as pb
 
 # What works together: executorch's wheel is built for one torch.
@@ -25,9 +25,14 @@ class Finding:
     """One check: what was looked at, what was found, and the command that mends it."""
 
     what: str
-    ok: bool
     found: str
+    code: int = 0
+    """That `comigs doctor` ends with because of it; 0 if all is well."""
     mend: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.code == 0
 
 
 def examine(
@@ -51,56 +56,51 @@ def _installed(package: str) -> str | None:
 
 def _python() -> Finding:
     found = ".".join(map(str, sys.version_info[:3]))
-    return Finding("Python", sys.version_info >= (3, 11), found)
+    return Finding("Python", found, 0 if sys.version_info >= (3, 11) else MissingPartError.code)
 
 
 def _onnxruntime() -> Finding:
     found = _installed("onnxruntime")
     if found is None:
-        return Finding("engine onnxruntime", False, "not installed", "pip install 'comigs[device]'")
-    return Finding("engine onnxruntime", True, found)
+        mend = "pip install 'comigs[device]'"
+        return Finding("engine onnxruntime", "not installed", MissingPartError.code, mend)
+    return Finding("engine onnxruntime", found)
 
 
 def _executorch() -> Finding:
     found = _installed("executorch")
     if found is None:
-        return Finding("engine executorch", True, "not installed (only needed for .pte programs)")
+        return Finding("engine executorch", "not installed (only needed for .pte programs)")
     wanted, partner, partner_wanted = PAIRS["executorch"]
     partner_found = (_installed(partner) or "none").split("+")[0]
-    return Finding(
-        "engine executorch",
-        (found, partner_found) == (wanted, partner_wanted),
-        f"{found} with {partner} {partner_found}",
-        ""
-        if (found, partner_found) == (wanted, partner_wanted)
-        else f"pip install executorch=={wanted} {partner}=={partner_wanted}",
-    )
+    together = f"{found} with {partner} {partner_found}"
+    if (found, partner_found) == (wanted, partner_wanted):
+        return Finding("engine executorch", together)
+    mend = f"pip install executorch=={wanted} {partner}=={partner_wanted}"
+    return Finding("engine executorch", together, MissingPartError.code, mend)
 
 
 def _threads() -> Finding:
     usable = len(os.sched_getaffinity(0))
-    return Finding("threads", True, f"{usable} of {os.cpu_count()} cores usable")
+    return Finding("threads", f"{usable} of {os.cpu_count()} cores usable")
 
 
 def _memory() -> Finding:
     free = psutil.virtual_memory().available
-    return Finding(
-        "memory",
-        free >= ENOUGH_MEMORY,
-        f"{free // 2**20} MiB available",
-        "" if free >= ENOUGH_MEMORY else "comigs plan --bundle DIR --memory SIZE",
-    )
+    found = f"{free // 2**20} MiB available"
+    if free >= ENOUGH_MEMORY:
+        return Finding("memory", found)
+    return Finding("memory", found, BudgetError.code, "comigs plan --bundle DIR --memory SIZE")
 
 
 def _disk(home: Path) -> Finding:
     existing = next(p for p in [home.resolve(), *home.resolve().parents] if p.exists())
     free = shutil.disk_usage(existing).free
-    return Finding(
-        "disk",
-        free >= ENOUGH_DISK,
-        f"{free // 2**20} MiB free at {existing}",
-        "" if free >= ENOUGH_DISK else "choose another --home, on a disk with 1 GiB free",
-    )
+    found = f"{free // 2**20} MiB free at {existing}"
+    if free >= ENOUGH_DISK:
+        return Finding("disk", found)
+    mend = "choose another --home, on a disk with 1 GiB free"
+    return Finding("disk", found, StorageError.code, mend)
 
 
 def _round_trip(
@@ -122,5 +122,5 @@ def _round_trip(
         with connection:
             milliseconds = 1000 * connection.ping()
     except ComigsError as error:
-        return Finding("coordinator", False, str(error))
-    return Finding("coordinator", True, f"{connection.address} answers in {milliseconds:.0f} ms")
+        return Finding("coordinator", str(error), error.code)
+    return Finding("coordinator", f"{connection.address} answers in {milliseconds:.0f} ms")

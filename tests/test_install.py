@@ -166,6 +166,12 @@ def test_doctor_finds_this_installation_sound(tmp_path: Path) -> None:
     assert "BAD" not in done.stdout
 
 
+def test_doctor_ends_with_the_code_of_what_it_finds(tmp_path: Path) -> None:
+    done = comigs("doctor", "--home", tmp_path, "--insecure", "127.0.0.1:1")
+    assert done.returncode == errors.UnreachableError.code
+    assert "BAD  coordinator: no answer" in done.stdout
+
+
 def test_doctor_speaks_json(tmp_path: Path) -> None:
     done = comigs("doctor", "--home", tmp_path, "--format", "json")
     assert done.returncode == 0, done.stdout + done.stderr

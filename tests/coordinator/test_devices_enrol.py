@@ -13,7 +13,7 @@ from coordinator_help import TIMEOUT, Fleet, Served, aged, free_port, ids, invit
 
 from coordinator.administrator import Administrator
 from edge_runtime.bundle import Bundle
-from edge_runtime.errors import TrustError
+from edge_runtime.errors import TrustError, UnreachableError
 from edge_runtime.identity import Identity
 from edge_runtime.invitation import encode
 from edge_runtime.store import Home
@@ -152,7 +152,7 @@ def test_doctor_calls_the_coordinator(site: Site, tmp_path: Path) -> None:
     assert f"{site.listen} answers in" in comigs("doctor", "--home", home).stdout
     site.served.stop()
     after = comigs("doctor", "--home", home)
-    assert after.returncode == 20
+    assert after.returncode == UnreachableError.code
     assert "BAD  coordinator: no answer" in after.stdout
     plain = site.serve(site.listen, "--insecure")
     assert f"{plain.ready()} answers in" in comigs("doctor", "--insecure", plain.ready()).stdout

@@ -480,6 +480,19 @@ def learnt(home: Path, bundle: Bundle) -> dict[str, Any]:
     return {name: value for name, value in saved(home, bundle).items() if "/" in name}
 
 
+@pytest.mark.parametrize("options", [("--name", "other"), ("--seed", 8)])
+def test_what_a_home_was_made_with_cannot_change(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, options: tuple[str, object]
+) -> None:
+    home = tmp_path / "home"
+    made = ("--name", "ada", "--seed", 7)
+    assert start(home, text_dir, "--bundle", tiny_bundle.path, *made).returncode == 0
+    assert start(home, text_dir, *made).returncode == 0
+    done = start(home, text_dir, *options)
+    assert done.returncode == 2
+    assert "too late" in done.stderr
+
+
 # --- disk and network --------------------------------------------------------------------------
 
 
