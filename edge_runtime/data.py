@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -189,7 +190,13 @@ class Batches:
 
     def _window(self, index: int) -> Tokens:
         epoch, within = divmod(index, self.windows)
-        rng = np.random.default_rng((self.seed, epoch))
-        shift = int(rng.integers(self.length))
-        start = shift + int(rng.permutation(self.windows)[within]) * self.length
+        shift, order = _order(self.seed, epoch, self.length, self.windows)
+        start = shift + int(order[within]) * self.length
         return self.tokens[start : start + self.length + 1]
+
+
+@functools.lru_cache(maxsize=4)  # of two splits, each perhaps between two epochs
+def _order(seed: int, epoch: int, length: int, windows: int) -> tuple[int, Tokens]:
+    """Of an epoch: how far the grid is shifted, and the order of its windows."""
+    rng = np.random.default_rng((seed, epoch))
+    return int(rng.integers(length)), rng.permutation(windows)

@@ -101,12 +101,8 @@ class Layout:
     """Which coordinates of a flat vector each shared tensor and role has."""
 
     def __init__(self, manifest: pb.Manifest) -> None:
-        self.roles: dict[str, slice] = {}
-        self.size = 0
-        for role in manifest.roles:
-            if role.shared:
-                self.roles[role.name] = slice(self.size, self.size + role.size)
-                self.size += role.size
+        self.roles = wire.shared_parts(manifest)
+        self.size = max((part.stop for part in self.roles.values()), default=0)
         places = sorted(
             (self.roles[tensor.role].start + tensor.offset, tensor.name, tuple(tensor.shape))
             for tensor in shared_tensors(manifest)
