@@ -307,12 +307,25 @@ def _reporter(output: Format) -> Any:
         sys.stdout.flush()
 
     def for_people(event: dict[str, Any]) -> None:
-        kind = event["event"]
-        rest = ", ".join(f"{k} {v}" for k, v in event.items() if k != "event" and v != "")
-        line = f"[bold]{kind.replace('_', ' ')}[/]  {escape(rest)}"
+        said = {k.replace("_", " "): _readable(v) for k, v in event.items() if k != "event"}
+        rest = ", ".join(f"{name} {value}" for name, value in said.items() if value)
+        line = f"[bold]{event['event'].replace('_', ' ')}[/]  {escape(rest)}"
         messages.print(line, highlight=False, soft_wrap=True)
 
     return for_programs if output is Format.JSON else for_people
+
+
+def _readable(value: Any) -> str:
+    """A field of an event in few words; empty if there is nothing to tell."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):  # a learning curve: (expert step, loss)
+        return " → ".join(f"{loss:.4g}" for _, loss in value)
+    return str(value)
 
 
 def evaluate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import threading
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from device_help import device_run, events, run_alone, saved, training_file
+from device_help import comigs, device_run, events, run_alone, saved, training_file
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.errors import StorageError
@@ -131,6 +132,10 @@ def test_a_finished_device_stays_as_it_is(
     more = run_alone(home, text_dir, "--rounds", 2)  # as it was told to
     assert sum(event["event"] == "step" for event in more) == 10
     assert "nothing_to_do" not in {event["event"] for event in more}
+    told = comigs("device", "run", "--alone", "--home", home, "--data", text_dir, "--rounds", 2)
+    summary = told.stderr.splitlines()[-1]
+    assert "recompute no" in summary
+    assert re.search(r"held out loss \d\.\d+ → \d\.\d+ → \d\.\d+$", summary), summary
 
 
 def test_a_new_folder_is_as_durable_as_what_is_written_into_it(
