@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from coordinator_help import make_manifest
+from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from coordinator.aggregation import Contribution, Recipe, aggregate
+from coordinator.uploads import read_part
 from edge_runtime import wire
 from edge_runtime.errors import AdapterError
+from protos import coordinator_pb2 as pb
 
 MANIFEST = make_manifest(width=3)
 SIZE = next(role.size for role in MANIFEST.roles if role.name == "generalist")
@@ -121,3 +124,21 @@ def test_mean_adds_in_the_order_of_device_ids() -> None:
 def test_mean_of_equal_updates_is_the_update(vector: np.ndarray, weights: list[int]) -> None:
     got = averaged([vector] * len(weights), weights, list(range(len(weights))))
     np.testing.assert_array_equal(got, vector)
+
+
+DATA = st.binary(max_size=300).map(lambda data: pb.UploadPart(data=data).SerializeToString())
+TAGGED = st.binary(max_size=20).map(lambda rest: b"\x12" + rest)
+
+
+@given(content=st.one_of(DATA, TAGGED, st.binary(max_size=20)))
+def test_a_part_of_an_upload_is_read_as_protobuf_reads_it(content: bytes) -> None:
+    try:
+        known = pb.UploadPart.FromString(content)
+    except DecodeError:
+        with pytest.raises(DecodeError):
+            read_part(content)
+        return
+    got = read_part(content)
+    if isinstance(got, memoryview):
+        got = pb.UploadPart(data=bytes(got))
+    assert (got.WhichOneof("part"), got.data) == (known.WhichOneof("part"), known.data)
