@@ -75,6 +75,10 @@ class NoSuchRoundError(RefusedCommandError):
     """There is no round of that number."""
 
 
+class TryAgainError(Exception):
+    """Whether an update counts cannot be told now; the message is one line that says why."""
+
+
 class RefusedUpdateError(Exception):
     """An update does not count; the message is one line that says why. It is kept and shown, and
     may quote what the device sent."""

@@ -60,6 +60,7 @@ from coordinator.policy import (
     RefusedCommandError,
     RefusedUpdateError,
     Report,
+    TryAgainError,
 )
 from coordinator.quality import Quality, QualityGate
 from coordinator.secure_aggregation import SecureAggregation, over
@@ -603,6 +604,7 @@ class Rounds:
 
         Raises:
             RefusedUpdateError: it could not.
+            TryAgainError: that will be known when the round is closed.
         """
         if self._accepted(device, header) is not None:
             return False
@@ -634,7 +636,10 @@ class Rounds:
         current = self._state.current()
         if self._policy.buffering is not None:
             return self._place_in_buffer(self._policy.buffering, current, device, header, beside)
-        if header.round < current.number or header.round == self._closing:
+        if header.round == self._closing:
+            # Not refused: paused now, the round goes on, and its device should still be in it.
+            raise TryAgainError(f"round {header.round} is being closed")
+        if header.round < current.number:
             raise RefusedUpdateError(f"round {header.round} is over", Reason.LATE)
         if header.round > current.number or current.status != Status.OPEN:
             raise RefusedUpdateError(f"round {header.round} has not begun", Reason.EARLY)
@@ -690,6 +695,7 @@ class Rounds:
 
         Raises:
             RefusedUpdateError: it came too late, or another one came first.
+            TryAgainError: as `check_update`.
         """
 
         def count(beside: list[Change]) -> Change | None:

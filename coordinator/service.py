@@ -16,7 +16,7 @@ import grpc
 from coordinator.callers import Callers, common_protocol, storage_errors
 from coordinator.cohorts import Cohort, Cohorts
 from coordinator.limits import Limits, TooSlowError, Transfers
-from coordinator.policy import RefusedUpdateError, Report
+from coordinator.policy import RefusedUpdateError, Report, TryAgainError
 from coordinator.secure_aggregation import RefusedStepError
 from coordinator.state import State
 from coordinator.tables import Device
@@ -133,7 +133,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                         await cohort.rounds.accept(device, header, file)
             except TimeoutError:
                 broken = f"the upload took longer than {UPLOAD_SECONDS:.0f} seconds"
-            except BrokenUploadError as error:
+            except (BrokenUploadError, TryAgainError) as error:
                 broken = str(error)
             except RefusedUpdateError as error:
                 await cohort.rounds.refuse(device, header.round, error)

@@ -4,11 +4,13 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
-from coordinator_help import Fleet, header, join_round, serve_command
+from coordinator_help import Fleet, header, join_round, serve_command, until
 from test_coordinator_listing import listed, rows
 
 from coordinator.administrator import Administrator
@@ -125,6 +127,27 @@ def test_commands_while_a_round_is_being_closed(
         "abandoned",
         "aggregated",
     ]
+
+
+def test_an_update_that_comes_while_its_round_is_closed_waits_for_what_becomes_of_that(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path
+) -> None:
+    """Paused meanwhile, the round is not over after all, and both count."""
+    options = ("--rounds", "9", "--min-devices", "1", "--quality-gate", str(text_dir / "test.txt"))
+    served = fleet.serve(tiny_bundle, *options, "--quality-tolerance", "1000", "--deadline", "3")
+    ada, ben = fleet.enrolled(served, tiny_bundle, "ada", "ben")
+    join_round(ada, ben)
+    update = moved(tiny_bundle, ada.download(1), 0.02)
+    assert ada.upload(header(1), update).accepted
+    # Until the deadline: ben is missing.
+    until(lambda: bool(psutil.Process(served.process.pid).children()), "nothing is measured")
+    with ThreadPoolExecutor() as pool, Administrator(served.administrator()) as administrator:
+        late = pool.submit(ben.upload, header(1), update)
+        assert "being closed" in served.wait_for("upload_broken", device="ben")["reason"]
+        administrator.pause()
+        assert late.result().accepted
+        administrator.resume()
+    assert served.wait_for("round_closed", round=1)["updates"] == 2
 
 
 def test_what_gets_worse_by_no_more_than_the_tolerance_passes() -> None:
