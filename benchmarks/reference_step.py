@@ -3,8 +3,7 @@
     python -m benchmarks.reference_step BASE WEIGHTS BUNDLE BATCH THREADS
 
 `transformers`' model, every targeted linear map wrapped in a module that adds the mixed LoRA
-deltas, autograd, AdamW. Base, adapters, tokens and update are those of `device_process.train`; two
-experts, so that top-2 routing is a softmax.
+deltas, autograd, AdamW. Base, adapters, tokens and update are those of `device_process.train`.
 """
 
 from __future__ import annotations
@@ -48,17 +47,26 @@ class MixedLinear(nn.Module):
 
 
 class RoutedMlp(nn.Module):
-    """An MLP that routes its input before its maps see it."""
+    """An MLP that routes its input before its maps see it; `balance` is its share of the loss."""
 
-    def __init__(self, mlp: nn.Module, maps: Sequence[MixedLinear], router: Tensor) -> None:
+    def __init__(
+        self, mlp: nn.Module, maps: Sequence[MixedLinear], router: Tensor, top_k: int
+    ) -> None:
         super().__init__()
-        self.mlp, self.router = mlp, nn.Parameter(router.clone())
+        self.mlp, self.router, self.top_k = mlp, nn.Parameter(router.clone()), top_k
         self.maps = list(maps)
+        self.balance = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = torch.softmax(F.linear(x, self.router), -1)
+        full = torch.softmax(F.linear(x, self.router), -1)
+        n = full.shape[-1]
+        chosen = F.one_hot(full.topk(self.top_k).indices, n).sum(-2).to(full.dtype)
+        kept = full * chosen
         for each in self.maps:
-            each.weights = weights
+            each.weights = kept / kept.sum(-1, keepdim=True)
+        factors = torch.tensor([1.0] + [n - 1.0] * (n - 1)) / ((n - 1) ** 2 + 1)
+        shares = chosen.flatten(0, -2).mean(0) * full.flatten(0, -2).mean(0)
+        self.balance = (factors * shares).sum()
         y: Tensor = self.mlp(x)
         return y
 
@@ -99,7 +107,7 @@ def adapted_model(base: Base, bundle: Bundle) -> tuple[nn.Module, dict[str, nn.P
             if each.routed:
                 routed.append(mixed)
         router = f"{ROUTER}/{block_name}.mlp.router.weight"
-        block.mlp = RoutedMlp(block.mlp, routed, adapters[router])
+        block.mlp = RoutedMlp(block.mlp, routed, adapters[router], mixture.top_k)
         trainable[router] = block.mlp.router
     return model, trainable
 
@@ -111,6 +119,7 @@ def load(base: Base, bundle: Bundle, batch: int, threads: int) -> Commands:
     # The peak counts from here: how this process comes by its model is no part of the reference.
     Path("/proc/self/clear_refs").write_text("5")
     manifest = bundle.manifest
+    routed = [each for each in model.modules() if isinstance(each, RoutedMlp)]
     shape = (batch, manifest.tier.train_length)
     tokens, targets = map(torch.from_numpy, fixed_text(manifest.base.vocabulary, shape))
     optimizer = torch.optim.AdamW(
@@ -121,7 +130,8 @@ def load(base: Base, bundle: Bundle, batch: int, threads: int) -> Commands:
         started = time.perf_counter()
         optimizer.zero_grad()
         loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        balance = torch.stack([each.balance for each in routed]).mean()
+        (loss + manifest.mixture.balance_weight * balance).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return time.perf_counter() - started, loss.item()
 

@@ -75,7 +75,9 @@ def heading(result: dict[str, Any]) -> str:
     base = result["base"] + (" (random weights)" if result["weights"] == "random" else "")
     match result["benchmark"]:
         case "train":
-            return f"{base}, {result['batch']} x {result['length']} tokens"
+            specialists = result.get("specialists", 1)
+            more = f", {specialists} specialists" if specialists > 1 else ""
+            return f"{base}, {result['batch']} x {result['length']} tokens{more}"
         case "decode":
             kinds = dict.fromkeys(row["weights"] for row in result["rows"])
             return f"{base}, {result['tokens']} tokens after {result['prompt']}: {', '.join(kinds)}"

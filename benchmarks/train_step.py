@@ -26,6 +26,7 @@ from benchmarks.machine import Machine, machine
 from edge_runtime.bundle import Bundle
 from edge_runtime.errors import ParityError
 from export.base import Base, load_base
+from export.mixture import Mixture
 from export.tiers import tiers
 
 REFERENCE = "PyTorch eager float32"
@@ -76,6 +77,7 @@ class Result(TypedDict):
     weights: str
     batch: int
     length: int
+    specialists: int
     threads: int
     turns: int
     machine: Machine
@@ -91,6 +93,7 @@ def run(
     random_weights: bool,
     batch: int,
     length: int,
+    specialists: int,
     contestants: Sequence[tuple[str, str]],
     threads: int,
     steps: int,
@@ -115,7 +118,11 @@ def run(
         compiler = Compiler(base=base, folder=folder, progress=progress)
         bundles = {
             (engine, precision): compiler.bundle(
-                tier, engine=engine, precision=precision, programs=("train_step", "router_step")
+                tier,
+                engine=engine,
+                precision=precision,
+                mixture=Mixture(specialists=specialists),
+                programs=("train_step", "router_step"),
             )
             for engine, precision in contestants
         }
@@ -196,6 +203,7 @@ def run(
         "weights": weights,
         "batch": batch,
         "length": length,
+        "specialists": specialists,
         "threads": threads,
         "turns": steps,
         "machine": machine(),
@@ -269,7 +277,8 @@ def table(result: Result) -> Any:
 
     view = Table(
         title=f"{result['base']} ({result['weights']} weights), {result['batch']} x "
-        f"{result['length']} tokens; {result['threads']} threads, {result['turns']} turns"
+        f"{result['length']} tokens, {result['specialists']} specialists; "
+        f"{result['threads']} threads, {result['turns']} turns"
     )
     view.add_column("training step")
     headings = ("seconds", "of PyTorch's time", "peak memory", "worst gradient", "of GEMM peak")
