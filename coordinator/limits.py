@@ -172,17 +172,6 @@ def share_heap() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-async def return_heap() -> None:
-    """Gives back to the system what a burst needed and nobody holds any more, until cancelled."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except AttributeError:  # another C library
-        return
-    while True:
-        await asyncio.sleep(LOOK_SECONDS)
-        await asyncio.to_thread(trim, 0)
-
-
 async def watch_connections(
     ports: Collection[int], most: int, on_closed: Callable[[str, int], None]
 ) -> None:

@@ -28,7 +28,7 @@ from coordinator.calls import Calls
 from coordinator.cohorts import Cohort, Cohorts, Group, group, manifests_of
 from coordinator.database import InUseError, TakenOverError
 from coordinator.enrolment import Enrolment
-from coordinator.limits import Limits, raise_file_limit, return_heap, share_heap, watch_connections
+from coordinator.limits import Limits, raise_file_limit, share_heap, watch_connections
 from coordinator.metrics import Metrics
 from coordinator.monitor import Monitor
 from coordinator.overview import Live, Overview
@@ -152,7 +152,6 @@ async def serve(options: Options, report: Report) -> None:
             report=report,
         )
         async with contextlib.AsyncExitStack() as running:
-            running.callback(asyncio.create_task(return_heap()).cancel)
             for cohort in cohorts.all:
                 running.push_async_callback(cohort.rounds.settled)
             if options.monitor is not None:
