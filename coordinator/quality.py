@@ -19,6 +19,9 @@ from pathlib import Path
 from edge_runtime import errors
 from edge_runtime.errors import ComigsError
 
+# One that hangs would keep its round from ever being closed.
+MOST_SECONDS = 3600.0
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -51,8 +54,12 @@ class QualityGate:
         return measured
 
     async def compare(self, incoming: Path, candidate: bytes) -> Quality:
-        """Measures both in one process, the candidate from its payload; raises as `check` does."""
-        before, after = await self._measure(incoming, Path("-"), payload=candidate)
+        """Measures both in one process, the candidate from its payload; raises as `check` does, if
+        a second attempt fails, too: all updates of a round would be lost with a passing trouble."""
+        try:
+            before, after = await self._measure(incoming, Path("-"), payload=candidate)
+        except ComigsError:
+            before, after = await self._measure(incoming, Path("-"), payload=candidate)
         return Quality(incoming=before, candidate=after)
 
     def objection(self, quality: Quality) -> str | None:
@@ -73,12 +80,18 @@ class QualityGate:
             *command, *options, stdin=pipe, stdout=pipe, stderr=pipe
         )
         try:
-            output, complaint = await process.communicate(payload)
-        except asyncio.CancelledError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            raise
+            async with asyncio.timeout(MOST_SECONDS):
+                output, complaint = await process.communicate(payload)
+        except TimeoutError as error:
+            raise ComigsError(
+                f"--quality-gate: the measurement took longer than {MOST_SECONDS:.0f} seconds; "
+                "give it less text"
+            ) from error
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
         if process.returncode:
             raise _error(process.returncode, complaint.decode(errors="replace"))
         return [entry["perplexity"] for entry in json.loads(output)["generalists"]]

@@ -184,6 +184,21 @@ def refusal(bundle: Path, state: Path, *options: str, without: str = "") -> tupl
     return done.returncode, done.stderr
 
 
+def test_a_measurement_that_is_killed_costs_no_round(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path
+) -> None:
+    """As the system kills what takes memory that others need: it is tried once more."""
+    options = ("--rounds", "1", "--min-devices", "1", "--quality-gate", str(text_dir / "test.txt"))
+    served = fleet.serve(tiny_bundle, *options, "--quality-tolerance", "1000")
+    (ada,) = fleet.enrolled(served, tiny_bundle, "ada")
+    join_round(ada)
+    assert ada.upload(header(1), moved(tiny_bundle, ada.download(1), 0.02)).accepted
+    process = psutil.Process(served.process.pid)
+    until(lambda: bool(process.children()), "nothing is measured")
+    process.children()[0].kill()
+    assert served.wait_for("round_closed")["updates"] == 1
+
+
 def test_what_the_gate_lacks_is_told_at_the_start(
     fleet: Fleet, tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
 ) -> None:
