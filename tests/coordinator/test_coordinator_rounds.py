@@ -1,5 +1,6 @@
 """Whole sessions with real processes: who trains when, what is averaged, what ends a round."""
 
+import json
 import re
 import sqlite3
 import subprocess
@@ -358,7 +359,17 @@ def test_a_restart_keeps_the_round_and_restarts_its_clock(fleet: Fleet) -> None:
     assert not list(fleet.state.glob("updates/*/*"))
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "nonsense"])
+def beyond(payload: bytes) -> bytes:
+    """`payload`, with tensors at places that no file has."""
+    end = 8 + int.from_bytes(payload[:8], "little")
+    tensors = json.loads(payload[8:end])
+    for tensor in tensors.values():
+        tensor["data_offsets"] = [2**70, 2**70]
+    content = json.dumps(tensors).encode()
+    return len(content).to_bytes(8, "little") + content + payload[end:]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "nonsense", "beyond"])
 def test_a_damaged_update_costs_that_update_only(fleet: Fleet, damage: str) -> None:
     bundle = fleet.bundle()
     served = fleet.serve(bundle, "--rounds", "1")
@@ -371,7 +382,9 @@ def test_a_damaged_update_costs_that_update_only(fleet: Fleet, damage: str) -> N
     if damage == "missing":
         file.unlink()
     else:
-        file.write_bytes(updates[0][:-5] if damage == "truncated" else b"x" * len(updates[0]))
+        nonsense = b"x" * len(updates[0])
+        written = {"truncated": updates[0][:-5], "nonsense": nonsense, "beyond": beyond(updates[0])}
+        file.write_bytes(written[damage])
     for client, update in zip(trio[1:], updates[1:], strict=True):
         assert client.upload(header(1), update).accepted
     damaged = served.wait_for("update_damaged")
