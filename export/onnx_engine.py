@@ -13,6 +13,7 @@ from torch import Tensor
 from export.flat_graph import flat_graph
 from export.onnx_branches import add_switch
 from export.onnx_graph import DECOMPOSITIONS, translate
+from export.parity import variants
 from export.programs import Specification
 
 WEIGHTS_FILE = "onnx/weights.bin"
@@ -53,13 +54,14 @@ def compile_program(
 ) -> None:
     """Writes a program to `file`, its weights to `store`, the large ones in int8 if asked for."""
     graph_module = flat_graph(specification, arguments, DECOMPOSITIONS)
+    shape = arguments[0].shape  # of the tokens that the graph is of
     model = translate(
         graph_module,
         input_names,
         specification.outputs,
         int8=int8,
         blocks=specification.blocks,
-        arguments=arguments,
+        examples=[v for v in variants(specification, arguments) if v[0].shape == shape],
         length=specification.length,
     )
     if specification.optional:

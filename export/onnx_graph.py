@@ -54,6 +54,8 @@ TYPES = {
 SMALLEST_QUANTISED = 2**15
 # Tables of which rows are looked up: embeddings, but not the angles of positions.
 SMALLEST_HALVED = 2**20
+# Blocks for activations that are uneven, and the smallest that ONNX Runtime has.
+SMALL_BLOCK, SMALLEST_BLOCK = 32, 16
 DECOMPOSITIONS: Decompositions = decompositions(lambda x: x.sum(-1, keepdim=True))
 
 Argument: TypeAlias = Any  # an fx.Node or what it was called with: numbers, lists, None
@@ -77,7 +79,7 @@ def translate(
     *,
     int8: bool = False,
     blocks: Blocks | None = None,
-    arguments: Sequence[Tensor] = (),
+    examples: Sequence[Sequence[Tensor]] = (),
     length: int = 0,
 ) -> onnx.ModelProto:
     """The ONNX model of a flat graph, with the weights inside.
@@ -85,15 +87,17 @@ def translate(
     Args:
         int8: quantise the large frozen matrices.
         blocks: quantise them in this way instead of with a scale for each column.
-        arguments: with `int8`, inputs on which to see which products rounding is too coarse for.
+        examples: with `int8`, inputs on which to see which products rounding is too coarse for.
         length: dimensions that are a multiple of it are free (0: none is).
 
     Raises:
         NotImplementedError: the graph holds an operator that has no translation.
     """
     translation = _Translation(graph_module, int8, blocks, length)
-    if int8 and not blocks:
-        translation.coarse = coarse_products(graph_module, arguments, translation.quantised)
+    for arguments in examples if int8 else ():
+        translation.coarse |= coarse_products(
+            graph_module, arguments, translation.quantised, blocks.length if blocks else None
+        )
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, input_names, strict=True):
         translation.names[node] = name
@@ -131,6 +135,7 @@ class _Translation:
         factors = [untransposed(node.args[1]) for node in products]
         self.coarse: set[fx.Node] = set()  # products for which rounding is too coarse
         self.factors = {node.target for node in factors if node.op == "get_attr"}
+        self.head = factors[-1].target if factors else ""  # of programs that continue a text
         self.scales: dict[str, tuple[int, Tensor]] = {}  # of a quantised weight: (axis, scale)
         self.embeddings: set[str] = set()  # quantised weights of which rows are looked up
         self.names: dict[fx.Node, str] = {}
@@ -242,8 +247,11 @@ class _Translation:
 
     def quantised(self, node: fx.Node) -> bool:
         """Whether `node` is a frozen matrix of products that is stored in int8."""
-        large = _shape(node).numel() >= SMALLEST_QUANTISED
-        return self.int8 and large and node.op == "get_attr" and node.target in self.factors
+        shape = _shape(node)
+        if not self.int8 or node.op != "get_attr" or node.target not in self.factors:
+            return False
+        whole = not self.blocks or all(size % SMALLEST_BLOCK == 0 for size in shape)
+        return whole and shape.numel() >= SMALLEST_QUANTISED
 
     def integers(self, attribute: str, output_axis: int) -> tuple[Tensor, Tensor, int]:
         """A weight as (int8, float32 scales (outputs,), axis of the outputs).
@@ -287,15 +295,18 @@ class _Translation:
             product = self.emit("Add", product, second)
         return self.emit("Mul", product, size)
 
-    def block_product(self, a: str, b: fx.Node, transposed: bool) -> str:
-        """a @ b, or a @ b.T, of a float32 matrix and a weight that is quantised in blocks."""
+    def block_product(self, a: str, b: fx.Node, transposed: bool, coarse: bool) -> str:
+        """a @ b, or a @ b.T, of a float32 matrix and a weight that is quantised in blocks.
+
+        With `coarse`, in small ones: `a` has a scale for each block, too.
+        """
         assert self.blocks is not None
-        attribute, bits = str(b.target), self.blocks.bits
+        attribute = str(b.target)
         value = self.weight(attribute) if transposed else self.weight(attribute).T  # (out, in)
         outputs, inputs = value.shape
-        size = next(
-            n for n in (self.blocks.size, 64, 32, 16) if n <= self.blocks.size and inputs % n == 0
-        )
+        # Four bits cost more in the head, which tells words apart, than anywhere else.
+        bits = 8 if attribute == self.head else self.blocks.bits
+        size = SMALL_BLOCK if coarse and inputs % SMALL_BLOCK == 0 else self.blocks.length(inputs)
         integers, scales = in_blocks(value, bits, size)
         return self.emit(
             "MatMulNBits",
@@ -347,7 +358,8 @@ def in_blocks(value: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
 def _mm(t: _Translation, node: fx.Node, a: fx.Node, b: fx.Node) -> str:
     factor = untransposed(b)
     if t.quantised(factor) and t.blocks:
-        result = t.block_product(t.name(a), factor, transposed=factor is not b)
+        transposed, coarse = factor is not b, node in t.coarse
+        result = t.block_product(t.name(a), factor, transposed=transposed, coarse=coarse)
         t.in_blocks[node] = t.nodes[-1]
         return result
     if t.quantised(factor):

@@ -51,6 +51,10 @@ class Blocks:
     bits: int
     size: int
 
+    def length(self, inputs: int) -> int:
+        """Of each block of that many inputs, a multiple of 16: at most `size`."""
+        return next(n for n in (self.size, 64, 32, 16) if n <= self.size and inputs % n == 0)
+
 
 BLOCKS = {"int8": Blocks(8, 128), "int4": Blocks(4, 32)}
 """Of what continues a text, by precision."""

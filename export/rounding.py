@@ -17,20 +17,24 @@ from export.flat_graph import ATEN, untransposed
 
 # Largest error, relative, of a token's outputs. Without such activations most are below it.
 ALLOWED = 0.03
+# The same where activations share scales in blocks, and smaller blocks cost little.
+ALLOWED_IN_BLOCKS = 0.01
 
 
 def coarse_products(
     graph_module: fx.GraphModule,
     arguments: Sequence[Tensor],
     quantised: Callable[[fx.Node], bool],
+    block: Callable[[int], int] | None = None,
 ) -> set[fx.Node]:
-    """Products with quantised weights for which rounding each token on one scale is too coarse.
+    """Products with quantised weights for which rounding each token on these scales is too coarse.
 
     Args:
         arguments: what to run the graph on.
         quantised: whether a node is a weight that is held in int8.
+        block: of how many activations of a token, how many share a scale (default: all).
     """
-    rounding = _Rounding(graph_module, quantised)
+    rounding = _Rounding(graph_module, quantised, block)
     with torch.no_grad():
         rounding.run(*arguments)
     return rounding.coarse
@@ -39,8 +43,15 @@ def coarse_products(
 class _Rounding(fx.Interpreter):
     """Runs a graph in float32 and, beside it, each product once more with a rounded factor."""
 
-    def __init__(self, graph_module: fx.GraphModule, quantised: Callable[[fx.Node], bool]) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        quantised: Callable[[fx.Node], bool],
+        block: Callable[[int], int] | None,
+    ) -> None:
         super().__init__(graph_module)
+        self.block = block or int
+        self.allowed = ALLOWED_IN_BLOCKS if block else ALLOWED
         self.quantised = quantised
         self.coarse: set[fx.Node] = set()
         self.scales: dict[Any, tuple[bool, Tensor]] = {}
@@ -54,7 +65,7 @@ class _Rounding(fx.Interpreter):
             weight = untransposed(b)
             if self.quantised(weight):
                 x, transposed = self.env[a], weight is not b
-                if self._worst_error(weight.target, x, self.env[b], transposed) > ALLOWED:
+                if self._worst_error(weight.target, x, self.env[b], transposed) > self.allowed:
                     self.coarse.add(n)
         return result
 
@@ -64,7 +75,8 @@ class _Rounding(fx.Interpreter):
         forward, scales = self.scales[weight]
         if transposed != forward:  # the backward pass: scales per output belong to x then
             x, factor = x * scales, factor / scales.unsqueeze(1)
-        step = x.abs().amax(1, keepdim=True).clamp(min=1e-30) * (2.0 / 255.0)
-        error = torch.round(x / step) * step - x
+        blocks = x.view(len(x), -1, self.block(x.shape[1]))
+        step = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (2.0 / 255.0)
+        error = (torch.round(blocks / step) * step - blocks).view(x.shape)
         wanted = (x @ factor).norm(dim=1).clamp(min=1e-30)
         return float(((error @ factor).norm(dim=1) / wanted).max())
