@@ -9,10 +9,9 @@ Written out here, and not left to an exporter, for what the programs gain by it:
 
 With an int8 base, products with large frozen matrices are integer products of weights that were
 quantised here, symmetrically and per output, and activations that are quantised as they come, per
-token. ONNX Runtime's integer products multiply by a matrix as it is stored only, so each is stored
-as it is and transposed; both are the same integers with the same scales. Programs that continue a
-text by few tokens have weights quantised in blocks, in products that bring their own activations to
-eight bits.
+token. A matrix is stored once, as the base has it, for products with it and with its transpose.
+Programs that continue a text by few tokens have weights quantised in blocks, in products that bring
+their own activations to eight bits.
 
 An operator that is not listed here is refused by name.
 """
@@ -274,8 +273,7 @@ class _Translation:
         """
         attribute = str(b.target)
         integers, scale, axis = self.integers(attribute, output_axis=0 if transposed else 1)
-        name = f"{attribute}.int8" + (".transposed" if transposed else "")
-        stored = self.store(name, integers.T if transposed else integers)
+        stored = self.store(f"{attribute}.int8", integers)
         scales = self.store(f"{attribute}.scale", scale)
         backward = axis != (0 if transposed else 1)
         x = self.emit("Mul", a, scales) if backward else a
@@ -285,15 +283,29 @@ class _Translation:
         largest = self.emit("ReduceMax", self.emit("Abs", x), rows, keepdims=1)
         size = self.emit("Max", largest, self.constant(torch.tensor(1e-30)))
         even = self.emit("Div", x, size)
-        product = self.emit("DynamicQuantizeMatMul", even, stored, factor, domain=MICROSOFT)
+        product = self.integer_gemm(even, stored, factor, transposed)
         # Summed over the vocabulary: probabilities, most of them far smaller than a step.
         if coarse or (backward and attribute in self.embeddings):
             step = self.emit("DynamicQuantizeLinear", even, outputs=3)
             rounded = self.emit("DequantizeLinear", step, f"{step}.1", f"{step}.2")
             rest = self.emit("Sub", even, rounded)
-            second = self.emit("DynamicQuantizeMatMul", rest, stored, factor, domain=MICROSOFT)
+            second = self.integer_gemm(rest, stored, factor, transposed)
             product = self.emit("Add", product, second)
         return self.emit("Mul", product, size)
+
+    def integer_gemm(self, a: str, integers: str, scales: str, transposed: bool) -> str:
+        """a @ (integers scales), or with the integers transposed, `a` rounded on one scale."""
+        if not transposed:
+            return self.emit("DynamicQuantizeMatMul", a, integers, scales, domain=MICROSOFT)
+        rounded = self.emit("DynamicQuantizeLinear", a, outputs=3)
+        shape = tuple(self.initializers[scales].dims)
+        zero = self.store(f"zeros_{list(shape)}", torch.zeros(shape, dtype=torch.int8))
+        return self.emit(
+            "QGemm",
+            *(rounded, f"{rounded}.1", f"{rounded}.2", integers, scales, zero),
+            domain=MICROSOFT,
+            transB=1,
+        )
 
     def block_product(self, a: str, b: fx.Node, transposed: bool, coarse: bool) -> str:
         """a @ b, or a @ b.T, of a float32 matrix and a weight that is quantised in blocks.
