@@ -131,10 +131,11 @@ class _Translation:
         self.blocks = blocks
         self.length = length
         products = (n for n in graph_module.graph.nodes if n.target == ATEN.mm.default)
-        factors = [untransposed(node.args[1]) for node in products]
+        factors = [(untransposed(node.args[1]), is_transpose(node.args[1])) for node in products]
         self.coarse: set[fx.Node] = set()  # products for which rounding is too coarse
-        self.factors = {node.target for node in factors if node.op == "get_attr"}
-        self.head = factors[-1].target if factors else ""  # of programs that continue a text
+        # Weights, and the axis that is summed over.
+        self.factors = {node.target: int(t) for node, t in factors if node.op == "get_attr"}
+        self.head = factors[-1][0].target if factors else ""  # of programs that continue a text
         self.scales: dict[str, tuple[int, Tensor]] = {}  # of a quantised weight: (axis, scale)
         self.embeddings: set[str] = set()  # quantised weights of which rows are looked up
         self.names: dict[fx.Node, str] = {}
@@ -249,7 +250,7 @@ class _Translation:
         shape = _shape(node)
         if not self.int8 or node.op != "get_attr" or node.target not in self.factors:
             return False
-        whole = not self.blocks or all(size % SMALLEST_BLOCK == 0 for size in shape)
+        whole = not self.blocks or shape[self.factors[node.target]] % SMALLEST_BLOCK == 0
         return whole and shape.numel() >= SMALLEST_QUANTISED
 
     def integers(self, attribute: str, output_axis: int) -> tuple[Tensor, Tensor, int]:
