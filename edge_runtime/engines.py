@@ -90,6 +90,16 @@ def allocate_outputs(entry: pb.Program, inputs: Mapping[str, Array]) -> dict[str
     return updated | allocate(entry.outputs, besides=updated)
 
 
+def shortened(entry: pb.Program, length: int) -> pb.Program:
+    """`entry` for arrays of so many tokens, if it takes any number."""
+    short = pb.Program()
+    short.CopyFrom(entry)
+    for port in (*short.inputs, *short.outputs):
+        if port.HasField("tokens_axis"):
+            port.shape[port.tokens_axis] = length
+    return short
+
+
 def _check(ports: Mapping[str, pb.Port], arrays: Mapping[str, Array], what: str) -> None:
     for name, port in ports.items():
         array = arrays.get(name)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from edge_runtime.adapters import Stacks, Vector, views
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_tokenizer, tokenize
-from edge_runtime.engines import Array, Engine, allocate, allocate_outputs
+from edge_runtime.engines import Array, Engine, allocate, allocate_outputs, shortened
 from edge_runtime.errors import ParityError
 from protos import manifest_pb2 as pb
 
@@ -168,7 +168,7 @@ class Predictor:
 
     def _bind(self, name: str, length: int) -> _Step:
         """`name` bound to arrays of its own, for `length` tokens if it takes any number."""
-        entry = _shortened(self._entries[name], length)
+        entry = shortened(self._entries[name], length)
         shared = self._caches | self._adapters
         inputs = shared | allocate(entry.inputs, besides=shared)
         outputs = allocate_outputs(entry, inputs)
@@ -200,13 +200,3 @@ def fits_beside(manifest: pb.Manifest, one: pb.Program, other: pb.Program) -> bo
     """Whether both programs of an engine are within the tier's memory, as measured at export."""
     (runtime,) = (e.runtime_bytes for e in manifest.engines if e.engine == one.engine)
     return runtime + one.memory_bytes + other.memory_bytes <= manifest.tier.memory_mib * 2**20
-
-
-def _shortened(entry: pb.Program, length: int) -> pb.Program:
-    """`entry` with arrays for so many tokens."""
-    short = pb.Program()
-    short.CopyFrom(entry)
-    for port in (*short.inputs, *short.outputs):
-        if port.HasField("tokens_axis"):
-            port.shape[port.tokens_axis] = length
-    return short
