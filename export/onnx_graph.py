@@ -38,7 +38,7 @@ from export.flat_graph import (
     is_transpose,
     untransposed,
 )
-from export.programs import Blocks
+from export.programs import BLOCKS, Blocks
 from export.rounding import coarse_products
 
 OPSET = 20
@@ -318,8 +318,10 @@ class _Translation:
         value = self.weight(attribute) if transposed else self.weight(attribute).T  # (out, in)
         outputs, inputs = value.shape
         # Four bits cost more in the head, which tells words apart, than anywhere else.
-        bits = 8 if attribute == self.head else self.blocks.bits
-        size = SMALL_BLOCK if coarse and inputs % SMALL_BLOCK == 0 else self.blocks.length(inputs)
+        blocks = BLOCKS["int8"] if attribute == self.head else self.blocks
+        bits, size = blocks.bits, blocks.length(inputs)
+        if coarse and inputs % SMALL_BLOCK == 0:
+            size = min(size, SMALL_BLOCK)
         integers, scales = in_blocks(value, bits, size)
         return self.emit(
             "MatMulNBits",
