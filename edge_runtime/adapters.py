@@ -89,7 +89,7 @@ class Stacks:
         pairs = [t for t in manifest.tensors if t.role != ROUTER]
         experts = Counter(stack_name(t) for t in pairs)
         self.arrays: dict[str, Vector] = {}
-        self._slots: dict[str, Vector] = {}
+        self._slots: dict[str, NDArray[Any]] = {}
         filled: Counter[str] = Counter()
         for tensor in pairs:
             name = stack_name(tensor)
@@ -98,9 +98,13 @@ class Stacks:
                 shape = list(tensor.shape)
                 shape[axis] *= experts[name]
                 self.arrays[name] = np.zeros(shape, np.float32)
-            own = slice(filled[name], filled[name] + tensor.shape[axis])
-            self._slots[tensor.name] = self.arrays[name][(own, slice(None))[:: 1 - 2 * axis]]
-            filled[name] += tensor.shape[axis]
+            count = tensor.shape[axis]
+            if axis == 0:
+                own = slice(filled[name] * count, (filled[name] + 1) * count)
+                self._slots[tensor.name] = self.arrays[name][own]
+            else:
+                self._slots[tensor.name] = _rows_as_items(self.arrays[name], count)[:, filled[name]]
+            filled[name] += 1
 
     def fill(self, vectors: Mapping[str, Vector]) -> None:
         """Takes over the adapters of the roles in `vectors`."""
@@ -108,7 +112,12 @@ class Stacks:
             if name.endswith(".lora_A.weight"):
                 np.multiply(value, self._scale, out=self._slots[name])
             elif name in self._slots:
-                self._slots[name][...] = value
+                self._slots[name][...] = _rows_as_items(value, value.shape[1])[:, 0]
+
+
+def _rows_as_items(matrix: Vector, count: int) -> NDArray[Any]:
+    """A view (rows, columns / count) of which each item is so many numbers, copied as one."""
+    return matrix.view(np.dtype((np.void, count * matrix.itemsize)))
 
 
 def stack_name(tensor: pb.Tensor) -> str:
