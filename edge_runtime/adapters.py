@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,25 +86,19 @@ class Stacks:
     def __init__(self, manifest: pb.Manifest) -> None:
         self._manifest = manifest
         self._scale = np.float32(manifest.mixture.alpha / math.sqrt(manifest.mixture.rank))
-        pairs = [t for t in manifest.tensors if t.role != ROUTER]
-        experts = Counter(stack_name(t) for t in pairs)
+        pairs: dict[str, list[pb.Tensor]] = defaultdict(list)
+        for tensor in manifest.tensors:
+            if tensor.role != ROUTER:
+                pairs[f"{STACK}/{tensor.name.split('/', 1)[1]}"].append(tensor)
         self.arrays: dict[str, Vector] = {}
         self._slots: dict[str, NDArray[Any]] = {}
-        filled: Counter[str] = Counter()
-        for tensor in pairs:
-            name = stack_name(tensor)
-            axis = 0 if name.endswith(".lora_A.weight") else 1
-            if name not in self.arrays:
-                shape = list(tensor.shape)
-                shape[axis] *= experts[name]
-                self.arrays[name] = np.zeros(shape, np.float32)
-            count = tensor.shape[axis]
-            if axis == 0:
-                own = slice(filled[name] * count, (filled[name] + 1) * count)
-                self._slots[tensor.name] = self.arrays[name][own]
-            else:
-                self._slots[tensor.name] = _rows_as_items(self.arrays[name], count)[:, filled[name]]
-            filled[name] += 1
+        for name, tensors in pairs.items():
+            n, (rows, columns) = len(tensors), tensors[0].shape
+            below = name.endswith(".lora_A.weight")
+            stack = np.zeros((n * rows, columns) if below else (rows, n * columns), np.float32)
+            slots = stack.reshape(n, rows, columns) if below else _rows_as_items(stack, columns).T
+            self.arrays[name] = stack
+            self._slots |= {t.name: slot for t, slot in zip(tensors, slots, strict=True)}
 
     def fill(self, vectors: Mapping[str, Vector]) -> None:
         """Takes over the adapters of the roles in `vectors`."""
@@ -118,10 +112,6 @@ class Stacks:
 def _rows_as_items(matrix: Vector, count: int) -> NDArray[Any]:
     """A view (rows, columns / count) of which each item is so many numbers, copied as one."""
     return matrix.view(np.dtype((np.void, count * matrix.itemsize)))
-
-
-def stack_name(tensor: pb.Tensor) -> str:
-    return f"{STACK}/{tensor.name.split('/', 1)[1]}"
 
 
 def load_fresh(bundle: Bundle) -> Vectors:

@@ -58,10 +58,10 @@ class Predictor:
         # The cache is one set of arrays for both programs, and so are the adapters.
         self._caches = allocate(p for p in decode.inputs if p.name.startswith("cache."))
         self._stacks = Stacks(manifest)
-        self._adapters = allocate(p for p in decode.inputs if "/" in p.name)
-        self._adapters |= {
-            name: array for name, array in self._stacks.arrays.items() if name in self._adapters
-        }
+        ports = [p for p in decode.inputs if "/" in p.name]
+        stacks = self._stacks.arrays
+        self._adapters = allocate(ports, besides=stacks)
+        self._adapters |= {p.name: stacks[p.name] for p in ports if p.name in stacks}
         self._steps: dict[str, _Step] = {}
         self._held: list[int] = []  # tokens whose keys and values are in the cache
         self._routing: list[NDArray[np.float32]] = []  # per held token, (L, n)

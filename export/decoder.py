@@ -446,39 +446,20 @@ class Decoder(nn.Module, ABC):
         at = torch.clamp(position + torch.arange(t), max=self.longest - 1)
         past = (torch.arange(c) >= position).to(self.head().dtype) * NEGATIVE  # (C,)
         future = self.causal_mask(t)
-        fresh = []
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            old_k, old_v = cache[layer]
+        x = self.embed(tokens.unsqueeze(0), at)
+        routings, fresh = [], []
+        for layer, (old_k, old_v) in enumerate(cache):
+            block = f"{self.blocks}.{layer}"
+            normed = self.norm(x, f"{block}.{self.FIRST_NORM}")
+            q, k, v = self.queries_keys_values(adapters, block, normed, at)
             q = self.split_heads(q, 1, a.heads) / math.sqrt(a.head_dim)
             k, v = (self.split_heads(y, 1, a.key_value_heads) for y in (k, v))
             fresh.append((k, v))
             # Scores over the cache and over the new tokens side by side: nothing is copied.
             scores = torch.cat([q @ old_k.mT + past, q @ k.mT + future], -1)
             p = torch.softmax(scores, -1)
-            return self.merge_heads(p[..., :c] @ old_v + p[..., c:] @ v, 1)
-
-        x, routings = self._through_blocks(adapters, tokens, at, attend)
-        return self._next_logits(x.index_select(0, last)), routings, fresh
-
-    def _through_blocks(
-        self,
-        adapters: Adapters,
-        tokens: Tensor,
-        at: Tensor,
-        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-    ) -> tuple[Tensor, list[Routing]]:
-        """(T,) -> (T, d) before the final norm; `attend` takes the layer and its q, k and v."""
-        x = self.embed(tokens.unsqueeze(0), at)
-        routings = []
-        for layer in range(self.architecture.layers):
-            block = f"{self.blocks}.{layer}"
-            normed = self.norm(x, f"{block}.{self.FIRST_NORM}")
-            q, k, v = self.queries_keys_values(adapters, block, normed, at)
-            x, routing = self.finish_block(adapters, block, x, attend(layer, q, k, v))
+            attended = self.merge_heads(p[..., :c] @ old_v + p[..., c:] @ v, 1)
+            x, routing = self.finish_block(adapters, block, x, attended)
             routings += routing
-        return x, routings
-
-    def _next_logits(self, x: Tensor) -> Tensor:
-        """(1, d) -> (V,)"""
-        return (self.norm(x, self.FINAL_NORM) @ self.head().T).squeeze(0)
+        final = self.norm(x.index_select(0, last), self.FINAL_NORM)
+        return (final @ self.head().T).squeeze(0), routings, fresh

@@ -12,17 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from edge_runtime.adapters import STACK
+from export.decoder import NEGATIVE, Decoder, Routing
 
-if TYPE_CHECKING:
-    from export.decoder import Decoder, Routing
-
-NEGATIVE = -1e9
 Stacks = Mapping[str, Tensor]
 """What `edge_runtime.adapters.Stacks` gives, and the router's tensors by their own names."""
 
