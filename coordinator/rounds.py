@@ -599,16 +599,16 @@ class Rounds:
         await self._commits.make(device, join)
         return self._answer(device) or WAIT
 
-    def check_update(self, device: str, header: pb.UploadHeader) -> bool:
+    async def check_update(self, device: Device, header: pb.UploadHeader) -> bool:
         """Whether an update with this header could count now; False if it does already.
 
         Raises:
             RefusedUpdateError: it could not.
             TryAgainError: that will be known when the round is closed.
         """
-        if self._accepted(device, header) is not None:
+        if self._accepted(device.id, header) is not None:
             return False
-        self._place(device, header)
+        self._place(device.id, header)
         return True
 
     def _accepted(self, device: str, header: pb.UploadHeader) -> Update | None:

@@ -609,6 +609,12 @@ class State:
         """Where the bytes of an update are gathered; nothing may be there yet."""
         return self.directory / self._updates_of(number) / device / f"{sha256.hex()}.partial"
 
+    def kept(self, number: int, device: str, sha256: bytes) -> str | None:
+        """The file of an update that is here whole, below the state directory; it counts only if
+        a row says so."""
+        relative = self._kept(number, device, sha256)
+        return relative if (self.directory / relative).exists() else None
+
     def begin_partial(self, path: Path) -> None:
         """Makes that file, or takes it up again; other unfinished updates of the device go."""
         with storage_errors(path):
@@ -616,7 +622,7 @@ class State:
             path.parent.mkdir(exist_ok=True)
             for other in path.parent.iterdir():
                 if other != path:
-                    other.unlink()
+                    other.unlink(missing_ok=True)
             path.touch()
 
     def keep_partial(self, path: Path, number: int, device: str, sha256: bytes) -> str:
@@ -634,7 +640,7 @@ class State:
         Raises:
             FileNotFoundError: the round is over, and they are gone.
         """
-        relative = f"{self._updates_of(number)}/{device}-{sha256.hex()}.safetensors"
+        relative = self._kept(number, device, sha256)
         if not path.exists():
             raise FileNotFoundError(path)
         with storage_errors(self.directory / relative):
@@ -660,7 +666,7 @@ class State:
                     session.add(change)
 
     def drop_update(self, number: int, device: str, reason: str) -> str:
-        """Refuses an accepted update after all. Returns the device's name."""
+        """Refuses an accepted update after all; its file goes. Returns the device's name."""
         chosen = select(Update).where(self._counted(number), Update.device == device)
         with self._transaction() as session:
             dropped = session.scalars(chosen).one()
@@ -675,7 +681,10 @@ class State:
                     time=time.time(),
                 ),
             )
-            return session.get_one(Device, device).name
+            name = session.get_one(Device, device).name
+        with contextlib.suppress(OSError):
+            (self.directory / dropped.file).unlink(missing_ok=True)
+        return name
 
     def _add_refusal(self, session: Session, refusal: Refusal) -> None:
         """Notes that an update of a device was refused; of many in an hour, the first ones."""
@@ -931,6 +940,9 @@ class State:
     def _counted(self, number: int) -> ColumnElement[bool]:
         """Whether updates count in round `number`."""
         return (Update.cohort == self.cohort) & (Update.counted == number)
+
+    def _kept(self, number: int, device: str, sha256: bytes) -> str:
+        return f"{self._updates_of(number)}/{device}-{sha256.hex()}.safetensors"
 
     def _updates_of(self, number: int) -> str:
         return _updates_directory(self.cohort, number)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -162,6 +163,8 @@ class Uploads:
 
     def offset(self, device: str, header: pb.UploadHeader) -> int:
         """How many bytes of this update have come before a break."""
+        if self._state.kept(header.round, device, header.sha256) is not None:
+            return header.total_bytes
         path = self._state.partial(header.round, device, header.sha256)
         return path.stat().st_size if path.exists() else 0
 
@@ -172,7 +175,8 @@ class Uploads:
         for its turn first.
 
         An earlier upload of the device that is still open, as when only the device has noticed
-        that the connection broke, is ended.
+        that the connection broke, is ended. Nothing is taken in of an update that is here whole, as
+        when the connection broke after its last byte.
 
         Returns:
             The file, as a path below the state directory: durable, and counted by nobody yet. None
@@ -188,13 +192,18 @@ class Uploads:
         async with self._turn(device.id):
             path = self._state.partial(header.round, device.id, header.sha256)
             try:
-                async with self._transfers.turn() as moved:
-                    if not self._cohort.rounds.check_update(device.id, header):
-                        return None
-                    self._state.begin_partial(path)
-                    with storage_errors(path):
-                        digest = await self._gather(path, header, parts, moved)
-                return await to_its_end(lambda: self._keep(path, device, header, digest))
+                with contextlib.ExitStack() as held:
+                    async with self._transfers.turn() as moved:
+                        if not await self._cohort.rounds.check_update(device, header):
+                            return None
+                        kept = self._state.kept(header.round, device.id, header.sha256)
+                        if kept is not None:
+                            return kept
+                        self._state.begin_partial(path)
+                        with storage_errors(path):
+                            file = held.enter_context(_alone(path))
+                            digest = await self._gather(file, header, parts, moved)
+                    return await to_its_end(lambda: self._keep(path, device, header, digest))
             except TooSlowError as error:
                 raise BrokenUploadError(str(error)) from error
             except RefusedUpdateError:
@@ -220,7 +229,7 @@ class Uploads:
 
     async def _gather(
         self,
-        path: Path,
+        file: io.FileIO,
         header: pb.UploadHeader,
         parts: AsyncIterator[Part],
         moved: Callable[[int], None],
@@ -231,24 +240,23 @@ class Uploads:
             SHA-256 of the whole.
         """
         received = header.offset
-        with path.open("r+b", buffering=0) as file:
-            if received > file.seek(0, os.SEEK_END):
-                raise BrokenUploadError("the bytes before the offset are not here")
-            gathering = Gathering(file, received, self._thread)
-            try:
-                async for part in parts:
-                    if isinstance(part, pb.UploadPart):
-                        raise RefusedUpdateError("something other than data follows the header")
-                    self._traffic.received += memoryview(part.obj).nbytes
-                    moved(len(part))
-                    received += len(part)
-                    if received > header.total_bytes:
-                        raise RefusedUpdateError(
-                            f"more data came than the {header.total_bytes} bytes announced"
-                        )
-                    await gathering.add(part)
-            finally:  # however it ended, the device may go on from here
-                digest = await gathering.end()
+        if received > file.seek(0, os.SEEK_END):
+            raise BrokenUploadError("the bytes before the offset are not here")
+        gathering = Gathering(file, received, self._thread)
+        try:
+            async for part in parts:
+                if isinstance(part, pb.UploadPart):
+                    raise RefusedUpdateError("something other than data follows the header")
+                self._traffic.received += memoryview(part.obj).nbytes
+                moved(len(part))
+                received += len(part)
+                if received > header.total_bytes:
+                    raise RefusedUpdateError(
+                        f"more data came than the {header.total_bytes} bytes announced"
+                    )
+                await gathering.add(part)
+        finally:  # however it ended, the device may go on from here
+            digest = await gathering.end()
         if received < header.total_bytes:
             # So it ends when the connection breaks, too.
             raise BrokenUploadError(
@@ -297,3 +305,22 @@ class Uploads:
             unpacked.write_bytes(payload)
         path.unlink()
         return unpacked
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[io.FileIO]:
+    """The file, which no other process gathers into meanwhile.
+
+    Raises:
+        BrokenUploadError: one does.
+        OSError: it cannot be opened.
+    """
+    with path.open("r+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            same = False
+        if not same:  # it has got its final place meanwhile
+            raise BrokenUploadError("another process has this update open")
+        yield file

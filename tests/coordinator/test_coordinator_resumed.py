@@ -18,6 +18,7 @@ from coordinator_help import (
     check_in_until,
     free_port,
     header,
+    ids,
     join_round,
     mean_of,
     train,
@@ -295,3 +296,24 @@ def test_an_upload_takes_the_place_of_one_that_hangs(fleet: Fleet) -> None:
     go_on.set()
     assert hung.exception().code() == grpc.StatusCode.ABORTED
     served.wait_for("round_closed")
+
+
+def test_an_update_that_is_here_whole_is_not_sent_again(fleet: Fleet) -> None:
+    """The connection broke after its last byte: the coordinator kept the file and could not say so,
+    nor count it."""
+    bundle = fleet.bundle(WIDTH)
+    served = fleet.serve(bundle, "--min-devices", "1", "--rounds", "1")
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    join_round(ada)
+    update = train(bundle, ada.download(1), 0, 1)
+    (place,) = (fleet.state / f"updates/1-{cohort}" for cohort in (served.listening["cohorts"]))
+    place.mkdir(parents=True)
+    kept = place / f"{ids(fleet.state)['ada']}-{sha256(update).hexdigest()}.safetensors"
+    kept.write_bytes(update)
+    sent = ada.traffic.sent
+    assert ada.upload(header(1), update, resume=True).accepted
+    assert ada.traffic.sent - sent < 1000
+    served.wait_for("round_closed", updates=1)
+    check_in_until(ada, pb.CheckInReply.FINISH)
+    final = wire.encode(bundle.manifest, {"generalist": mean_of(bundle, [update])})
+    assert ada.download(2) == final
