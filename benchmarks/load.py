@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -56,6 +57,9 @@ HOST = "127.0.0.1"
 # Devices that check in all the time.
 POLLERS = 8
 DEADLINE_SECONDS = 3600
+# Of the coordinator's events so many are shown when the benchmark fails.
+LATEST = 20
+LAST_WORDS_SECONDS = 15
 
 
 class Phases(TypedDict):
@@ -66,8 +70,9 @@ class Phases(TypedDict):
     upload: float
     upload_cpu: float
     """Processor time of the coordinator in `upload`."""
+    broken_downloads: int
+    """That were begun again; likewise the next."""
     broken_uploads: int
-    """That were sent again."""
 
 
 class Floor(TypedDict):
@@ -247,16 +252,17 @@ def _round(crowd: _Crowd, served: _Served) -> Phases:
     began = time.monotonic()
     (number,) = set(crowd.do("check_in"))
     told = time.monotonic()
-    crowd.do("download", service=COORDINATOR, number=number)
+    broken_downloads = sum(crowd.do("download", service=COORDINATOR, number=number))
     downloaded, used = time.monotonic(), cpu_seconds(served.process.pid)
-    broken = sum(crowd.do("upload", service=COORDINATOR, number=number))
+    broken_uploads = sum(crowd.do("upload", service=COORDINATOR, number=number))
     served.wait_for("round_closed")
     return {
         "check_in": told - began,
         "download": downloaded - told,
         "upload": time.monotonic() - downloaded,
         "upload_cpu": cpu_seconds(served.process.pid) - used,
-        "broken_uploads": broken,
+        "broken_downloads": broken_downloads,
+        "broken_uploads": broken_uploads,
     }
 
 
@@ -490,12 +496,15 @@ class _Served:
             text=True,
         )
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._latest: deque[str] = deque(maxlen=LATEST)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self.address = str(self.wait_for("listening")["address"])
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            self._latest.append(line)
             self._events.put(json.loads(line))
         self._events.put(None)
 
@@ -508,9 +517,17 @@ class _Served:
     def __enter__(self) -> _Served:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After a failure, lets the coordinator say what it has to say."""
+        if kind is not None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(LAST_WORDS_SECONDS)
         self.process.kill()
         self.process.wait()
+        if kind is not None:
+            self._reader.join(LAST_WORDS_SECONDS)
+            sys.stderr.write("the coordinator's latest events:\n" + "".join(self._latest))
 
 
 def _timed(act: Callable[[], object]) -> float:

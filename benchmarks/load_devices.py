@@ -98,24 +98,21 @@ class Device:
         return reply.round
 
     async def download(self, service: str, number: int) -> int:
-        """How many bytes came."""
+        """How often it broke and was begun again, as a device does."""
         call = self._channels[service].unary_stream(f"{service}/Download", None, None)
         request = pb.DownloadRequest(round=number).SerializeToString()
-        return sum([len(message) async for message in call(request)])
+
+        async def whole() -> None:
+            async for _ in call(request):
+                pass
+
+        _, broken = await _persistently(whole)
+        return broken
 
     async def upload(self, service: str, number: int) -> int:
-        """How often it broke and was sent again, as a device does."""
+        """Likewise."""
         call = self._channels[service].stream_unary(f"{service}/Upload", None, None)
-        broken = 0
-        while True:
-            try:
-                reply = await call(self._updates.parts(self._index, number))
-                break
-            except grpc.aio.AioRpcError:
-                if broken == MOST_BREAKS:
-                    raise
-                broken += 1
-                await asyncio.sleep(1)
+        reply, broken = await _persistently(lambda: call(self._updates.parts(self._index, number)))
         if service == COORDINATOR and not (parsed := pb.UploadReply.FromString(reply)).accepted:
             raise RuntimeError(f"an update was refused: {parsed.reason}")
         return broken
@@ -143,6 +140,19 @@ class Device:
     async def close(self) -> None:
         for channel in self._channels.values():
             await channel.close(None)
+
+
+async def _persistently(attempt: Callable[[], Awaitable[T]]) -> tuple[T, int]:
+    """What `attempt` returns in the end, and how often it broke before."""
+    broken = 0
+    while True:
+        try:
+            return await attempt(), broken
+        except grpc.aio.AioRpcError:
+            if broken == MOST_BREAKS:
+                raise
+            broken += 1
+            await asyncio.sleep(1)
 
 
 class Devices:

@@ -40,6 +40,9 @@ GRACE_SECONDS = 10.0
 REARM_SECONDS = 1.0
 # What a device may send before anybody looks at it, of each call.
 WINDOW_BYTES = 16 * 1024
+# The longest that a call waits until it is looked at. gRPC's own limits are 30 seconds and about a
+# thousand calls, and it ends what is beyond them with a bare CANCELLED.
+QUEUE_SECONDS = 600
 LOOK_SECONDS = 1.0
 ESTABLISHED = "01"
 # Of mallopt(3).
@@ -78,6 +81,9 @@ class Limits:
             ("grpc.max_metadata_size", 16 * 1024),
             ("grpc.max_concurrent_streams", STREAMS),
             ("grpc.max_allowed_incoming_connections", self.connections),
+            ("grpc.server.max_pending_requests", STREAMS * self.connections),
+            ("grpc.server.max_pending_requests_hard_limit", STREAMS * self.connections + 1),
+            ("grpc.server_max_unrequested_time_in_server", QUEUE_SECONDS),
             ("grpc.server_handshake_timeout_ms", handshake),
             ("grpc.http2.settings_timeout", handshake),
             ("grpc.max_connection_idle_ms", int(1000 * self.idle_seconds)),

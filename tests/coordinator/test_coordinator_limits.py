@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import resource
@@ -25,6 +26,7 @@ from coordinator_help import (
     train,
 )
 
+from coordinator.limits import Limits
 from edge_runtime.client import Client
 from edge_runtime.identity import Identity
 from edge_runtime.protocol import NEWEST
@@ -179,6 +181,39 @@ def test_an_address_keeps_only_so_many_connections(fleet: Fleet) -> None:
         # Other addresses have their own, and 20 are still not too many.
         finish_round(bundle, clients)
         assert ended(flood) == 30
+
+
+def test_calls_that_come_at_once_wait_while_the_coordinator_is_busy() -> None:
+    """gRPC by itself ends some of what is more than a thousand with a bare CANCELLED."""
+    calls, channels = 1500, 50
+
+    async def answer_late() -> set[grpc.StatusCode]:
+        async def answer(request: bytes, _: object) -> bytes:
+            return request
+
+        server = grpc.aio.server(options=Limits().channel_options())
+        handlers = {"Call": grpc.unary_unary_rpc_method_handler(answer)}
+        server.add_registered_method_handlers("Busy", handlers)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        with contextlib.ExitStack() as stack:
+            target = f"127.0.0.1:{port}"
+            opened = [
+                stack.enter_context(grpc.insecure_channel(target, options)) for _ in range(channels)
+            ]
+            made = [
+                opened[index % channels]
+                .unary_unary("/Busy/Call", request_serializer=bytes, response_deserializer=bytes)
+                .future(b"", timeout=TIMEOUT)
+                for index in range(calls)
+            ]
+            time.sleep(1)  # the event loop does not run meanwhile, so nobody looks at them
+            codes = await asyncio.to_thread(lambda: {call.code() for call in made})
+        await server.stop(None)
+        return codes
+
+    assert asyncio.run(answer_late()) == {grpc.StatusCode.OK}
 
 
 def test_a_device_that_calls_too_often_is_slowed_down_and_others_are_not(fleet: Fleet) -> None:
