@@ -10,11 +10,12 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from coordinator.cohorts import Cohorts
+from coordinator.forwarding import caller_of
 from coordinator.limits import CALLS_AT_ONCE, Pace
 from coordinator.policy import Report
 from coordinator.rounds import PRESENT_SECONDS
@@ -41,7 +42,9 @@ NO_BUNDLE = (
 
 
 @contextlib.asynccontextmanager
-async def storage_errors(context: Context, report: Report) -> AsyncIterator[None]:
+async def storage_errors(
+    context: grpc.aio.ServicerContext[Any, Any], report: Report
+) -> AsyncIterator[None]:
     """A full disk is the operator's to mend; who called may try again meanwhile."""
     try:
         yield
@@ -81,7 +84,8 @@ class Callers:
         self._state = state
         self._cohorts = cohorts
         self._administrator = administrator
-        self._open: defaultdict[str, set[asyncio.Timeout]] = defaultdict(set)
+        # Device id -> its open calls -> the enrolment that each was made with.
+        self._open: defaultdict[str, dict[asyncio.Timeout, str | None]] = defaultdict(dict)
         self.last_seen: dict[str, float] = {}
         """Device id -> last call since the start, in seconds since the epoch."""
 
@@ -89,14 +93,14 @@ class Callers:
     async def device(self, context: Context) -> AsyncIterator[Device]:
         """The device that calls. `shut_out` cancels the body and ends the call."""
         device = await self._device(context)
-        self.last_seen[device.id] = time.time()
+        self.heard(device)
         if len(self._open[device.id]) >= CALLS_AT_ONCE:
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"this device has {CALLS_AT_ONCE} calls open; end one first",
             )
         scope = asyncio.timeout(None)
-        self._open[device.id].add(scope)
+        self._open[device.id][scope] = device.enrolment
         try:
             async with scope:
                 yield device
@@ -105,7 +109,11 @@ class Callers:
                 raise
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, UNKNOWN)
         finally:
-            self._open[device.id].discard(scope)
+            self._open[device.id].pop(scope, None)
+
+    def heard(self, device: Device) -> None:
+        """Notes that it has made a call, here or at a coordinator that follows."""
+        self.last_seen[device.id] = time.time()
 
     def connected(self) -> set[str]:
         """Ids of the devices that have a call open, or made one a short while ago."""
@@ -118,6 +126,15 @@ class Callers:
         for scope in self._open.pop(device, ()):
             scope.reschedule(0)
         self._cohorts.leave(device)
+
+    def shut_out_revoked(self) -> None:
+        """Ends the open calls of devices that were revoked or replaced at another coordinator."""
+        if any(self._open.values()):
+            accepted = self._state.enrolments()
+            for scopes in self._open.values():
+                for scope, enrolment in scopes.items():
+                    if enrolment not in accepted and not scope.expired():
+                        scope.reschedule(0)
 
     async def require_administrator(self, context: Context) -> None:
         """Ends the call unless the administrator makes it."""
@@ -151,7 +168,9 @@ class Callers:
 
     async def _subject(self, context: Context, role: Role) -> Subject:
         """Whom the connection's certificate is for. TLS checked it when the connection began."""
-        (pem,) = context.auth_context()["x509_pem_cert"]
+        pem = caller_of(context)
+        if pem is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "there is no certificate")
         subject = subject_of(pem)
         if subject.role != role:
             await context.abort(

@@ -12,14 +12,16 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError, Message
 
-from coordinator.audit import NOBODY, Auditor
+from coordinator.audit import NOBODY
+from coordinator.forwarding import address_of, caller_of
 from coordinator.tls import Role, subject_of
 from coordinator.uploads import read_part
 from edge_runtime import protocol
@@ -57,10 +59,18 @@ class Call:
     seconds: float
 
 
+class Auditing(Protocol):
+    """An Auditor, or what stands for one."""
+
+    def record(self, event: str, by: str, fields: dict[str, Any]) -> Future[None]: ...
+
+    def refused(self, event: str, by: str, fields: dict[str, Any]) -> None: ...
+
+
 class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Sees all calls of the servers that it is given to."""
 
-    def __init__(self, auditor: Auditor) -> None:
+    def __init__(self, auditor: Auditing) -> None:
         self._auditor = auditor
         self.observers: list[Callable[[Call], None]] = []
         """Are told of every call when it has ended."""
@@ -104,10 +114,10 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self, service: str, method: str, request: Any, context: Any
     ) -> AsyncIterator[None]:
         """Around one call's behaviour."""
-        pems = context.auth_context().get("x509_pem_cert", ())
-        subject = subject_of(pems[0]) if pems else None
+        pem = caller_of(context)
+        subject = None if pem is None else subject_of(pem)
         by = NOBODY if subject is None else subject.id
-        address = _address(context.peer())
+        address = address_of(context)
         is_act = (
             service == ADMIN
             and not method.startswith(READING)
@@ -212,9 +222,3 @@ def _code(said: Any, error: BaseException | None) -> grpc.StatusCode:
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return grpc.StatusCode.CANCELLED
     return grpc.StatusCode.UNKNOWN
-
-
-def _address(peer: str) -> str:
-    """Host of gRPC's name of a peer, such as "ipv4:127.0.0.1:4321" or "ipv6:%5B::1%5D:4321"."""
-    host = peer.partition(":")[2].rpartition(":")[0]
-    return host.replace("%5B", "").replace("%5D", "") or peer

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 
 from coordinator.aggregation.ranks import fit_generalist
 from coordinator.aggregation.updates import Layout
+from coordinator.policy import Counting
 from coordinator.rounds import Rounds
 from coordinator.state import State
 from coordinator.tables import Device, Round
@@ -109,10 +110,14 @@ def _free_name(wanted: str, contract: str, known: Mapping[str, str], taken: Iter
 class Cohort:
     """A cohort that runs."""
 
-    def __init__(self, group: Group, *, state: State, rounds: Rounds) -> None:
+    def __init__(self, group: Group, *, state: State, counting: Counting) -> None:
+        """
+        Args:
+            counting: its Rounds, or what stands for them at a coordinator that follows.
+        """
         self.name = group.name
         self.state = state
-        self.rounds = rounds
+        self.counting = counting
         self.manifest = group.bundles[0].manifest
         """That of the generalist."""
         self.manifests = manifests_of(group)
@@ -121,6 +126,12 @@ class Cohort:
         }
         """Contract -> size of the largest update that an honest device sends."""
         self._digests: dict[Path, bytes] = {}
+
+    @property
+    def rounds(self) -> Rounds:
+        """Only the coordinator that leads has them."""
+        assert isinstance(self.counting, Rounds)
+        return self.counting
 
     def manifest_of(self, device: Device) -> pb.Manifest:
         """Of the device's bundle."""

@@ -398,10 +398,10 @@ def serve(
     from coordinator.cohorts import CohortsError
     from coordinator.database import postgres_engine
     from coordinator.limits import Limits
+    from coordinator.options import Options
     from coordinator.policy import Policy
     from coordinator.quality import QualityGate
     from coordinator.selection import select
-    from coordinator.server import Options
     from coordinator.server import serve as run
 
     least = asynchronous or (MIN_DEVICES if min_devices is None else min_devices)
@@ -891,6 +891,8 @@ TEXTS = {
     "listening": "listening on {address}, {trust}",
     "monitoring": "dashboard on http://{address}/, metrics on http://{address}/metrics",
     "standing_by": "another coordinator uses {state}; this one goes on when that one ends",
+    "following": "listening on {address} beside it, enrolment on {enrolment}",
+    "not_following": "{state}: the coordinator that leads has other bundles, so this one waits",
     "device_enrolled": "{device} has enrolled",
     "device_revoked": "{device} is revoked",
     "round_opened": "round {round}: open",

@@ -24,6 +24,8 @@ LOCK = int.from_bytes(b"comigs", "big")
 CONNECT_SECONDS = 5
 # A coordinator whose machine vanished loses its lock within about 25 seconds.
 KEEPALIVE = "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
+READ_ONLY = "-c default_transaction_read_only=on"
+LOOPBACK = "127.0.0.1"
 
 
 class TakenOverError(StorageError):
@@ -96,13 +98,12 @@ class Sqlite(Database):
 
 
 class Postgres(Database):
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, options: str = "") -> None:
         """
-        Raises:
-            ValueError: `url` is no address of a PostgreSQL database.
-            MissingPartError: its driver is not installed.
+        Args:
+            options: see `postgres_engine`, which this raises as.
         """
-        self.engine = postgres_engine(url)
+        self.engine = postgres_engine(url, options)
         self.place = self.engine.url.render_as_string(hide_password=True)
         self._holder: Connection | None = None
         self._doubtful = False
@@ -114,13 +115,14 @@ class Postgres(Database):
             connection.execute(
                 text(
                     "create table if not exists lead "
-                    "(id int primary key, term bigint not null, schema int)"
+                    "(id int primary key, term bigint not null, schema int, address text)"
                 )
             )
             self._term = connection.execute(
                 text(
-                    "insert into lead values (1, 1, null) "
-                    "on conflict (id) do update set term = lead.term + 1 returning term"
+                    "insert into lead values (1, 1) "
+                    "on conflict (id) do update set term = lead.term + 1, address = null "
+                    "returning term"
                 )
             ).scalar_one()
 
@@ -148,6 +150,20 @@ class Postgres(Database):
     def lost(self) -> None:
         self._doubtful = True
 
+    def announce(self, address: str) -> None:
+        """Tells those who follow where to reach this coordinator, which has taken the lead."""
+        with self.engine.begin() as connection:
+            self.guard(connection)
+            connection.execute(text("update lead set address = :address"), {"address": address})
+
+    def own_address(self) -> str:
+        """This machine's, as the database sees it."""
+        with self.engine.begin() as connection:
+            seen: str | None = connection.execute(
+                text("select host(inet_client_addr())")
+            ).scalar_one()
+            return seen or LOOPBACK
+
     def close(self) -> None:
         self._release()
         super().close()
@@ -170,8 +186,32 @@ class Postgres(Database):
             self._holder = None
 
 
-def postgres_engine(url: str) -> Engine:
+class FollowedPostgres(Postgres):
+    """For a coordinator that follows the one that leads: it only reads."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, READ_ONLY)
+
+    def take(self) -> None:
+        raise AssertionError("who follows does not lead")
+
+    def guard(self, session: Session | Connection) -> None: ...
+
+    def leader(self) -> tuple[int, str] | None:
+        """Term and address of the coordinator that leads; None if none is there yet, or that cannot
+        be known now."""
+        with contextlib.suppress(DBAPIError), self.engine.begin() as connection:
+            found = connection.execute(text("select term, address from lead")).one_or_none()
+            if found is not None and found.address is not None:
+                return found.term, found.address
+        return None
+
+
+def postgres_engine(url: str, options: str = "") -> Engine:
     """Connections to the database of `url`.
+
+    Args:
+        options: further ones of each connection, as PostgreSQL's command line has them.
 
     Raises:
         ValueError: `url` is no address of a PostgreSQL database.
@@ -184,9 +224,9 @@ def postgres_engine(url: str) -> Engine:
     # Without `url` in the message: there may be a password in it.
     if parsed is None or parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError("give postgresql://USER:PASSWORD@HOST:PORT/NAME; SQLite needs no URL")
-    options = {"connect_timeout": CONNECT_SECONDS, "options": KEEPALIVE}
+    connecting = {"connect_timeout": CONNECT_SECONDS, "options": f"{KEEPALIVE} {options}"}
     try:
-        return create_engine(parsed.set(drivername="postgresql+psycopg"), connect_args=options)
+        return create_engine(parsed.set(drivername="postgresql+psycopg"), connect_args=connecting)
     except ImportError as error:
         raise MissingPartError(
             "PostgreSQL needs psycopg; install the extra: pip install 'comigs[postgresql]'"

@@ -71,15 +71,22 @@ class Limits:
     """Bytes per second of a transfer on average, once it has its turn; a slower one is broken
     off, and may go on from there."""
 
-    def channel_options(self) -> list[tuple[str, Any]]:
-        """For gRPC's servers."""
+    def channel_options(
+        self, *, shared: bool = False, streams: int = STREAMS
+    ) -> list[tuple[str, Any]]:
+        """For gRPC's servers.
+
+        Args:
+            shared: whether other processes may listen on the same port.
+            streams: calls at once on a connection.
+        """
         handshake = int(1000 * self.handshake_seconds)
         return [
             # Anything larger is an attack or a mistake; `Calls` holds each message to its limit.
             ("grpc.max_receive_message_length", protocol.LARGEST),
             ("grpc.max_send_message_length", protocol.LARGEST_LIST),
             ("grpc.max_metadata_size", 16 * 1024),
-            ("grpc.max_concurrent_streams", STREAMS),
+            ("grpc.max_concurrent_streams", streams),
             ("grpc.max_allowed_incoming_connections", self.connections),
             ("grpc.server.max_pending_requests", STREAMS * self.connections),
             ("grpc.server.max_pending_requests_hard_limit", STREAMS * self.connections + 1),
@@ -93,8 +100,8 @@ class Limits:
             ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
             # Of these, every connection keeps what it once needed.
             ("grpc.experimental.tcp_max_read_buffer_size", 2 * WINDOW_BYTES),
-            # Two coordinators on one port would each get half of the devices.
-            ("grpc.so_reuseport", 0),
+            # Two coordinators on one port each get half of the devices.
+            ("grpc.so_reuseport", int(shared)),
             # Devices vanish without a word: notice within about 30 seconds.
             ("grpc.keepalive_time_ms", 20_000),
             ("grpc.keepalive_timeout_ms", 10_000),

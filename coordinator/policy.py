@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from coordinator.accounting import Privacy
 from coordinator.aggregation import Recipe
@@ -13,6 +13,7 @@ from coordinator.buffering import Buffering
 from coordinator.quality import QualityGate
 from coordinator.secure_aggregation import Masking
 from coordinator.selection import Selection
+from coordinator.tables import Device
 from edge_runtime.errors import brief
 from protos import coordinator_pb2 as pb
 
@@ -65,6 +66,16 @@ class Reason(StrEnum):
     FULL = "full"
     STALE = "stale"  # what it started from is too long ago
     MASKING = "masking"  # no masked step of this device was asked for then
+
+
+class Counting(Protocol):
+    """Decides which updates count; `Rounds` says when what is raised."""
+
+    async def check_update(self, device: Device, header: pb.UploadHeader) -> bool: ...
+
+    async def accept(self, device: Device, header: pb.UploadHeader, file: str) -> None: ...
+
+    async def refuse(self, device: Device, number: int, error: RefusedUpdateError) -> None: ...
 
 
 class RefusedCommandError(Exception):

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from cryptography import x509
 from google.protobuf import json_format
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from coordinator import accounting
 from coordinator.admin import Address, Admin
@@ -28,9 +24,24 @@ from coordinator.calls import Calls
 from coordinator.cohorts import Cohort, Cohorts, Group, group, manifests_of
 from coordinator.database import InUseError, TakenOverError
 from coordinator.enrolment import Enrolment
-from coordinator.limits import Limits, raise_file_limit, share_heap, watch_connections
+from coordinator.following import Following
+from coordinator.limits import share_heap
+from coordinator.link import Link
+from coordinator.listening import (
+    GRACE_SECONDS,
+    WILDCARDS,
+    Ports,
+    bare,
+    bind,
+    reached,
+    server,
+    split,
+    start,
+    watch,
+)
 from coordinator.metrics import Metrics
 from coordinator.monitor import Monitor
+from coordinator.options import Options
 from coordinator.overview import Live, Overview
 from coordinator.policy import Policy, Report, to_all
 from coordinator.rounds import Rounds
@@ -41,52 +52,21 @@ from coordinator.tables import Settings
 from coordinator.tls import ADMIN_FILE, Authority, administrator, subject_of
 from edge_runtime import adapters, wire
 from edge_runtime.adapters import Vectors
-from edge_runtime.bundle import open_bundle
+from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.connection import Traffic
-from edge_runtime.errors import AddressError, MissingPartError, StorageError
+from edge_runtime.errors import MissingPartError, StorageError
 from edge_runtime.identity import read_identity
-from protos import coordinator_pb2, coordinator_pb2_grpc, manifest_pb2
+from protos import coordinator_pb2_grpc, link_pb2_grpc, manifest_pb2
 
 if TYPE_CHECKING:  # it needs packages of the extra "tracing"
     from coordinator.tracing import Tracing
 
-WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - recognised, not listened on
-# How long calls that are being answered may take to end when the coordinator stops.
-GRACE_SECONDS = 5.0
+# Calls at once of a coordinator that follows: two of each device that it serves, and some.
+LINK_STREAMS = 100_000
 # How often one that stands by looks whether the coordinator in front of it is gone.
 STANDBY_SECONDS = 0.5
 # How often one that may have been taken over without its noticing looks.
 CHECK_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `comigs serve` was asked for."""
-
-    bundles: tuple[Path, ...]
-    cohorts: tuple[str, ...]
-    """Names of further cohorts of these bundles."""
-    listen: str
-    """HOST:PORT; port 0 takes a free one."""
-    enrolment_port: int | None
-    """Where invitations are used; None: the port after `listen`'s, or a free one if that is 0."""
-    state: Path
-    database: str | None
-    """URL of a PostgreSQL database for the rows; None: SQLite, in `state`."""
-    policy: Policy
-    names: tuple[str, ...]
-    """Further host names and IP addresses for the certificate; devices are told the first."""
-    certificate_lifetime: datetime.timedelta
-    """Of the certificates that devices get."""
-    limits: Limits
-    insecure: bool
-    exit_when_done: bool
-    monitor: str | None = None
-    """HOST:PORT of metrics and dashboard; None: neither."""
-    traces: str | None = None
-    """URL of an OpenTelemetry collector; None: no traces."""
-    keep_generalists: int | None = None
-    """How many of each cohort; None: all."""
 
 
 async def serve(options: Options, report: Report) -> None:
@@ -107,9 +87,9 @@ async def serve(options: Options, report: Report) -> None:
     share_heap()
     bundles = [open_bundle(path) for path in options.bundles]
     fresh = {bundle.path: adapters.load_fresh(bundle) for bundle in bundles}
-    host, port = _split(options.listen)
+    split(options.listen)
     stopped = _stop_signals()
-    taken = await _take_state(options, report, stopped)
+    taken = await _take_state(options, bundles, report, stopped)
     if taken is None:
         return
     with (
@@ -143,8 +123,6 @@ async def serve(options: Options, report: Report) -> None:
             metrics.begin(cohort.state.current().number, cohort.name)
         parts = _Parts(
             options=options,
-            host=host,
-            port=port,
             state=state,
             cohorts=cohorts,
             live=live,
@@ -165,24 +143,30 @@ async def serve(options: Options, report: Report) -> None:
                 auditor.note("stopped", COORDINATOR, {})
 
 
-async def _take_state(options: Options, report: Report, stopped: asyncio.Event) -> State | None:
-    """The state, for this coordinator alone. One in PostgreSQL is waited for, so that another
-    machine or process can go on with it; None if this one is told to stop meanwhile."""
-    waiting = False
-    while not stopped.is_set():
-        try:
-            return State(options.state, options.database)
-        except InUseError:
-            if options.database is None:
-                raise
-            if not waiting:
-                report("standing_by", {"state": str(options.state)})
-            waiting = True
-        except StorageError:
-            if not waiting:
-                raise
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stopped.wait(), STANDBY_SECONDS)
+async def _take_state(
+    options: Options, bundles: Sequence[Bundle], report: Report, stopped: asyncio.Event
+) -> State | None:
+    """The state, for this coordinator to lead. One in PostgreSQL is waited for, so that another
+    machine or process can go on with it, and follows meanwhile; None if it is told to stop."""
+    following: Following | None = None
+    async with contextlib.AsyncExitStack() as stack:
+        while not stopped.is_set():
+            try:
+                return State(options.state, options.database)
+            except InUseError:
+                if options.database is None:
+                    raise
+                if following is None:
+                    report("standing_by", {"state": str(options.state)})
+                    following = Following(options, bundles, report)
+                    stack.push_async_callback(following.close)
+                if not options.insecure:
+                    await following.look()
+            except StorageError:
+                if following is None:
+                    raise
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopped.wait(), STANDBY_SECONDS)
     return None
 
 
@@ -217,7 +201,7 @@ async def _begin(
         report=named,
         masked=_masked(options, state, bundle.manifest),
     )
-    return Cohort(group, state=state, rounds=rounds)
+    return Cohort(group, state=state, counting=rounds)
 
 
 def _settings(policy: Policy, contract: str) -> Settings:
@@ -253,8 +237,6 @@ class _Parts:
     """What the services are made of."""
 
     options: Options
-    host: str
-    port: int
     state: State
     cohorts: Cohorts
     live: Live
@@ -288,15 +270,6 @@ class _Parts:
             report=self.report,
         )
 
-    def watch(self, stack: contextlib.AsyncExitStack, *ports: int) -> None:
-        """Holds the connections to `ports` to their limit per address until `stack` unwinds."""
-
-        def report(address: str, count: int) -> None:
-            self.report("connections_closed", {"address": address, "connections": count})
-
-        most = self.options.limits.connections_per_address
-        stack.callback(asyncio.create_task(watch_connections(ports, most, report)).cancel)
-
 
 def _tracing(endpoint: str) -> Tracing:
     try:
@@ -314,7 +287,7 @@ def _monitor(
 ) -> str:
     """Starts to serve metrics and dashboard. Returns their address."""
     assert options.monitor is not None
-    host, port = _split(options.monitor)
+    host, port = split(options.monitor)
     monitor = Monitor(host, port, names=options.names, metrics=metrics.text, overview=overview)
     stack.callback(monitor.close)
     for measuring in (metrics.watch_loop(), overview.sample()):
@@ -323,124 +296,96 @@ def _monitor(
 
 
 async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
-    """Starts what listens with TLS: for those who have a certificate, and for those who want one.
-
-    They need a port each: gRPC for Python either requires a client's certificate or takes none.
+    """Starts what listens with TLS.
 
     Returns:
         The fields of the event "listening".
     """
-    options, host, port = parts.options, parts.host, parts.port
+    options = parts.options
     authority = Authority.open(options.state, options.certificate_lifetime)
-    made = authority.server_credentials([host.strip("[]"), *options.names])
-    pairs = [(made.private_key, made.certificate_chain)]
-    main, enrolment = _server(parts), _server(parts)
-    mutual = grpc.ssl_server_credentials(pairs, authority.pem, require_client_auth=True)
-    bound = _bind(main, host, port, "--listen", mutual)
-    wanted = options.enrolment_port
-    if wanted is None:
-        wanted = port and port + 1
-    plain = grpc.ssl_server_credentials(pairs)
-    bound_enrolment = _bind(enrolment, host, wanted, "--enrolment-port", plain)
-
-    reached = _reached(host, options.names)
+    ports = Ports.open(options, authority, parts.live.calls)
+    host = reached(ports.host, options.names)
     before = read_identity(options.state / ADMIN_FILE)
-    holder = administrator(authority, options.state, f"{reached or 'localhost'}:{bound}")
+    holder = administrator(authority, options.state, f"{host or 'localhost'}:{ports.port}")
     holder_id = subject_of(holder.certificate.encode()).id
     if before is None or before.certificate != holder.certificate:
         await parts.log("administrator_made", {"administrator": holder_id})
     callers = parts.callers(holder_id)
-    address = Address(
-        host=reached,
-        port=bound,
-        enrolment_port=bound_enrolment,
-        authority=authority.der,
-    )
+    service = parts.service(callers, authority)
     admin = Admin(
         state=parts.state,
         cohorts=parts.cohorts,
         callers=callers,
-        address=address,
+        address=Address(
+            host=host,
+            port=ports.port,
+            enrolment_port=ports.enrolment_port,
+            authority=authority.der,
+        ),
         report=parts.report,
     )
-    coordinator_pb2_grpc.add_CoordinatorServicer_to_server(parts.service(callers, authority), main)
-    coordinator_pb2_grpc.add_AdminServicer_to_server(admin, main)
-    coordinator_pb2_grpc.add_EnrolmentServicer_to_server(
-        Enrolment(
+    enrolment = Enrolment(
+        state=parts.state,
+        callers=callers,
+        authority=authority,
+        cohorts=parts.cohorts,
+        traffic=parts.live.traffic,
+        report=parts.report,
+    )
+    coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, ports.main)
+    coordinator_pb2_grpc.add_AdminServicer_to_server(admin, ports.main)
+    coordinator_pb2_grpc.add_EnrolmentServicer_to_server(enrolment, ports.enrolment)
+    await ports.start(stack)
+    watch(stack, parts.report, options.limits, ports.port, ports.enrolment_port)
+    if options.database is not None:
+        link, bound = _link(parts, authority, callers, ports.host)
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, link)
+        coordinator_pb2_grpc.add_AdminServicer_to_server(admin, link)
+        coordinator_pb2_grpc.add_EnrolmentServicer_to_server(enrolment, link)
+        await link.start()
+        stack.push_async_callback(link.stop, GRACE_SECONDS)
+        parts.state.announce("" if bare(ports.host) in WILDCARDS else ports.host, bound)
+    address = ports.addresses
+    await parts.log("started", {"address": address["address"], "administrator": holder_id})
+    return {**address, "admin": str(options.state / ADMIN_FILE)}
+
+
+def _link(
+    parts: _Parts, authority: Authority, callers: Callers, host: str
+) -> tuple[grpc.aio.Server, int]:
+    """What listens for coordinators that follow, which speak for many devices, and its port."""
+    options = parts.options.limits.channel_options(streams=LINK_STREAMS)
+    link = grpc.aio.server(options=options, interceptors=[parts.live.calls])
+    link_pb2_grpc.add_LinkServicer_to_server(
+        Link(
             state=parts.state,
-            callers=callers,
-            authority=authority,
             cohorts=parts.cohorts,
-            traffic=parts.live.traffic,
+            callers=callers,
+            auditor=parts.auditor,
+            masked=parts.options.policy.masking is not None,
+            compressions=parts.options.policy.compressions,
             report=parts.report,
         ),
-        enrolment,
+        link,
     )
-    await _start(main, ["Coordinator", "Admin"], stack)
-    await _start(enrolment, ["Enrolment"], stack)
-    parts.watch(stack, bound, bound_enrolment)
-    await parts.log("started", {"address": f"{host}:{bound}", "administrator": holder_id})
-    return {
-        "address": f"{host}:{bound}",
-        "enrolment": f"{host}:{bound_enrolment}",
-        "admin": str(options.state / ADMIN_FILE),
-    }
+    made = authority.server_credentials([bare(host)])
+    pair = (made.private_key, made.certificate_chain)
+    mutual = grpc.ssl_server_credentials([pair], authority.pem, require_client_auth=True)
+    return link, bind(link, host, 0, "--listen", mutual)
 
 
 async def _insecure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
-    """Like `_secure` without TLS, so without enrolment and administrator."""
-    main = _server(parts)
-    bound = _bind(main, parts.host, parts.port, "--listen", None)
+    """Like `_secure` without TLS, so without enrolment, administrator, and others that follow."""
+    host, port = split(parts.options.listen)
+    main = server(parts.options.limits, parts.live.calls)
+    bound = bind(main, host, port, "--listen", None)
     service = parts.service(parts.callers(administrator=None), authority=None)
     coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, main)
-    await _start(main, ["Coordinator"], stack)
-    parts.watch(stack, bound)
-    address = f"{parts.host}:{bound}"
+    await start(main, ["Coordinator"], stack)
+    watch(stack, parts.report, parts.options.limits, bound)
+    address = f"{host}:{bound}"
     await parts.log("started", {"address": address, "administrator": None})
-    return {"address": f"{parts.host}:{bound}", "enrolment": None, "admin": None}
-
-
-def _server(parts: _Parts) -> grpc.aio.Server:
-    limits = parts.options.limits
-    limits = replace(limits, connections=raise_file_limit(limits.connections))
-    return grpc.aio.server(options=limits.channel_options(), interceptors=[parts.live.calls])
-
-
-def _bind(
-    server: grpc.aio.Server,
-    host: str,
-    port: int,
-    option: str,
-    credentials: grpc.ServerCredentials | None,
-) -> int:
-    """The port that `server` will listen on; `option` is where it comes from."""
-    address = f"{host}:{port}"
-    try:
-        if credentials is None:
-            return server.add_insecure_port(address)
-        return server.add_secure_port(address, credentials)
-    except RuntimeError as error:
-        raise AddressError(
-            f"cannot listen on {address}: the port is in use or the address is not this "
-            f"machine's; stop what uses it, or choose another {option} (port 0 takes a free one)"
-        ) from error
-
-
-async def _start(
-    server: grpc.aio.Server, services: list[str], stack: contextlib.AsyncExitStack
-) -> None:
-    """Starts `server` with the standard services; it lets calls end when `stack` unwinds."""
-    described = coordinator_pb2.DESCRIPTOR.services_by_name
-    names = [described[service].full_name for service in services]
-    checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
-    for name in ("", *names):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection(
-        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
-    )
-    await server.start()
-    stack.push_async_callback(server.stop, GRACE_SECONDS)
+    return {"address": address, "enrolment": None, "admin": None}
 
 
 def _stop_signals() -> asyncio.Event:
@@ -514,20 +459,3 @@ async def _course(parts: _Parts) -> None:
 
 async def _until(event: asyncio.Event) -> None:
     await event.wait()
-
-
-def _reached(host: str, names: Sequence[str]) -> str:
-    """The host name or address by which devices come; empty if it is not known here."""
-    name = names[0] if names else host.strip("[]")
-    if name in WILDCARDS:
-        return ""
-    return f"[{name}]" if ":" in name else name
-
-
-def _split(listen: str) -> tuple[str, int]:
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise AddressError(
-            f"{listen} is not an address to listen on; give HOST:PORT, for example 127.0.0.1:50051"
-        )
-    return host, int(port)

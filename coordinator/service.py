@@ -130,13 +130,13 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                     self._check_header(header, cohort.most_bytes[device.contract_sha256])
                     file = await uploads.receive(device, header, parts)
                     if file is not None:
-                        await cohort.rounds.accept(device, header, file)
+                        await cohort.counting.accept(device, header, file)
             except TimeoutError:
                 broken = f"the upload took longer than {UPLOAD_SECONDS:.0f} seconds"
             except (BrokenUploadError, TryAgainError) as error:
                 broken = str(error)
             except RefusedUpdateError as error:
-                await cohort.rounds.refuse(device, header.round, error)
+                await cohort.counting.refuse(device, header.round, error)
                 return self._traffic.send(pb.UploadReply(accepted=False, reason=str(error)))
             else:
                 return self._traffic.send(pb.UploadReply(accepted=True))
@@ -172,7 +172,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             try:
                 return self._traffic.send(await cohort.rounds.aggregate(device, request))
             except RefusedStepError as error:
-                await cohort.rounds.refuse(device, request.round, RefusedUpdateError(str(error)))
+                await cohort.counting.refuse(device, request.round, RefusedUpdateError(str(error)))
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     async def Renew(self, request: pb.SigningRequest, context: Context) -> pb.Certificate:  # noqa: N802

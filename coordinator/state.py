@@ -36,7 +36,7 @@ from sqlalchemy.orm import (
 )
 
 from coordinator import database
-from coordinator.database import InUseError, Postgres, Sqlite
+from coordinator.database import Database, FollowedPostgres, InUseError, Postgres, Sqlite
 from coordinator.quality import Quality
 from coordinator.queries import QUERIES
 from coordinator.tables import (
@@ -90,23 +90,36 @@ class State:
     keep_generalists: int | None = None
     """How many of a cohort `clean` leaves, at least; None: all."""
 
-    def __init__(self, directory: Path, url: str | None = None) -> None:
-        """Opens or makes the state in `directory` and keeps other coordinators out of it.
+    def __init__(self, directory: Path, url: str | None = None, *, following: bool = False) -> None:
+        """Opens or makes the state in `directory` and keeps other coordinators from leading.
 
         Args:
             url: of a PostgreSQL database for the rows; None: SQLite, in `directory`.
+            following: only reads the rows of one that is there, beside the coordinator that leads.
 
         Raises:
             InUseError: another coordinator uses it.
             StorageError: not writable, or not ours to read.
             ValueError, MissingPartError: see `Postgres`.
         """
-        self._database = Postgres(url) if url else Sqlite(directory)
-        self._engine = self._database.engine
         self.directory = directory
+        self._lock: int | None = None
+        self._database: Database
+        if following:
+            assert url is not None, "SQLite is of one coordinator"
+            self._database = FollowedPostgres(url)
+        else:
+            self._database = Postgres(url) if url else Sqlite(directory)
+        self._engine = self._database.engine
+        if not following:
+            self._take()
+
+    def _take(self) -> None:
+        directory = self.directory
         with storage_errors(directory):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            sync(directory.parent)
+            if not directory.is_dir():
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                sync(directory.parent)
             self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,7 +134,7 @@ class State:
                 self._database.take()
                 self._check_schema()
                 Base.metadata.create_all(self._engine)
-            if url:
+            if isinstance(self._database, Postgres):
                 self._check_files()
         except BaseException:
             self.close()
@@ -135,7 +148,18 @@ class State:
 
     def close(self) -> None:
         self._database.close()
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def announce(self, host: str, port: int) -> None:
+        """Tells coordinators that follow where this one is reached, in PostgreSQL.
+
+        Args:
+            host: empty: this machine's address.
+        """
+        assert isinstance(self._database, Postgres)
+        with self._storage_errors():
+            self._database.announce(f"{host or self._database.own_address()}:{port}")
 
     def check(self) -> None:
         """
@@ -297,6 +321,12 @@ class State:
     def enrolled(self, enrolment: str) -> Device | None:
         """The device whose certificates carry `enrolment` now."""
         return self._entity(Device, QUERIES.enrolled, enrolment=enrolment)
+
+    def enrolments(self) -> set[str]:
+        """Those whose certificates are accepted."""
+        with self._transaction() as session:
+            chosen = select(Device.enrolment).where(Device.enrolment.is_not(None))
+            return {enrolment for enrolment in session.scalars(chosen) if enrolment}
 
     def named(self, name: str, *, cohort: str, contract_sha256: str) -> Device:
         """The device of that name, made if there is none: for those who need not enrol."""

@@ -42,6 +42,7 @@ CLOCK_SKEW = datetime.timedelta(days=1)
 class Role(StrEnum):
     DEVICE = "device"
     ADMINISTRATOR = "administrator"
+    COORDINATOR = "coordinator"
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,10 @@ class Authority:
         """A certificate for a new administrator."""
         name = "administrator"
         return self._issue(key, name, Role.ADMINISTRATOR, secrets.token_hex(16), VALID_FOR)
+
+    def issue_to_coordinator(self, key: ec.EllipticCurvePublicKey) -> Issued:
+        """A certificate for a coordinator of the same state, which may speak for others."""
+        return self._issue(key, "coordinator", Role.COORDINATOR, secrets.token_hex(16), VALID_FOR)
 
     def _issue(
         self,

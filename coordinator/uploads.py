@@ -194,7 +194,7 @@ class Uploads:
             try:
                 with contextlib.ExitStack() as held:
                     async with self._transfers.turn() as moved:
-                        if not await self._cohort.rounds.check_update(device, header):
+                        if not await self._cohort.counting.check_update(device, header):
                             return None
                         kept = self._state.kept(header.round, device.id, header.sha256)
                         if kept is not None:

@@ -129,6 +129,13 @@ class Served:
             if got["event"] == event and fields.items() <= got.items():
                 return got
 
+    def has_said(self, event: str) -> bool:
+        """Whether there was such an event so far."""
+        while not self._queue.empty():
+            if (got := self._queue.get()) is not None:
+                self.events.append(got)
+        return any(got["event"] == event for got in self.events)
+
     def ready(self) -> str:
         """Its address, once it listens."""
         return str(self.listening["address"])
