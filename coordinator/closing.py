@@ -52,14 +52,14 @@ class Closing:
         incoming = wire.decode(self._manifest, self.read_start(current))
         if self._masked is not None:
             summed = self._masked.total(current.number, updates)
-            noise = self._recipe.noise
             return conclude_sum(
                 self._manifest,
                 self._recipe,
                 incoming=incoming,
                 total=summed.total,
-                divisor=summed.devices if noise is None else noise.devices,
+                divisor=summed.divisor,
                 clipped=summed.clipped,
+                clipped_coordinates=summed.clipped_coordinates,
                 memory=memory,
             )
         return aggregate(

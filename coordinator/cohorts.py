@@ -19,7 +19,7 @@ from coordinator.aggregation.ranks import fit_generalist
 from coordinator.aggregation.updates import Layout
 from coordinator.policy import Counting
 from coordinator.rounds import Rounds
-from coordinator.state import State
+from coordinator.state import FITTED, State
 from coordinator.tables import Device, Round
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle, contract_sha256, family_sha256
@@ -28,7 +28,6 @@ from edge_runtime.files import write_atomic
 from protos import manifest_pb2 as pb
 
 UNNAMED = "default"
-FITTED = "fitted"
 
 
 class CohortsError(Exception):
@@ -151,11 +150,15 @@ class Cohort:
         path = self.state.directory / wanted.generalist_file
         if manifest is self.manifest:
             return path, bytes.fromhex(wanted.generalist_sha256)
-        start = f"{self.name}-{device.contract_sha256[:16]}"
-        fitted = self.state.directory / FITTED / f"{start}-{wanted.generalist_sha256}.safetensors"
+        start = self.fitted_as(device.contract_sha256)
+        fitted = self.state.directory / FITTED / f"{start}{wanted.generalist_sha256}.safetensors"
         if fitted not in self._digests or not fitted.exists():
             self._digests[fitted] = self._fit(path, manifest, fitted)
         return fitted, self._digests[fitted]
+
+    def fitted_as(self, contract: str) -> str:
+        """How the names of the files begin that have the generalist as a bundle wants it."""
+        return f"{self.name}-{contract[:16]}-"
 
     def _fit(self, path: Path, manifest: pb.Manifest, fitted: Path) -> bytes:
         """Writes the generalist at another rank. Those of earlier rounds go, until asked for."""
@@ -184,6 +187,15 @@ class Cohorts:
     def __init__(self, cohorts: Sequence[Cohort]) -> None:
         self.all = tuple(cohorts)
         self._by_name = {cohort.name: cohort for cohort in cohorts}
+
+    def clean(self) -> None:
+        """Deletes generalists that were fitted to bundles that are not served any more."""
+        starts = tuple(
+            cohort.fitted_as(contract) for cohort in self.all for contract in cohort.manifests
+        )
+        for path in (self.all[0].state.directory / FITTED).glob("*.safetensors"):
+            if not path.name.startswith(starts):
+                path.unlink(missing_ok=True)
 
     def __getitem__(self, name: str) -> Cohort:
         """

@@ -935,8 +935,10 @@ def _readable(fields: dict[str, Any]) -> dict[str, str]:
         budgeted = ", of {budget}: enough for {rounds_left} of {rounds_wanted} rounds"
         words["budgeted"] = "" if fields["budget"] is None else budgeted.format(**fields)
     if "clipped" in fields:
-        clipped = fields["clipped"]
-        words["clipping"] = f", {clipped} of them clipped," if clipped else ""
+        clipped, coordinates = fields["clipped"], fields["clipped_coordinates"]
+        counts = [f"{clipped} of them clipped"] * bool(clipped)
+        counts += [f"{coordinates} coordinates clipped"] * bool(coordinates)
+        words["clipping"] = "".join(f", {count}" for count in counts) + "," * bool(counts)
         quality = fields.get("perplexity")
         words["measured"] = (
             "; perplexity {incoming:.2f} to {candidate:.2f}".format(**quality) if quality else ""

@@ -68,6 +68,11 @@ class Metrics:
         self._clipped = self._counter(
             "comigs_updates_clipped", "Updates whose step was shortened.", ["cohort"]
         )
+        self._clipped_coordinates = self._counter(
+            "comigs_coordinates_clipped",
+            "Coordinates of masked steps that were too large for secure aggregation.",
+            ["cohort"],
+        )
         self._perplexity = self._gauge(
             "comigs_generalist_perplexity",
             "Of the present generalist on the quality gate's text, if there is a gate.",
@@ -146,6 +151,7 @@ class Metrics:
                 self._rounds.labels(cohort, "aggregated").inc()
                 self._round_seconds.labels(cohort).observe(fields["seconds"])
                 self._clipped.labels(cohort).inc(fields["clipped"])
+                self._clipped_coordinates.labels(cohort).inc(fields["clipped_coordinates"])
                 self._generalist.labels(cohort).set(fields["round"] + 1)
                 if "perplexity" in fields:
                     self._perplexity.labels(cohort).set(fields["perplexity"]["candidate"])

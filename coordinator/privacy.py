@@ -67,6 +67,7 @@ def mask(
         min_devices=min_devices,
         clip_norm=recipe.clip_norm,
         noise_multiplier=0.0 if recipe.noise is None else recipe.noise.multiplier,
+        divisor=None if recipe.noise is None else recipe.noise.devices,
     )
     if selection is not None:
         masking.terms(selection.wanted)  # so large a group must be possible

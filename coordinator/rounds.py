@@ -378,6 +378,7 @@ class Rounds:
                 "round": current.number,
                 "updates": len(updates),
                 "clipped": outcome.clipped,
+                "clipped_coordinates": outcome.clipped_coordinates,
                 "seconds": round(max(0.0, time.time() - (current.opened_at or 0)), 3),
                 **_perplexities(quality),
             },

@@ -79,6 +79,8 @@ class Masking:
     clip_norm: float | None
     noise_multiplier: float
     """0: no differential privacy."""
+    divisor: int | None = None
+    """With differential privacy: what makes a mean of the sum, however many reported."""
 
     def least(self, devices: int) -> int:
         """Fewest of `devices` that are summed up."""
@@ -119,13 +121,13 @@ class Sum:
     """What the coordinator learns in a round."""
 
     total: Flat
-    """Of the steps of `devices` devices, (D,)."""
-    devices: int
+    """Of the steps, (D,)."""
+    divisor: int
+    """What makes a mean of it."""
     clipped: int
     """Steps whose norm was clipped; 0 with differential privacy, which does not count them."""
     clipped_coordinates: int
     """Likewise."""
-    noise_multiplier: float
 
 
 class SecureAggregation:
@@ -177,6 +179,7 @@ class SecureAggregation:
             {device: index for index, device in enumerate(order, 1)},
             degree=graph.degree,
             terms=terms.SerializeToString(),
+            divisor=self._masking.divisor,
         )
 
     def fits(self, group: MaskingGroup) -> bool:
@@ -350,7 +353,7 @@ class SecureAggregation:
                 for other, mask_key in public.items()
             }
             masking.add_masks(total, pairwise=pairwise, index=index)
-        return self._sum(signed(total), len(updates), terms.quantization)
+        return self._sum(signed(total), group.divisor or len(updates), terms.quantization)
 
     def _masked_step(self, update: Update, numbers: int) -> Residues:
         try:
@@ -361,17 +364,16 @@ class SecureAggregation:
             raise AggregationError(f"{update.file} is damaged, though it was accepted")
         return np.frombuffer(content, "<u4").astype(np.uint32, copy=False)
 
-    def _sum(self, total: Integers, devices: int, quantization: pb.Quantization) -> Sum:
+    def _sum(self, total: Integers, divisor: int, quantization: pb.Quantization) -> Sum:
         grid = Grid(quantization.bound, quantization.levels)
         coordinates, clipped = 0, 0
         if not quantization.noise_multiplier:
             coordinates, clipped = total[-COUNTERS:].tolist()
         return Sum(
             total=total[: self._size].astype(np.float64) * grid.unit,
-            devices=devices,
+            divisor=divisor,
             clipped=clipped,
             clipped_coordinates=coordinates,
-            noise_multiplier=quantization.noise_multiplier,
         )
 
     # What devices say

@@ -119,6 +119,7 @@ async def serve(options: Options, report: Report) -> None:
             ]
         )
         fresh.clear()  # they are on the disk now
+        cohorts.clean()
         for cohort in cohorts.all:
             metrics.begin(cohort.state.current().number, cohort.name)
         parts = _Parts(

@@ -73,6 +73,7 @@ LOCK = "lock"
 GENERALISTS = "generalists"
 MEMORIES = "memories"
 UPDATES = "updates"
+FITTED = "fitted"
 # Of a device's refused updates so many are kept: a hostile one could fill the disk with them.
 REFUSALS_AN_HOUR = 60
 
@@ -142,7 +143,7 @@ class State:
         self._sweep()
         self.clean()
         self._remove_uncounted()
-        written = (directory / name for name in (GENERALISTS, MEMORIES))
+        written = (directory / name for name in (GENERALISTS, MEMORIES, FITTED))
         for place in (directory, *written, *(directory / UPDATES).glob("*")):
             remove_leftovers(place)
 
@@ -819,6 +820,7 @@ class State:
         *,
         degree: int,
         terms: bytes,
+        divisor: int | None = None,
     ) -> None:
         """Begins secure aggregation with the devices in `numbers`; forgets others' keys."""
         with self._transaction() as session:
@@ -829,6 +831,7 @@ class State:
                     stage=MaskingStage.SHARE,
                     degree=degree,
                     terms=terms,
+                    divisor=divisor,
                 )
             )
             for member in session.scalars(self._masking_members(number)):

@@ -215,6 +215,8 @@ class MaskingGroup(Base):
     """Of the graph of neighbours."""
     terms: Mapped[bytes]
     """What all are told: a MaskingGroup of protos/ without `index` and `neighbours`."""
+    divisor: Mapped[int | None]
+    """What makes a mean of the sum, with differential privacy; None: how many are summed up."""
 
 
 class MaskingMember(Base):

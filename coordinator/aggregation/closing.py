@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from safetensors import SafetensorError
@@ -34,6 +34,8 @@ class Outcome:
     """Of the server optimizer, for the next round."""
     clipped: int
     """Updates that were longer than the recipe's norm."""
+    clipped_coordinates: int = 0
+    """Coordinates of masked steps that were beyond what whole numbers can say."""
 
 
 def aggregate(
@@ -91,6 +93,7 @@ def conclude_sum(
     total: Flat,
     divisor: int,
     clipped: int,
+    clipped_coordinates: int,
     memory: bytes | None = None,
 ) -> Outcome:
     """Closes a round of which only the sum of the steps is known; else like `aggregate`.
@@ -98,11 +101,12 @@ def conclude_sum(
     Args:
         total: sum of the steps from `incoming`, (D,).
         divisor: what makes a mean of it.
-        clipped: steps that were longer than the recipe's norm.
+        clipped, clipped_coordinates: see Outcome.
     """
     layout = Layout(manifest)
     start = layout.flatten(incoming)
-    return _conclude(layout, recipe, start, start + total / divisor, memory, clipped)
+    outcome = _conclude(layout, recipe, start, start + total / divisor, memory, clipped)
+    return replace(outcome, clipped_coordinates=clipped_coordinates)
 
 
 def _conclude(

@@ -311,8 +311,12 @@ def test_devices_of_two_ranks_share_rounds_and_a_kill(fleet: Fleet, ranks: list[
             expected = best((ada + ben) / 2, bundle.manifest.mixture.rank)
             np.testing.assert_allclose(one, expected, atol=1e-4 * np.abs(expected).max())
     served.kill()
+    fitted = fleet.state / "fitted"
+    assert list(fitted.iterdir())
+    (fitted / ".torn.tmp").touch()
     served = fleet.serve(ranks[1], *options, "--enrolment-port", port, listen=address)
     served.ready()
+    assert not list(fitted.iterdir()), "what only a bundle needs that is not served any more"
     with pytest.raises(RefusedError, match="does not serve this device's bundle any more"):
         clients[0].check_in(0)
     assert clients[1].check_in(0).round == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -168,16 +169,29 @@ def test_a_round_beyond_the_budget_is_not_opened_nor_after_a_restart(fleet: Flee
 
 
 def test_devices_noise_their_masked_steps(fleet: Fleet) -> None:
-    """Secure aggregation and differential privacy together: nobody sees a sum without noise."""
+    """Secure aggregation and differential privacy together: nobody sees a sum without noise. The
+    round ends as it began, though the coordinator is killed and wants other rounds then."""
     bundle = fleet.bundle(width=500)
+    listen = f"127.0.0.1:{free_port()}"
     options = (*PRIVATE, "--secure-aggregation", "--min-devices", "3", "--rounds", "1")
-    served = fleet.serve(bundle, *options, "--over-selection", "1")
+    options = (*options, "--over-selection", "1", "--enrolment-port", "0")
+    served = fleet.serve(bundle, *options, listen=listen)
     clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(3)))
     number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
     start = vector(bundle, clients[0].download(number))
     maskers = [Masked(client, number) for client in clients]
     steps = [step_of(bundle, index, number) for index in range(3)]
-    in_parallel(*(lambda m=m, s=s: m.run(s) for m, s in zip(maskers, steps, strict=True)))
+    reached = threading.Event()
+    maskers[0].reached = "unmask", reached
+
+    def killed() -> Served:
+        assert reached.wait(30)
+        served.kill()
+        return fleet.serve(bundle, *options, "--devices-per-round", "4", listen=listen)
+
+    *_, served = in_parallel(
+        *(lambda m=m, s=s: m.run(s) for m, s in zip(maskers, steps, strict=True)), killed
+    )
     closed = served.wait_for("round_closed", round=number)
     assert closed["clipped"] == 0, "a count without noise"
     quantization = maskers[0].group.quantization

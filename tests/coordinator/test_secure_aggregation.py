@@ -23,12 +23,19 @@ SOAK = bool(os.environ.get("COMIGS_SOAK"))
 MASKED = ("--secure-aggregation", "--min-devices", "3")
 
 
+def far(bundle: Bundle, device: int, number: int) -> np.ndarray:
+    """A step of which one coordinate is beyond what masked numbers can say."""
+    step = step_of(bundle, device, number)
+    step[device] = 1.5
+    return step
+
+
 def play(bundle: Bundle, clients: list[Client], number: int, leaving: dict[int, str]) -> list[str]:
-    """A round in which the devices in `leaving` vanish at a stage."""
+    """A round of steps that go `far`, in which the devices in `leaving` vanish at a stage."""
     return in_parallel(
         *(
             lambda index=index, client=client: Masked(client, number).run(
-                step_of(bundle, index, number), until=leaving.get(index)
+                far(bundle, index, number), until=leaving.get(index)
             )
             for index, client in enumerate(clients)
         )
@@ -64,7 +71,8 @@ def test_the_sum_is_exact_whoever_drops_out_in_whatever_stage(fleet: Fleet) -> N
         closed = served.wait_for("round_closed", round=number)
         summed = [i for i in range(DEVICES) if leaving.get(i) not in ("share", "mask")]
         assert closed["updates"] == len(summed)
-        steps = [step_of(bundle, index, number) for index in summed]
+        steps = [far(bundle, index, number) for index in summed]
+        assert closed["clipped_coordinates"] == len(summed)
         got = vector(bundle, clients[0].download(number + 1))
         np.testing.assert_array_equal(got, expected(start, steps, group=DEVICES))
 
@@ -79,7 +87,7 @@ def test_who_has_not_trained_at_the_deadline_is_left_out(fleet: Fleet) -> None:
     served.wait_for("round_closed", round=number)
     late = Masked(clients[2], number)
     assert late.run(step_of(bundle, 2, number)) == "", "the round is over"
-    steps = [step_of(bundle, index, number) for index in (0, 1, 3, 4)]
+    steps = [far(bundle, index, number) for index in (0, 1, 3, 4)]
     got = vector(bundle, clients[0].download(number + 1))
     np.testing.assert_array_equal(got, expected(start, steps, group=4))
 
@@ -228,7 +236,7 @@ def test_two_cohorts_at_once(fleet: Fleet) -> None:
     assert len({event["cohort"] for event in closed}) == 2
     for place, (bundle, clients) in enumerate(members):
         summed = [i for i in range(4) if leaving[place].get(i) != "mask"]
-        steps = [step_of(bundle, index, 1) for index in summed]
+        steps = [far(bundle, index, 1) for index in summed]
         got = vector(bundle, clients[0].download(2))
         np.testing.assert_array_equal(got, expected(starts[place], steps, group=4))
     assert members[0][0].manifest != members[1][0].manifest
