@@ -33,7 +33,12 @@ def flat_graph(
 
     Every node has an example of its value in `meta["val"]`.
     """
-    graph_module = make_fx(specification.call, decomposition_table=dict(decompositions))(*arguments)
+    graph_module = make_fx(
+        specification.call,
+        decomposition_table=dict(decompositions),
+        tracing_mode="fake",
+        _allow_non_fake_inputs=True,
+    )(*arguments)
     _drop_identities(graph_module)
     _fold_constants(graph_module)
     graph_module.graph.eliminate_dead_code()

@@ -135,7 +135,12 @@ def positions(tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """Where T tokens stand that follow `position` (1,) others: (T,), and how many there are then:
     (1,)."""
     filled = position + tokens.shape[0]
-    return torch.arange(int(position), int(filled)), filled
+    return torch.arange(tokens.shape[0]) + position, filled
+
+
+@positions.register_fake
+def _(tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(tokens), torch.empty_like(position)
 
 
 @torch.library.custom_op("comigs::cached_attention", mutates_args=())
@@ -179,6 +184,15 @@ def cached_attention(
     return (p @ read).permute(2, 0, 1, 3).reshape(t, -1), keys, values
 
 
+@cached_attention.register_fake
+def _(
+    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, filled: Tensor,
+    heads: int, cos: Tensor | None = None, sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    attended = q.new_empty(q.shape[0], heads * keys.shape[3])
+    return attended, torch.empty_like(keys), torch.empty_like(values)
+
+
 def _turned(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(T, heads D) by angles (T, D / 2)."""
     first, second = y.view(y.shape[0], -1, 2, cos.shape[1]).unbind(2)
@@ -191,3 +205,8 @@ def _turned(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """w x / rms(x) (Zhang and Sennrich 2019): (N, d) -> (N, d)."""
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + epsilon) * weight
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return torch.empty_like(x)

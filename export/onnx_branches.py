@@ -24,15 +24,7 @@ def add_switch(model: ModelProto, optional: Sequence[str]) -> None:
     graph = model.graph
     nodes = list(graph.node)
     always = _behind(nodes, [port.name for port in graph.output if port.name not in optional])
-    branches: list[list[int]] = []
-    for index in sorted(set(range(len(nodes))) - always):
-        read = [
-            branch
-            for branch in branches
-            if any(set(nodes[index].input) & set(nodes[made].output) for made in branch)
-        ]
-        branches = [branch for branch in branches if branch not in read]
-        branches.append([*(made for branch in read for made in branch), index])
+    branches = _connected(nodes, sorted(set(range(len(nodes))) - always))
     ports = {port.name: port for port in graph.output}
     for branch in branches:
         nodes[branch[-1]] = _branch([nodes[index] for index in branch], ports)
@@ -52,6 +44,22 @@ def _behind(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> set[int]:
             wanted.update(nodes[index].input)
             found.add(index)
     return found
+
+
+def _connected(nodes: Sequence[NodeProto], chosen: Sequence[int]) -> list[list[int]]:
+    """Those of `nodes` that are `chosen`, by whether they depend on each other, in their order."""
+    makers: dict[str, list[int]] = {}  # of a value: all that what makes it is connected with
+    for index in chosen:
+        group = [index]
+        for value in nodes[index].input:
+            other = makers.get(value, group)
+            if other is group:
+                continue
+            small, group = sorted((other, group), key=len)
+            group += small
+            makers |= {value: group for moved in small for value in nodes[moved].output}
+        makers |= {value: group for value in nodes[index].output}
+    return [sorted(group) for group in {id(group): group for group in makers.values()}.values()]
 
 
 def _branch(nodes: Sequence[NodeProto], ports: dict[str, ValueInfoProto]) -> NodeProto:

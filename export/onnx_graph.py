@@ -106,8 +106,7 @@ def translate(
         elif node.op == "call_function":
             translation.call(node)
     results: Any = graph_module.graph.output_node().args[0]
-    for node, name in zip(results, output_names, strict=True):
-        translation.return_as(name, node)
+    translation.return_as(output_names, results)
     nodes = translation.needed(output_names)
     graph = helper.make_graph(
         nodes,
@@ -174,20 +173,24 @@ class _Translation:
             torch.tensor([-1 if self.is_free(size) else size for size in _shape(node)])
         )
 
-    def return_as(self, output: str, node: fx.Node) -> None:
-        """Lets the value of `node` be an output of the graph, where it is computed if possible."""
-        name = self.name(node)
-        if name in {value for made in self.nodes for value in made.output}:
-            for made in self.nodes:
-                for values in (made.input, made.output):
-                    for index, value in enumerate(values):
-                        if value == name:
-                            values[index] = output
-            for other, value in self.names.items():
-                if value == name:
-                    self.names[other] = output
-        else:
-            self.nodes.append(helper.make_node("Identity", [name], [output]))
+    def return_as(self, names: Sequence[str], nodes: Sequence[fx.Node]) -> None:
+        """Lets the values of `nodes` be outputs, where they are computed if that can be."""
+        made = {value for emitted in self.nodes for value in emitted.output}
+        renamed: dict[str, str] = {}
+        copied = []
+        for name, node in zip(names, nodes, strict=True):
+            value = self.name(node)
+            if value in made and value not in renamed:
+                renamed[value] = name
+            else:
+                copied.append((value, name))
+        for emitted in self.nodes:
+            for values in (emitted.input, emitted.output):
+                for index, value in enumerate(values):
+                    if value in renamed:
+                        values[index] = renamed[value]
+        for value, name in copied:
+            self.nodes.append(helper.make_node("Identity", [renamed.get(value, value)], [name]))
 
     def weight(self, attribute: str) -> Tensor:
         value: Tensor = getattr(self.module, attribute).detach()

@@ -66,7 +66,9 @@ def kill_once(start: list[str], rng: random.Random, *, early: bool) -> list[dict
         lines = [process.stdout.readline() for _ in range(rng.randint(2, 60))]
         time.sleep(rng.uniform(0.0, 0.02))
     process.kill()
-    rest, errors = process.communicate()
+    # Not communicate(), which leaves out what readline() has buffered.
+    rest, errors = process.stdout.read(), process.stderr.read()
+    process.wait()
     assert process.returncode == -signal.SIGKILL, errors
     assert errors == ""
     whole = [line for line in [*lines, *rest.splitlines(keepends=True)] if line.endswith("\n")]
