@@ -19,6 +19,25 @@ from export import PRECISIONS
 from export.commands import check_precision, check_weights
 
 
+class TableFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+    CSV = "csv"
+
+
+TableFormatOption = Annotated[
+    TableFormat, typer.Option("--format", help="For people, for programs, or the rows as CSV.")
+]
+BaseOption = Annotated[str, typer.Option(help="As for `comigs export`.")]
+WeightsOption = Annotated[str, typer.Option(help="random or pretrained.")]
+ThreadsOption = Annotated[int, typer.Option(min=1)]
+EnginesOption = Annotated[str, typer.Option(help="Comma-separated: engine or engine:precision.")]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(help="Where what is compiled is kept, for the next run (default: nowhere)."),
+]
+
+
 def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
     bench = typer.Typer(no_args_is_help=True, help="Measure programs beside what else there is.")
@@ -34,7 +53,7 @@ def demo(
     users: Annotated[
         Path | None, typer.Option(help="One folder of text per user (default: built-in texts).")
     ] = None,
-    base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2-mini",
+    base: BaseOption = "gpt2-mini",
     engine: Annotated[str, typer.Option(help=" or ".join(ENGINES))] = ENGINES[0],
     precision: Annotated[str, typer.Option(help="As for `comigs export`.")] = "float32",
     rounds: Annotated[int, typer.Option(min=1)] = 4,
@@ -74,30 +93,14 @@ def demo(
         messages.print(f"took {result['seconds']:.0f} s; the whole story: {page.resolve()}")
 
 
-class TableFormat(StrEnum):
-    TEXT = "text"
-    JSON = "json"
-    CSV = "csv"
-
-
-TableFormatOption = Annotated[
-    TableFormat, typer.Option("--format", help="For people, for programs, or the rows as CSV.")
-]
-EnginesOption = Annotated[str, typer.Option(help="Comma-separated: engine or engine:precision.")]
-CacheOption = Annotated[
-    Path | None,
-    typer.Option(help="Where what is compiled is kept, for the next run (default: nowhere)."),
-]
-
-
 def bench_train(
-    base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2",
-    weights: Annotated[str, typer.Option(help="random or pretrained.")] = "random",
+    base: BaseOption = "gpt2",
+    weights: WeightsOption = "random",
     batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 128,
     specialists: Annotated[int, typer.Option(min=1, help="Beside the generalist.")] = 1,
     engines: EnginesOption = "onnxruntime,onnxruntime:int8,executorch",
-    threads: Annotated[int, typer.Option(min=1)] = 2,
+    threads: ThreadsOption = 2,
     steps: Annotated[int, typer.Option(min=4, help="Timed steps of each.")] = 10,
     cache: CacheOption = None,
     output: TableFormatOption = TableFormat.TEXT,
@@ -125,8 +128,8 @@ def bench_train(
 
 
 def bench_decode(
-    base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2",
-    weights: Annotated[str, typer.Option(help="random or pretrained.")] = "random",
+    base: BaseOption = "gpt2",
+    weights: WeightsOption = "random",
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 128,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 64,
     engines: EnginesOption = "onnxruntime,onnxruntime:int8,executorch",
@@ -136,7 +139,7 @@ def bench_decode(
     peers_python: Annotated[
         Path, typer.Option(help="Python of the environment that has them.")
     ] = Path(".venv-peers/bin/python"),
-    threads: Annotated[int, typer.Option(min=1)] = 2,
+    threads: ThreadsOption = 2,
     turns: Annotated[int, typer.Option(min=4, help="Timed turns, and starts, of each.")] = 10,
     cache: CacheOption = None,
     output: TableFormatOption = TableFormat.TEXT,
@@ -167,8 +170,8 @@ def bench_decode(
 
 
 def bench_tier(
-    base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2",
-    weights: Annotated[str, typer.Option(help="random or pretrained.")] = "random",
+    base: BaseOption = "gpt2",
+    weights: WeightsOption = "random",
     names: Annotated[
         str, typer.Option("--tiers", help="Comma-separated (default: all of export/tiers.json).")
     ] = "",
@@ -208,10 +211,10 @@ def bench_tier(
 
 
 def bench_profile(
-    base: Annotated[str, typer.Option(help="As for `comigs export`.")] = "gpt2",
-    weights: Annotated[str, typer.Option(help="random or pretrained.")] = "random",
+    base: BaseOption = "gpt2",
+    weights: WeightsOption = "random",
     engines: EnginesOption = "onnxruntime,onnxruntime:int8,executorch",
-    threads: Annotated[int, typer.Option(min=1)] = 2,
+    threads: ThreadsOption = 2,
     calls: Annotated[int, typer.Option(min=1, help="Runs that are averaged.")] = 10,
     cache: CacheOption = None,
     output: TableFormatOption = TableFormat.TEXT,

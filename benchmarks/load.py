@@ -39,7 +39,6 @@ from statistics import median
 from typing import Any, TypedDict
 
 import numpy as np
-from google.protobuf import json_format
 
 from benchmarks.load_devices import COORDINATOR, FLOOR
 from benchmarks.machine import Machine, machine
@@ -47,7 +46,7 @@ from coordinator.cohorts import UNNAMED
 from coordinator.state import State
 from coordinator.tls import CA_FILE, Authority
 from edge_runtime import adapters, wire
-from edge_runtime.bundle import Bundle, contract_sha256, open_bundle, sha256_of
+from edge_runtime.bundle import Bundle, contract_sha256, list_files, open_bundle, write_manifest
 from edge_runtime.identity import Identity, new_key, public_key_of
 from protos import manifest_pb2 as pb
 
@@ -349,15 +348,8 @@ def make_bundle(path: Path) -> Bundle:
     generator = np.random.default_rng(0)
     fresh = {r.name: generator.normal(size=r.size).astype(np.float32) for r in manifest.roles}
     adapters.save_directory(manifest, fresh, path)
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        manifest.files.add(
-            path=file.relative_to(path).as_posix(),
-            size=file.stat().st_size,
-            sha256=sha256_of(file),
-        )
-    (path / "manifest.json").write_text(
-        json_format.MessageToJson(manifest, preserving_proto_field_name=True)
-    )
+    list_files(manifest, path)
+    write_manifest(manifest, path)
     return open_bundle(path)
 
 

@@ -1,4 +1,4 @@
-"""Reading a bundle: the manifest is checked first, every file before it is used."""
+"""A bundle: its manifest is checked first, every file before it is used."""
 
 from __future__ import annotations
 
@@ -108,6 +108,18 @@ class Bundle:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_files(manifest: pb.Manifest, directory: Path) -> None:
+    """Puts all files of a bundle that is being made into its manifest."""
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+        name = path.relative_to(directory).as_posix()
+        manifest.files.add(path=name, size=path.stat().st_size, sha256=sha256_of(path))
+
+
+def write_manifest(manifest: pb.Manifest, directory: Path) -> None:
+    text = json_format.MessageToJson(manifest, preserving_proto_field_name=True)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime import planner, wire
+from edge_runtime import planner, training_config, wire
 from edge_runtime.adapters import Vector, Vectors
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
@@ -146,17 +146,24 @@ class Device:
             self.report({"event": "renewed", "valid_until": renewed.valid_until.isoformat()})
 
     def _round(self, client: Client, reply: pb.CheckInReply) -> None:
+        try:
+            training_config.check(reply.training)
+        except ValueError as error:
+            raise RefusedError(
+                f"the coordinator wants a training that cannot be: {error}"
+            ) from error
+        config = training_config.with_defaults(reply.training)
         resumed = reply.round == self.progress.round
         if not resumed:
             self._receive(client, reply.round)
             self._choose_compression(client, reply)
-            self._start_round(reply.round, reply.training)
-        self._train(reply.training)
+            self._start_round(reply.round, config, seconds_left=reply.seconds_left)
+        self._train(config)
         steps = self.state.expert_steps - self.progress.round_start
         header = pb.UploadHeader(
             round=reply.round,
             history=reply.history,
-            tokens=steps * reply.training.batch_sequences * self._length,
+            tokens=steps * config.batch_sequences * self._length,
         )
         if self.progress.compression and not reply.secure_aggregation:
             self.progress.sending = header.tokens
@@ -298,7 +305,13 @@ class Device:
         self.report({"event": "downloaded", "round": number, "bytes": len(payload)})
         return received
 
-    def _start_round(self, number: int, config: pb.TrainingConfig) -> None:
+    def _start_round(
+        self, number: int, config: pb.TrainingConfig, *, seconds_left: float = 0
+    ) -> None:
+        """
+        Args:
+            seconds_left: until the round's deadline; 0 if it has none.
+        """
         if not self.progress.curve:
             self._measure_curve()
         self.progress.round = number
@@ -306,7 +319,8 @@ class Device:
         self.progress.round_seconds = 0.0
         self.progress.uploaded = False
         self._save()
-        self.report({"event": "round", "round": number, "rounds": config.rounds})
+        fields = {"seconds_left": round(seconds_left, 1)} if seconds_left else {}
+        self.report({"event": "round", "round": number, "rounds": config.rounds, **fields})
 
     def _train(self, config: pb.TrainingConfig) -> None:
         """The rest of the current round's steps, within the compute budget."""

@@ -51,14 +51,21 @@ def load(path: Path | None) -> pb.TrainingConfig:
         json_format.ParseDict(values, config)
     except (OSError, ValueError, json_format.ParseError) as error:
         raise ValueError(f"{path} is not a TrainingConfig in JSON: {error}") from error
-    _check(path, config)
+    try:
+        check(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return with_defaults(config)
 
 
-def _check(path: Path, config: pb.TrainingConfig) -> None:
+def check(config: pb.TrainingConfig) -> None:
+    """
+    Raises:
+        ValueError: with one line, if no training can be like that.
+    """
     for field, value in config.ListFields():
         limit = {"beta1": 1.0, "beta2": 1.0}.get(field.name, math.inf)
         if not 0 <= value < limit:
-            raise ValueError(f"{path}: {field.name} is {value}; it must be in [0, {limit})")
+            raise ValueError(f"{field.name} is {value}; it must be in [0, {limit})")
     if config.final_rate_share > 1:
-        raise ValueError(f"{path}: final_rate_share is {config.final_rate_share}, more than 1")
+        raise ValueError(f"final_rate_share is {config.final_rate_share}, more than 1")

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from google.protobuf import json_format
 from torch import Tensor
 
 from edge_runtime import adapters
-from edge_runtime.bundle import FORMAT_VERSION, MANIFEST, Bundle, open_bundle, sha256_of
+from edge_runtime.bundle import FORMAT_VERSION, Bundle, list_files, open_bundle, write_manifest
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import StorageError
 from edge_runtime.files import storage_errors
@@ -93,8 +92,8 @@ def export_bundle(
             sources |= {(engine, source.specification.name): source for source in chosen}
             compile_for = _compile_onnx if engine == "onnxruntime" else _compile_executorch
             manifest.programs.extend(compile_for(chosen, manifest, staging, progress))
-        _list_files(manifest, staging)
-        _write_manifest(manifest, staging)
+        list_files(manifest, staging)
+        write_manifest(manifest, staging)
         staged = open_bundle(staging)
         for entry in manifest.programs:
             progress(f"checking {entry.name} for {entry.engine} against PyTorch")
@@ -106,7 +105,7 @@ def export_bundle(
         for engine in engines:
             progress(f"measuring memory under {engine}")
             _measure(manifest, staging, engine, 4 * base.parameters)
-        _write_manifest(manifest, staging)
+        write_manifest(manifest, staging)
         shutil.rmtree(out, ignore_errors=True)
         staging.rename(out)
     return open_bundle(out)
@@ -263,19 +262,3 @@ def _measure(manifest: pb.Manifest, staging: Path, engine: str, base_bytes: int)
             runtime_bytes=runtime,
         )
     )
-
-
-def _list_files(manifest: pb.Manifest, staging: Path) -> None:
-    for path in sorted(p for p in staging.rglob("*") if p.is_file() and p.name != MANIFEST):
-        manifest.files.append(
-            pb.File(
-                path=path.relative_to(staging).as_posix(),
-                size=path.stat().st_size,
-                sha256=sha256_of(path),
-            )
-        )
-
-
-def _write_manifest(manifest: pb.Manifest, staging: Path) -> None:
-    text = json_format.MessageToJson(manifest, preserving_proto_field_name=True)
-    (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")

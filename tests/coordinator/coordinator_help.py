@@ -24,12 +24,11 @@ import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
-from google.protobuf import json_format
 
 from coordinator.administrator import Administrator
 from coordinator.tls import CA_KEY_FILE
 from edge_runtime import adapters, wire
-from edge_runtime.bundle import Bundle, contract_sha256, open_bundle, sha256_of
+from edge_runtime.bundle import Bundle, contract_sha256, list_files, open_bundle, write_manifest
 from edge_runtime.client import Client, connect_to_enrol, enrol
 from edge_runtime.connection import Patience, Traffic, Unproven
 from edge_runtime.identity import Identity, new_key, read_identity
@@ -73,15 +72,8 @@ def make_bundle(path: Path, width: int = 16, rank: int = 2) -> Bundle:
         role.name: generator.normal(size=role.size).astype(np.float32) for role in manifest.roles
     }
     adapters.save_directory(manifest, fresh, path)
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        manifest.files.add(
-            path=file.relative_to(path).as_posix(),
-            size=file.stat().st_size,
-            sha256=sha256_of(file),
-        )
-    (path / "manifest.json").write_text(
-        json_format.MessageToJson(manifest, preserving_proto_field_name=True)
-    )
+    list_files(manifest, path)
+    write_manifest(manifest, path)
     return open_bundle(path)
 
 

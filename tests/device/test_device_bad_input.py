@@ -12,10 +12,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from device_help import (
     TIMEOUT,
@@ -32,12 +34,13 @@ from typer.testing import CliRunner
 
 from edge_runtime import adapters, cli
 from edge_runtime.bundle import Bundle, open_bundle
-from edge_runtime.errors import AdapterError, BundleError, DivergedError
+from edge_runtime.errors import AdapterError, BundleError, DivergedError, RefusedError
 from edge_runtime.invitation import encode
 from edge_runtime.store import Home
 from export import mixture
 from export.mixture import Mixture
 from protos import coordinator_pb2 as pb
+from protos import coordinator_pb2_grpc
 
 INVITATION = encode(pb.Invitation(name="ada", host="127.0.0.1", port=1, enrolment_port=2))
 BUNDLE, ADAPTER, DATA, BUDGET, UNREACHABLE, TRUST, STORAGE = 10, 11, 12, 13, 14, 15, 17
@@ -576,6 +579,39 @@ def test_a_coordinator_that_cannot_be_reached(
     assert all(address in line for line in waits)
     # It is still a device, which may go on alone.
     run_alone(home, text_dir, "--rounds", 1)
+
+
+class Senseless(coordinator_pb2_grpc.CoordinatorServicer):
+    """A coordinator that wants a training that cannot be."""
+
+    def __init__(self, training: pb.TrainingConfig) -> None:
+        self.training = training
+
+    def CheckIn(self, request: pb.CheckInRequest, context: object) -> pb.CheckInReply:  # noqa: N802
+        return pb.CheckInReply(
+            action=pb.CheckInReply.TRAIN, round=1, protocol=4, training=self.training
+        )
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        (pb.TrainingConfig(rounds=1, learning_rate=float("nan")), "learning_rate is nan"),
+        (pb.TrainingConfig(rounds=1, beta2=1.0), "beta2 is 1.0"),
+        (pb.TrainingConfig(rounds=1, weight_decay=-1.0), "weight_decay is -1.0"),
+    ],
+)
+def test_a_training_that_cannot_be(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, training: pb.TrainingConfig, message: str
+) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    coordinator_pb2_grpc.add_CoordinatorServicer_to_server(Senseless(training), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    options = ("--home", tmp_path / "home", "--data", text_dir, "--bundle", tiny_bundle.path)
+    done = comigs("device", "run", *options, "--coordinator", address, "--insecure")
+    assert message in refusal(done, RefusedError.code)
+    server.stop(None)
 
 
 def test_an_invitation_that_is_cut_off(tiny_bundle: Bundle, text_dir: Path, tmp_path: Path) -> None:
