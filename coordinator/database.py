@@ -8,12 +8,26 @@ takes the state over raises it, and every transaction of an earlier one then fai
 from __future__ import annotations
 
 import contextlib
+import sqlite3
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy import (
+    URL,
+    Boolean,
+    Connection,
+    Dialect,
+    Engine,
+    Select,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from edge_runtime.errors import MissingPartError, StorageError
@@ -70,6 +84,12 @@ class Database(ABC):
     def lost(self) -> None:
         """A connection has broken."""
 
+    def ask(self, query: Select[Any], values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        """The rows of a query that is built once and asked for every call."""
+        with self.engine.begin() as connection:
+            self.guard(connection)
+            return connection.execute(query, dict(values)).all()
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -81,6 +101,33 @@ class Sqlite(Database):
         self.place = str(directory / FILE)
         self.engine = create_engine(URL.create("sqlite", database=self.place))
         event.listen(self.engine, "connect", _configure)
+        self._asked: dict[Select[Any], _Asked] = {}
+        # Each thread reads with a connection of its own.
+        self._reading = threading.local()
+        self._readers: list[sqlite3.Connection] = []
+
+    def ask(self, query: Select[Any], values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        """Likewise, past SQLAlchemy, which takes ten times as long as SQLite does."""
+        asked = self._asked.get(query)
+        if asked is None:
+            asked = self._asked[query] = _Asked(query, self.engine.dialect)
+        try:
+            return asked.rows(self._reader(), values)
+        except sqlite3.Error as error:
+            raise OperationalError(asked.text, None, error) from error
+
+    def _reader(self) -> sqlite3.Connection:
+        reader: sqlite3.Connection | None = getattr(self._reading, "connection", None)
+        if reader is None:
+            reader = sqlite3.connect(self.place, isolation_level=None, check_same_thread=False)
+            self._reading.connection = reader
+            self._readers.append(reader)
+        return reader
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+        super().close()
 
     def take(self) -> None: ...
 
@@ -95,6 +142,35 @@ class Sqlite(Database):
     def guard(self, session: Session | Connection) -> None: ...
 
     def lost(self) -> None: ...
+
+
+class _Asked:
+    """A query as SQLite takes it."""
+
+    def __init__(self, query: Select[Any], dialect: Dialect) -> None:
+        compiled = query.compile(dialect=dialect)
+        self.text = str(compiled)
+        self._names = list(compiled.positiontup or ())
+        self._constants = dict(compiled.params)
+        self._truths = [
+            index
+            for index, column in enumerate(query.selected_columns)
+            if isinstance(column.type, Boolean)
+        ]
+
+    def rows(
+        self, connection: sqlite3.Connection, values: Mapping[str, Any]
+    ) -> Sequence[Sequence[Any]]:
+        given = {**self._constants, **values}
+        rows = connection.execute(self.text, [given[name] for name in self._names]).fetchall()
+        return [self._read(row) for row in rows] if self._truths else rows
+
+    def _read(self, row: tuple[Any, ...]) -> list[Any]:
+        """SQLite has no truth values."""
+        read = list(row)
+        for index in self._truths:
+            read[index] = None if row[index] is None else bool(row[index])
+        return read
 
 
 class Postgres(Database):

@@ -34,6 +34,10 @@ STREAMS = 4 * CALLS_AT_ONCE
 BURST = 50
 # A device is slowed down by so much at most; then its calls are refused.
 LONGEST_DELAY_SECONDS = 2.0
+# Of the transfers at once, so many are new: more of fast ones would only keep calls waiting. One
+# that takes longer than this lets another begin.
+BEGINNING = 4
+BEGINNING_SECONDS = 1.0
 # Seconds that a transfer may lag behind the least rate.
 GRACE_SECONDS = 10.0
 # A transfer's time limit is put off so often: it may end that much too early.
@@ -46,7 +50,8 @@ QUEUE_SECONDS = 600
 LOOK_SECONDS = 1.0
 ESTABLISHED = "01"
 # Of mallopt(3).
-M_ARENA_MAX = -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+LARGE_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class Transfers:
 
     def __init__(self, limits: Limits) -> None:
         self._free = asyncio.Semaphore(limits.transfers)
+        self._beginning = asyncio.Semaphore(BEGINNING)
         self._rate = limits.least_rate
 
     @contextlib.asynccontextmanager
@@ -130,7 +136,7 @@ class Transfers:
         Raises:
             TooSlowError: too few have.
         """
-        async with self._free:
+        async with self._free, self._begin():
             due = armed = asyncio.get_running_loop().time() + GRACE_SECONDS
             scope = asyncio.timeout_at(due)
 
@@ -148,6 +154,19 @@ class Transfers:
                 if not scope.expired():
                     raise
                 raise TooSlowError(f"slower than {self._rate:.0f} bytes per second") from None
+
+    @contextlib.asynccontextmanager
+    async def _begin(self) -> AsyncIterator[None]:
+        """Around a transfer: waits until another one may begin."""
+        await self._beginning.acquire()
+        loop = asyncio.get_running_loop()
+        over = loop.call_later(BEGINNING_SECONDS, self._beginning.release)
+        try:
+            yield
+        finally:
+            if loop.time() < over.when():
+                over.cancel()
+                self._beginning.release()
 
 
 class Pace:
@@ -180,9 +199,12 @@ def raise_file_limit(connections: int) -> int:
 
 def share_heap() -> None:
     """Lets all threads allocate from one heap: glibc gives each its own, which keeps what its
-    thread once needed."""
+    thread once needed. What is as large as a vector lies outside and goes back when it is freed."""
     with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+        mallopt(M_TRIM_THRESHOLD, LARGE_BYTES)
 
 
 async def watch_connections(

@@ -122,13 +122,16 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
         """Its parts come as `read_part` makes them."""
         header = pb.UploadHeader()
         async with self._member(context) as (device, cohort):
-            uploads = self._uploads[cohort.name]
+            parts = aiter(request_iterator)
+
+            async def announced() -> pb.UploadHeader:
+                header.CopyFrom(await self._receive_header(parts))
+                self._check_header(header, cohort.most_bytes[device.contract_sha256])
+                return header
+
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
-                    parts = aiter(request_iterator)
-                    header = await self._receive_header(parts)
-                    self._check_header(header, cohort.most_bytes[device.contract_sha256])
-                    file = await uploads.receive(device, header, parts)
+                    file = await self._uploads[cohort.name].receive(device, announced, parts)
                     if file is not None:
                         await cohort.counting.accept(device, header, file)
             except TimeoutError:

@@ -982,9 +982,8 @@ class State:
 
     def _ask(self, query: Select[Any], **about: Any) -> Sequence[Any]:
         """The rows of one of the QUERIES."""
-        with self._storage_errors(), self._engine.begin() as connection:
-            self._database.guard(connection)
-            return connection.execute(query, {"cohort": self.cohort, **about}).all()
+        with self._storage_errors():
+            return self._database.ask(query, {"cohort": self.cohort, **about})
 
     def _entity(self, kind: type[E], query: Select[Any], **about: Any) -> E | None:
         """The one row of that kind; not to be changed."""

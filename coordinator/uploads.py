@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import os
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -32,8 +33,8 @@ from edge_runtime.errors import AdapterError
 from edge_runtime.files import storage_errors
 from protos import coordinator_pb2 as pb
 
-# So much of an update may wait to be written.
-MOST_PIECES = 4
+# Written at once; as much more of an update may wait for that.
+PIECES = 4
 READ_BYTES = 1024**2
 # An UploadPart that is nothing but data begins so: field 2, of variable length.
 DATA = 0x12
@@ -72,6 +73,8 @@ class Gathering:
         file.truncate(offset)
         file.seek(0)
         self._file, self._thread = file, thread
+        self.content = wire.Incoming()
+        """What it is, once it has ended."""
         self._sha256 = hashlib.sha256()
         self._pieces: list[memoryview] = []
         self._writing: asyncio.Future[None] | None = None
@@ -86,10 +89,11 @@ class Gathering:
             OSError: it cannot be written.
         """
         self._pieces.append(data)
-        if self._writing is None:
-            self._start()
-        while self._writing is not None and len(self._pieces) >= MOST_PIECES:
-            await asyncio.wait([self._writing])
+        while len(self._pieces) >= PIECES and self._failure is None:
+            if self._writing is None:
+                self._start()
+            else:
+                await asyncio.wait([self._writing])
         if self._failure is not None:
             raise self._failure
 
@@ -100,6 +104,8 @@ class Gathering:
             OSError: it cannot be written.
         """
         cancelled: asyncio.CancelledError | None = None
+        if self._writing is None and self._pieces:
+            self._start()
         while self._writing is not None:
             try:
                 await asyncio.wait([self._writing])
@@ -125,12 +131,16 @@ class Gathering:
     def _write(self, pieces: list[memoryview]) -> None:
         """In the thread."""
         while known := self._file.read(READ_BYTES):  # before the offset, and only once
-            self._sha256.update(known)
+            self._look(memoryview(known))
         for piece in pieces:
-            self._sha256.update(piece)
+            self._look(piece)
             rest = piece
             while rest:
                 rest = rest[self._file.write(rest) :]
+
+    def _look(self, piece: memoryview) -> None:
+        self._sha256.update(piece)
+        self.content.add(piece)
 
 
 class Uploads:
@@ -158,6 +168,7 @@ class Uploads:
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._open: dict[str, asyncio.Timeout] = {}
         self._thread = thread
+        self._checkers: dict[str, wire.Checker] = {}
         # Held while an update is in memory as a whole.
         self._unpacking = threading.Lock()
 
@@ -169,20 +180,28 @@ class Uploads:
         return path.stat().st_size if path.exists() else 0
 
     async def receive(
-        self, device: Device, header: pb.UploadHeader, parts: AsyncIterator[Part]
+        self,
+        device: Device,
+        announced: Callable[[], Awaitable[pb.UploadHeader]],
+        parts: AsyncIterator[Part],
     ) -> str | None:
-        """Takes in the data that follows `header`, from its offset on, and checks the whole; waits
-        for its turn first.
+        """Takes in the data that follows a header, from its offset on, and checks the whole.
+
+        Waits for its turn before anything else: many may come at once.
 
         An earlier upload of the device that is still open, as when only the device has noticed
         that the connection broke, is ended. Nothing is taken in of an update that is here whole, as
         when the connection broke after its last byte.
+
+        Args:
+            announced: receives the header.
 
         Returns:
             The file, as a path below the state directory: durable, and counted by nobody yet. None
             if the update counts already.
 
         Raises:
+            What `announced` raises.
             RefusedUpdateError: it could not count, is not what was announced, or not this bundle's
                 shared tensors.
             BrokenUploadError: it ended early or was too slow, the bytes before the offset are not
@@ -190,10 +209,12 @@ class Uploads:
             StorageError: it cannot be written.
         """
         async with self._turn(device.id):
-            path = self._state.partial(header.round, device.id, header.sha256)
+            path: Path | None = None
             try:
                 with contextlib.ExitStack() as held:
                     async with self._transfers.turn() as moved:
+                        header = await announced()
+                        path = self._state.partial(header.round, device.id, header.sha256)
                         if not await self._cohort.counting.check_update(device, header):
                             return None
                         kept = self._state.kept(header.round, device.id, header.sha256)
@@ -202,12 +223,15 @@ class Uploads:
                         self._state.begin_partial(path)
                         with storage_errors(path):
                             file = held.enter_context(_alone(path))
-                            digest = await self._gather(file, header, parts, moved)
-                    return await to_its_end(lambda: self._keep(path, device, header, digest))
+                            gathered = await self._gather(file, header, parts, moved)
+                    return await to_its_end(
+                        functools.partial(self._keep, path, device, header, *gathered)
+                    )
             except TooSlowError as error:
                 raise BrokenUploadError(str(error)) from error
             except RefusedUpdateError:
-                path.unlink(missing_ok=True)
+                if path is not None:
+                    path.unlink(missing_ok=True)
                 raise
 
     @contextlib.asynccontextmanager
@@ -233,11 +257,11 @@ class Uploads:
         header: pb.UploadHeader,
         parts: AsyncIterator[Part],
         moved: Callable[[int], None],
-    ) -> bytes:
+    ) -> tuple[bytes, wire.Incoming]:
         """Writes what comes into the file, from the header's offset on, piece by piece.
 
         Returns:
-            SHA-256 of the whole.
+            SHA-256 of the whole, and what it is.
         """
         received = header.offset
         if received > file.seek(0, os.SEEK_END):
@@ -262,9 +286,16 @@ class Uploads:
             raise BrokenUploadError(
                 f"the upload is truncated: {received} of {header.total_bytes} bytes came"
             )
-        return digest
+        return digest, gathering.content
 
-    def _keep(self, path: Path, device: Device, header: pb.UploadHeader, digest: bytes) -> str:
+    def _keep(
+        self,
+        path: Path,
+        device: Device,
+        header: pb.UploadHeader,
+        digest: bytes,
+        content: wire.Incoming,
+    ) -> str:
         """Checks what was gathered, of that SHA-256, and makes it durable. Memory stays far below
         its size."""
         try:
@@ -277,12 +308,18 @@ class Uploads:
                 with self._unpacking:
                     path = self._unpack(path, device, header)
             elif not self._masked:
-                wire.check(self._cohort.manifest_of(device), path)
+                self._checker(device).end(content, path)
             return self._state.keep_partial(path, header.round, device.id, header.sha256)
         except AdapterError as error:
             raise RefusedUpdateError(str(error)) from error
         except FileNotFoundError as error:
             raise BrokenUploadError(f"round {header.round} ended meanwhile") from error
+
+    def _checker(self, device: Device) -> wire.Checker:
+        contract = device.contract_sha256
+        if contract not in self._checkers:
+            self._checkers[contract] = wire.Checker(self._cohort.manifest_of(device))
+        return self._checkers[contract]
 
     def _unpack(self, path: Path, device: Device, header: pb.UploadHeader) -> Path:
         """What an update would be that was not compressed, in a file beside it."""

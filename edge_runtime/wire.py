@@ -20,6 +20,9 @@ from edge_runtime.errors import AdapterError
 from protos import manifest_pb2 as pb
 
 CHUNK_BYTES = 256 * 1024
+# Of the headers of good payloads, so many are kept; devices of one version send the same one.
+KEPT_HEADERS = 16
+LONGEST_HEADER = 1024 * 1024
 
 
 def encode(manifest: pb.Manifest, vectors: Mapping[str, Vector]) -> bytes:
@@ -73,6 +76,57 @@ def check(manifest: pb.Manifest, path: Path) -> None:
                     _check_finite(tensor.name, file.get_tensor(tensor.name))
     except SafetensorError as error:
         raise AdapterError(f"not a safetensors payload: {error}") from error
+
+
+class Checker:
+    """`check`, for payloads of one manifest that come in piece by piece.
+
+    Their numbers are looked at while they are in memory. Which tensors there are, of what type and
+    shape, depends on the header and the size alone: what a good payload had needs no second look.
+    """
+
+    def __init__(self, manifest: pb.Manifest) -> None:
+        self._manifest = manifest
+        self._good: tuple[tuple[bytes, int], ...] = ()
+
+    def end(self, payload: Incoming, path: Path) -> None:
+        """Raises as `check`; all has come, and is in the file."""
+        seen = payload.header, payload.size
+        if not payload.finite or seen not in self._good:
+            check(self._manifest, path)
+            if payload.header:
+                self._good = (seen, *self._good[: KEPT_HEADERS - 1])
+
+
+class Incoming:
+    """What is known of a payload that comes in."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.header = b""
+        """Of safetensors, once it is there."""
+        self.finite = True
+        """Whether the numbers so far surely hold no NaN and no infinity."""
+        self._first = bytearray()
+
+    def add(self, piece: memoryview) -> None:
+        self.size += len(piece)
+        if not self.header:
+            self._first += piece
+            end = 8 + int.from_bytes(self._first[:8], "little")
+            if end > LONGEST_HEADER or len(self._first) < end:
+                # Without a header `check` looks at all of it.
+                self._first = self._first[:LONGEST_HEADER]
+                return
+            self.header = bytes(self._first[:end])
+            piece = memoryview(self._first)[end:]
+            self._first = bytearray()
+        if len(piece) % 4:
+            self.finite = False
+        elif self.finite:
+            with np.errstate(over="ignore", invalid="ignore"):
+                # A NaN or an infinity makes the sum one, and so may numbers that are huge.
+                self.finite = bool(np.isfinite(np.frombuffer(piece, "<f4").sum()))
 
 
 def _all_finite(path: Path) -> bool:

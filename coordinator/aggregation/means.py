@@ -35,17 +35,19 @@ class Mean:
     def accept(self, update: Update) -> None:
         weight = update.decay * (update.tokens if self._by_tokens else 1)
 
-        def add(part: slice) -> None:
-            vector = update.read(part.start, part.stop)
-            if weight != 1:
-                vector *= weight
-            self._sum[part] += vector
+        def add(first: int) -> None:
+            for start, stop in parts[first::THREADS]:
+                vector = update.read(start, stop)
+                if weight != 1:
+                    vector *= weight
+                self._sum[start:stop] += vector
 
-        parts = (slice(*block) for block in blocks(self._sum.size, 1, BLOCK_BYTES))
-        for _ in self._threads.map(add, parts):
+        parts = list(blocks(self._sum.size, 1, BLOCK_BYTES))
+        for _ in self._threads.map(add, range(THREADS)):
             pass  # raises what `add` raised
         self._total += weight
 
     def aggregate(self) -> Flat:
         self._threads.shutdown()
-        return self._sum / self._total
+        self._sum /= self._total
+        return self._sum

@@ -6,13 +6,15 @@ file is what the device sent (see `wire.encode`), in whatever order its tensors 
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +99,15 @@ class Pair:
         return a, vector[self.b].reshape(self.outputs, self.rank)
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """Of a flat vector in a file: first coordinate, the one after the last, first byte."""
+
+    firsts: list[int]
+    stops: list[int]
+    places: list[int]
+
+
 class Layout:
     """Which coordinates of a flat vector each shared tensor and role has."""
 
@@ -115,6 +126,7 @@ class Layout:
         self.places = {name: index for index, name in enumerate(self.names)}
         self.scale = manifest.mixture.alpha / math.sqrt(manifest.mixture.rank or 1)
         self.max_bytes = wire.max_bytes(manifest)
+        self._found: tuple[bytes, Pieces] | None = None
 
     def pairs(self) -> list[Pair]:
         """The LoRA pairs, in the order of their coordinates; `bundle.family_sha256` sees to it that
@@ -129,6 +141,30 @@ class Layout:
 
     def _part(self, index: int) -> slice:
         return slice(self.firsts[index], self.firsts[index] + self.sizes[index])
+
+    def find(self, header: bytes) -> Pieces:
+        """Where a file with this header of safetensors has the numbers.
+
+        Raises:
+            LookupError, TypeError, ValueError, ...: it has not; of JSON, anything may come.
+        """
+        if self._found is None or self._found[0] != header:  # of most files it is the same
+            self._found = header, self._find(json.loads(header), 8 + len(header))
+        return self._found[1]
+
+    def _find(self, header: Any, data: int) -> Pieces:
+        """`data` is where the header ends, from which its places count."""
+        pieces = Pieces([], [], [])
+        for name, first, size in zip(self.names, self.firsts, self.sizes, strict=True):
+            place = data + int(np.int64(header[name]["data_offsets"][0]))
+            follows = bool(pieces.stops) and pieces.stops[-1] == first
+            if follows and place == pieces.places[-1] + 4 * (first - pieces.firsts[-1]):
+                pieces.stops[-1] += size
+            else:
+                pieces.firsts.append(first)
+                pieces.stops.append(first + size)
+                pieces.places.append(place)
+        return pieces
 
     def flatten(self, vectors: Mapping[str, Vector]) -> Flat:
         return np.concatenate([vectors[role] for role in self.roles], dtype=np.float64)
@@ -160,9 +196,9 @@ class StoredUpdate:
         """
         self.tokens = contribution.tokens
         self._contribution = contribution
-        self._layout = layout
         try:
-            self._offsets = self._find_tensors()
+            with contribution.path.open("rb", buffering=0) as file:
+                self._pieces = layout.find(_header_of(file, layout.max_bytes))
         except (
             OSError,
             ArithmeticError,
@@ -173,17 +209,6 @@ class StoredUpdate:
         ) as error:
             raise DamagedUpdateError(self._contribution) from error
 
-    def _find_tensors(self) -> NDArray[np.int64]:
-        """Where in the file each tensor of the layout begins, from the header of safetensors:
-        its size in 8 bytes, then JSON, in which places count from its end."""
-        with self._contribution.path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > self._layout.max_bytes:
-                raise ValueError("a header longer than the payload")
-            header = json.loads(file.read(size))
-        begins = [header[name]["data_offsets"][0] for name in self._layout.names]
-        return np.array(begins, np.int64) + 8 + size
-
     def began(self, incoming: Flat, start: int, stop: int) -> Flat:
         return incoming[start:stop]
 
@@ -193,20 +218,28 @@ class StoredUpdate:
             DamagedUpdateError: the file is missing or truncated.
         """
         numbers = np.zeros(stop - start, "<f4")
-        firsts, sizes = self._layout.firsts, self._layout.sizes
+        firsts = self._pieces.firsts
         reached = range(max(0, bisect_right(firsts, start) - 1), bisect_left(firsts, stop))
         try:
-            with self._contribution.path.open("rb") as file:
-                for tensor in reached:
-                    first = firsts[tensor]
-                    begin, end = max(start, first), min(stop, first + sizes[tensor])
-                    file.seek(int(self._offsets[tensor]) + 4 * (begin - first))
+            with self._contribution.path.open("rb", buffering=0) as file:
+                for index in reached:
+                    first, place = firsts[index], self._pieces.places[index]
+                    begin, end = max(start, first), min(stop, self._pieces.stops[index])
                     piece = numbers[begin - start : max(begin, end) - start]
-                    if file.readinto(piece.data) != piece.nbytes:
+                    at = place + 4 * (begin - first)
+                    if os.preadv(file.fileno(), [piece.data], at) != piece.nbytes:
                         raise DamagedUpdateError(self._contribution)
-        except (OSError, ValueError) as error:
+        except (OSError, OverflowError, ValueError) as error:
             raise DamagedUpdateError(self._contribution) from error
         return numbers.astype(np.float64)
+
+
+def _header_of(file: io.FileIO, most: int) -> bytes:
+    """The header of safetensors, which has its own size before it, in 8 bytes."""
+    size = int.from_bytes(file.read(8), "little")
+    if size > most:
+        raise ValueError("a header longer than the payload")
+    return file.read(size)
 
 
 def blocks(size: int, rows: int, block_bytes: int) -> Iterator[tuple[int, int]]:
