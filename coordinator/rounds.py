@@ -70,6 +70,7 @@ from coordinator.tables import (
     Delivery,
     Device,
     MaskingMember,
+    MaskingStep,
     Participant,
     Refusal,
     Round,
@@ -734,11 +735,20 @@ class Rounds:
         """
         assert self._masked is not None, "the service refuses it otherwise"
         end = time.monotonic() + min(max(0.0, request.wait_seconds), MAX_WAIT_SECONDS)
-        if self._takes_part(device.id, request.round):
-            known = self._state.masking_standing(request.round, device.id) is not None
-            if not known and self._is_full(request.round):
+        masked, full = self._masked, False
+
+        def note(beside: list[Change]) -> Change | None:
+            nonlocal full
+            if not self._takes_part(device.id, request.round):
+                return None
+            step = masked.step(device, request)
+            full = step is not None and step.first and self._is_full(request.round, beside)
+            return None if full else step
+
+        if request.WhichOneof("step") is not None:
+            await self._commits.make(device.id, note)
+            if full:
                 return over(f"round {request.round} has all the updates that it wanted")
-            self._masked.take(device, request)
             self._nudged.set()
         while True:
             changed = self._changed
@@ -854,7 +864,8 @@ class Rounds:
         if selection is None:
             return False
         if self._masked is not None:
-            return self._state.count_masking(number) >= selection.wanted
+            more = sum(isinstance(row, MaskingStep) and row.first for row in beside)
+            return self._state.count_masking(number) + more >= selection.wanted
         return self._count(number, beside) >= selection.wanted
 
     def _is_complete(self, number: int) -> bool:

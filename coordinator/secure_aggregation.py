@@ -28,6 +28,7 @@ from coordinator.tables import (
     MaskingMember,
     MaskingStage,
     MaskingStanding,
+    MaskingStep,
     Update,
 )
 from edge_runtime import masking, shamir
@@ -394,34 +395,35 @@ class SecureAggregation:
             return f"a masked step has {expected} bytes, not {total_bytes}"
         return None
 
-    def take(self, device: Device, request: pb.AggregateRequest) -> None:
-        """Notes what a participant of the open round says; durable on return. What comes too late
-        is passed over.
+    def step(self, device: Device, request: pb.AggregateRequest) -> MaskingStep | None:
+        """What is to be noted of what a participant of the open round says; None of what was noted
+        before or comes too late.
 
         Raises:
             RefusedStepError: it is not what was asked for.
         """
         number = request.round
         group = self._state.masking_group(number)
-        step = request.WhichOneof("step")
+        said = request.WhichOneof("step")
         standing = self._state.masking_standing(number, device.id)
-        if step == "keys" and group is None:
+        noted, content = False, b""
+        if said == "keys" and group is None:
             self._check_keys(device, number, request.keys)
-            self._state.advertise(number, device.id, request.keys.SerializeToString())
-        elif step == "shares" and group is not None and group.stage == MaskingStage.SHARE:
-            self._check_shares(standing, group, request.shares)
-            if standing is not None and not standing.shared:
-                shares = request.shares.SerializeToString(deterministic=True)
-                self._state.add_masking_shares(number, device.id, shares)
-        elif step == "agreed" and group is not None and group.stage in _LAST_STAGES:
-            self._check_agreed(device, standing, group, request.agreed)
-            if standing is not None and not standing.agreed:
-                self._state.add_agreement(number, device.id, request.agreed.signature)
-        elif step == "revealed" and group is not None and group.stage == MaskingStage.UNMASK:
-            self._check_revealed(device, standing, group, request.revealed)
-            if standing is not None and not standing.revealed:
-                revealed = request.revealed.SerializeToString(deterministic=True)
-                self._state.add_revealed_shares(number, device.id, revealed)
+            content = request.keys.SerializeToString()
+        elif said == "shares" and group is not None and group.stage == MaskingStage.SHARE:
+            noted = self._check_shares(standing, group, request.shares).shared
+            content = request.shares.SerializeToString(deterministic=True)
+        elif said == "agreed" and group is not None and group.stage in _LAST_STAGES:
+            noted = self._check_agreed(device, standing, group, request.agreed).agreed
+            content = request.agreed.signature
+        elif said == "revealed" and group is not None and group.stage == MaskingStage.UNMASK:
+            noted = self._check_revealed(device, standing, group, request.revealed).revealed
+            content = request.revealed.SerializeToString(deterministic=True)
+        else:
+            return None
+        if noted:
+            return None
+        return MaskingStep(number, device.id, said, content, first=standing is None)
 
     def answer(self, device: str, request: pb.AggregateRequest) -> pb.AggregateReply:
         """What a participant of the open round is to do next."""
@@ -482,7 +484,7 @@ class SecureAggregation:
 
     def _check_shares(
         self, standing: MaskingStanding | None, group: MaskingGroup, shares: pb.OutgoingShares
-    ) -> None:
+    ) -> MaskingStanding:
         if standing is None or standing.number is None:
             raise RefusedStepError("this device is not in the round's group")
         receivers = [share.index for share in shares.shares]
@@ -492,6 +494,7 @@ class SecureAggregation:
             raise RefusedStepError(f"a sealed share has {_SEALED_BYTES} bytes")
         if len(shares.commitment) != _COMMITMENT_BYTES:
             raise RefusedStepError(f"a commitment has {_COMMITMENT_BYTES} bytes")
+        return standing
 
     def _check_agreed(
         self,
@@ -499,7 +502,7 @@ class SecureAggregation:
         standing: MaskingStanding | None,
         group: MaskingGroup,
         agreed: pb.Agreement,
-    ) -> None:
+    ) -> MaskingStanding:
         reported = self._state.update(group.round, device.id) is not None
         if standing is None or standing.number is None or not reported:
             raise RefusedStepError("this device was not asked who is summed up")
@@ -508,6 +511,7 @@ class SecureAggregation:
         signed = signer.has_signed(self._what_is_agreed(group), agreed.signature)
         if agreed.index != standing.number or not signed:
             raise RefusedStepError("the signature is not of what this device was told")
+        return standing
 
     def _check_revealed(
         self,
@@ -515,7 +519,7 @@ class SecureAggregation:
         standing: MaskingStanding | None,
         group: MaskingGroup,
         revealed: pb.RevealedShares,
-    ) -> None:
+    ) -> MaskingStanding:
         reported = self._state.update(group.round, device.id) is not None
         if standing is None or standing.number is None or not reported:
             raise RefusedStepError("this device was not asked to reveal anything")
@@ -529,6 +533,7 @@ class SecureAggregation:
                 raise RefusedStepError("shares were revealed that were not asked for")
             if any(len(share.share) != shamir.SHARE_BYTES for share in shares):
                 raise RefusedStepError(f"a share has {shamir.SHARE_BYTES} bytes")
+        return standing
 
     def _keys_of(self, number: int) -> dict[int, bytes]:
         """Number -> KeyAdvertisement of a settled group."""

@@ -50,6 +50,7 @@ from coordinator.tables import (
     MaskingMember,
     MaskingStage,
     MaskingStanding,
+    MaskingStep,
     Participant,
     PrivacySpend,
     Refusal,
@@ -693,6 +694,8 @@ class State:
                     session.get_one(Device, change.device).stored_round = change.round
                 elif isinstance(change, Refusal):
                     self._add_refusal(session, change)
+                elif isinstance(change, MaskingStep):
+                    self._note_step(session, change)
                 else:
                     session.add(change)
 
@@ -765,11 +768,6 @@ class State:
         )
         with self._transaction() as session:
             return set(session.scalars(refused)) | self.revoked()
-
-    def advertise(self, number: int, device: str, keys: bytes) -> None:
-        """Notes a device's keys for the round, in the place of earlier ones."""
-        with self._transaction() as session:
-            session.merge(MaskingMember(cohort=self.cohort, round=number, device=device, keys=keys))
 
     def masking_group(self, number: int) -> MaskingGroup | None:
         """None while the round's group is not settled."""
@@ -851,14 +849,6 @@ class State:
             session.get_one(MaskingGroup, (self.cohort, number)).stage = stage
             self._spend(session, number, noise)
 
-    def add_masking_shares(self, number: int, device: str, shares: bytes) -> None:
-        with self._transaction() as session:
-            session.get_one(MaskingMember, (self.cohort, number, device)).shares = shares
-
-    def add_agreement(self, number: int, device: str, signature: bytes) -> None:
-        with self._transaction() as session:
-            session.get_one(MaskingMember, (self.cohort, number, device)).agreed = signature
-
     def agreements(self, number: int) -> dict[int, bytes]:
         """Number in the group -> signature."""
         columns = MaskingMember.number, MaskingMember.agreed
@@ -867,9 +857,13 @@ class State:
             rows = session.execute(chosen.with_only_columns(*columns))
             return {index: agreed for index, agreed in rows if index and agreed}
 
-    def add_revealed_shares(self, number: int, device: str, revealed: bytes) -> None:
-        with self._transaction() as session:
-            session.get_one(MaskingMember, (self.cohort, number, device)).revealed = revealed
+    def _note_step(self, session: Session, step: MaskingStep) -> None:
+        """Of keys, the latest ones count."""
+        whose = {"cohort": self.cohort, "round": step.round, "device": step.device}
+        if step.said == "keys":
+            session.merge(MaskingMember(**whose, keys=step.content))
+        else:
+            setattr(session.get_one(MaskingMember, whose), step.said, step.content)
 
     def _masking_members(self, number: int) -> Select[MaskingMember]:
         return select(MaskingMember).where(self._in(MaskingMember, number))

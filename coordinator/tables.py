@@ -179,7 +179,21 @@ class Delivery:
     cohort: str = ""
 
 
-Change = Participant | Update | Refusal | Delivery
+@dataclass
+class MaskingStep:
+    """What a device says in secure aggregation."""
+
+    round: int
+    device: str
+    said: str
+    """A column of MaskingMember: "keys", "shares", "agreed" or "revealed"."""
+    content: bytes
+    first: bool = False
+    """Whether it has said nothing before, so that it is one more member."""
+    cohort: str = ""
+
+
+Change = Participant | Update | Refusal | Delivery | MaskingStep
 """What a device causes, and `State.commit` takes together with what others cause."""
 
 

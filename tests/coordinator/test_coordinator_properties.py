@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,30 @@ def test_decode_of_mutated_payloads(payload: bytes) -> None:
         vectors = wire.decode(MANIFEST, payload)
         assert [vector.shape for vector in vectors.values()] == [(SIZE,)]
         assert np.isfinite(vectors["generalist"]).all()
+
+
+def complaint(look: Callable[..., None], *given: object) -> str | None:
+    try:
+        look(*given)
+    except AdapterError as error:
+        return str(error)
+    return None
+
+
+@given(st.lists(mutated() | st.just(PAYLOAD), max_size=4), st.integers(1, 100))
+def test_a_payload_is_checked_piece_by_piece_as_it_is_at_once(
+    payloads: list[bytes], piece: int
+) -> None:
+    checker = wire.Checker(MANIFEST)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "payload")
+        for payload in (PAYLOAD, *payloads):
+            path.write_bytes(payload)
+            content = wire.Incoming()
+            for start in range(0, len(payload), piece):
+                content.add(memoryview(payload)[start : start + piece])
+            wanted = complaint(wire.check, MANIFEST, path)
+            assert complaint(checker.end, content, path) == wanted
 
 
 @given(st.sampled_from([b"F64", b"F16", b"BF16", b"I32", b"U8", b"BOOL", b"F8_E4M3", b"F8_E5M2"]))

@@ -30,7 +30,7 @@ from masking_help import SIZE as STEP_SIZE
 
 from coordinator.secure_aggregation import Masking, RefusedStepError, SecureAggregation
 from coordinator.state import State
-from coordinator.tables import Device, MaskingStage, Settings, Update
+from coordinator.tables import Device, MaskingStage, MaskingStep, Settings, Update
 from coordinator.tls import RefusedRequestError, requested_key
 from edge_runtime import adapters, compression, invitation, training_config, wire
 from edge_runtime.bundle import contract_sha256, open_bundle
@@ -51,8 +51,8 @@ STEP = np.linspace(-1, 1, SIZE, dtype=np.float32)
 KINDS = list(compression.NAMES.values())
 
 
-def _summer(name: str, stage: MaskingStage | None) -> tuple[Device, SecureAggregation]:
-    """A coordinator with a round in that stage, and the first of its devices."""
+def _summer(name: str, stage: MaskingStage | None) -> tuple[State, Device, SecureAggregation]:
+    """A coordinator's state with a round in that stage, and the first of its devices."""
     state = State(SCRATCH / name).of("base")
     options = {"recipe": "mean", "selection": None, "training": "{}", "contract_sha256": "c"}
     state.begin(Settings(rounds=9, min_devices=3, deadline_seconds=1, **options), b"generalist")
@@ -66,18 +66,20 @@ def _summer(name: str, stage: MaskingStage | None) -> tuple[Device, SecureAggreg
     secure = SecureAggregation(state=state, masking=masking, size=STEP_SIZE, authority=authority)
     if stage is not None:
         for device, session in zip(devices, PLAYED.sessions.values(), strict=True):
-            state.advertise(1, device.id, session.advertisement.SerializeToString())
+            keys = session.advertisement.SerializeToString()
+            state.commit([MaskingStep(1, device.id, "keys", keys)])
         terms = masking.terms(3)[1].SerializeToString()
         numbers = {device.id: number for number, device in enumerate(devices, 1)}
         state.settle(1, numbers, degree=2, terms=terms)
         for device in devices if stage != MaskingStage.SHARE else ():
-            state.add_masking_shares(1, device.id, ASKED[1].shares.SerializeToString())
+            shares = ASKED[1].shares.SerializeToString()
+            state.commit([MaskingStep(1, device.id, "shares", shares)])
             place = {"cohort": "base", "round": 1, "device": device.id, "counted": 1}
             known = {"file": device.id, "sha256": b"", "tokens": 1, "contract_sha256": "c"}
             state.commit([Update(**place, **known)])
         state.set_masking_stage(1, stage)
     devices[0].enrolment = "enrolment of device 1"
-    return devices[0], secure
+    return state, devices[0], secure
 
 
 WORLD = World(SCRATCH / "authority")
@@ -225,11 +227,13 @@ def masking_device(data: bytes) -> None:
 def masking_coordinator(data: bytes) -> None:
     """What a device says in secure aggregation; the first byte says in which stage."""
     stage = (data[0] if data else 0) % len(SUMMERS)
-    device, secure = SUMMERS[stage]
+    state, device, secure = SUMMERS[stage]
     with contextlib.suppress(DecodeError, RefusedStepError):
         request = pb.AggregateRequest.FromString(data[1:])
         request.round = 1
-        secure.take(device, request)
+        said = secure.step(device, request)
+        if said is not None:
+            state.commit([said])
         secure.answer(device.id, request)
 
 
