@@ -337,7 +337,7 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
     coordinator_pb2_grpc.add_AdminServicer_to_server(admin, ports.main)
     coordinator_pb2_grpc.add_EnrolmentServicer_to_server(enrolment, ports.enrolment)
     await ports.start(stack)
-    watch(stack, parts.report, options.limits, ports.port, ports.enrolment_port)
+    watched = [ports.port, ports.enrolment_port]
     if options.database is not None:
         link, bound = _link(parts, authority, callers, ports.host)
         coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, link)
@@ -345,7 +345,9 @@ async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, 
         coordinator_pb2_grpc.add_EnrolmentServicer_to_server(enrolment, link)
         await link.start()
         stack.push_async_callback(link.stop, GRACE_SECONDS)
+        watched.append(bound)
         parts.state.announce("" if bare(ports.host) in WILDCARDS else ports.host, bound)
+    watch(stack, parts.report, options.limits, *watched)
     address = ports.addresses
     await parts.log("started", {"address": address["address"], "administrator": holder_id})
     return {**address, "admin": str(options.state / ADMIN_FILE)}

@@ -128,6 +128,8 @@ def test_devices_end_with_one_generalist_and_their_own_specialists(
     for device in events.values():
         held_out = [e["loss"] for e in device if e["event"] == "held_out"]
         assert held_out[-1] < held_out[0]
+        begun = [e for e in device if e["event"] == "round"]
+        assert all(e["seconds_left"] > 0 for e in begun)
 
 
 def test_only_the_generalist_crosses_the_wire(
