@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from coordinator.cohorts import Cohorts
+from coordinator.course import PRESENT_SECONDS
 from coordinator.forwarding import caller_of
 from coordinator.limits import CALLS_AT_ONCE, Pace
 from coordinator.policy import Report
-from coordinator.rounds import PRESENT_SECONDS
 from coordinator.state import State
 from coordinator.tables import Device
 from coordinator.tls import Role, Subject, subject_of
