@@ -245,8 +245,7 @@ def _measure(manifest: pb.Manifest, staging: Path, engine: str, base_bytes: int)
         runtime = max(runtime, measured["runtime_bytes"])
         files.update([entry.file, *entry.data_files])
     training = [e for e in entries if e.name.startswith(("train_step", "eval_loss"))]
-    # Integer weights take no less as they are.
-    if training and engine == "onnxruntime" and manifest.base.precision == "float32":
+    if training and engine == "onnxruntime":
         figures = measure(staging, [entry.name for entry in training], engine, packed=False)
         for entry, measured in zip(training, figures, strict=True):
             entry.unpacked_memory_bytes = measured["program_bytes"]

@@ -68,8 +68,8 @@ def test_the_manifest_says_it_and_the_gate_has_seen_it(export: Export) -> None:
     for program in small.programs:
         assert program.parity.tolerance in (0.03, 0.4)
         assert 1e-4 < program.parity.worst_relative_error <= program.parity.tolerance
-    # Integers for training and in blocks, and the embedding in float16, against float32.
-    assert small.engines[0].disk_bytes < 0.8 * full.engines[0].disk_bytes
+    # Integers for training and in blocks against float32; the embedding is the head.
+    assert small.engines[0].disk_bytes < 0.56 * full.engines[0].disk_bytes
     memory = [{p.name: p.memory_bytes for p in m.programs} for m in (small, full)]
     assert memory[0]["decode"] < memory[1]["decode"]
     assert memory[0]["train_step.b4"] < memory[1]["train_step.b4"]
