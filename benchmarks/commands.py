@@ -69,7 +69,7 @@ def demo(
 
     if engine not in ENGINES:
         raise typer.BadParameter(f"choose {' or '.join(ENGINES)}", param_hint="--engine")
-    check_precision(precision, [engine])
+    check_precision(precision)
     config = training_config.load(None)
     config.rounds, config.local_steps = rounds, local_steps
     # A burst per round: with few rounds, every 30 steps would leave the router nearly untrained.
@@ -300,11 +300,11 @@ def _contestants(engines: str) -> list[tuple[str, str]]:
     for part in engines.split(","):
         engine, _, precision = part.strip().partition(":")
         precision = precision or "float32"
-        if engine not in PRECISIONS.get(precision, ()):
+        if engine not in ENGINES or precision not in PRECISIONS:
             known = [
                 name if kind == "float32" else f"{name}:{kind}"
-                for kind, names in PRECISIONS.items()
-                for name in names
+                for kind in PRECISIONS
+                for name in ENGINES
             ]
             raise typer.BadParameter(
                 f"{part.strip()!r} is none of {', '.join(known)}", param_hint="--engines"

@@ -7,9 +7,5 @@ import logging
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-# How the base's large matrices may be held, and the engines that have programs of it.
-PRECISIONS = {
-    "float32": ("onnxruntime", "executorch"),
-    "int8": ("onnxruntime",),
-    "int4": ("onnxruntime",),
-}
+# How the base's large matrices may be held.
+PRECISIONS = ("float32", "int8", "int4")

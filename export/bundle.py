@@ -16,8 +16,8 @@ from edge_runtime.engines import load_engine
 from edge_runtime.errors import StorageError
 from edge_runtime.files import storage_errors
 from edge_runtime.measure import measure
-from export import PRECISIONS, parity
 from export import mixture as mixtures
+from export import parity
 from export.base import Base
 from export.decoder import Decoder
 from export.gpt2 import GPT2
@@ -57,14 +57,11 @@ def export_bundle(
         progress: told what happens, one line at a time.
 
     Raises:
-        ValueError: an engine has no programs of that precision, or the mixture names other targets
-            than the base has.
+        ValueError: the mixture names other targets than the base has.
         AdapterError: `generalist` cannot be read, or has another rank or other targets.
         ParityError: a program disagrees with PyTorch; `out` is untouched.
         StorageError: `out` exists and `overwrite` is not set, or cannot be written.
     """
-    if not set(engines) <= set(PRECISIONS[precision]):
-        raise ValueError(f"{precision} programs are for {', '.join(PRECISIONS[precision])} only")
     architecture = base.architecture
     mixture = mixture.on(architecture)
     tier = tier.fitted(architecture.positions)
@@ -224,6 +221,7 @@ def _compile_executorch(
     arenas = executorch_engine.compile_programs(
         {e.method: (s.specification, s.example) for e, s in zip(entries, programs, strict=True)},
         file=staging / executorch_engine.PROGRAM_FILE,
+        integers=manifest.base.precision != "float32",
     )
     for entry in entries:
         entry.planned_arena_bytes = arenas[entry.method]

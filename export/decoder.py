@@ -461,5 +461,7 @@ class Decoder(nn.Module, ABC):
             attended = self.merge_heads(p[..., :c] @ old_v + p[..., c:] @ v, 1)
             x, routing = self.finish_block(adapters, block, x, attended)
             routings += routing
-        final = self.norm(x.index_select(0, last), self.FINAL_NORM)
+        if t > 1:
+            x = x.index_select(0, last)
+        final = self.norm(x, self.FINAL_NORM)
         return (final @ self.head().T).squeeze(0), routings, fresh

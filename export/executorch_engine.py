@@ -18,16 +18,21 @@ from torch import Tensor
 from torch.fx.traceback import NodeSource
 
 from export.flat_graph import flat_graph
+from export.parity import variants
 from export.programs import Specification
 from export.xnnpack import DECOMPOSITIONS
+from export.xnnpack_integers import integer_products
 
 PROGRAM_FILE = "executorch/programs.pte"
 
 
 def compile_programs(
-    programs: Mapping[str, tuple[Specification, Sequence[Tensor]]], *, file: Path
+    programs: Mapping[str, tuple[Specification, Sequence[Tensor]]], *, file: Path, integers: bool
 ) -> dict[str, int]:
     """Writes `programs` (method name -> program, example arguments) as the methods of one file.
+
+    Args:
+        integers: hold the base's large matrices in eight bits, or as a program says.
 
     Returns:
         Method name -> planned activation arena in bytes.
@@ -36,6 +41,8 @@ def compile_programs(
     graphs = {
         name: flat_graph(s, example, DECOMPOSITIONS) for name, (s, example) in programs.items()
     }
+    for name, (specification, example) in programs.items() if integers else ():
+        integer_products(graphs[name], variants(specification, example), specification.blocks)
     with torch.no_grad(), _quiet(), _fewer_passes():
         exported = {
             name: torch.export.export(graphs[name], tuple(example), strict=False)
@@ -43,7 +50,11 @@ def compile_programs(
         }
         edge = to_edge(
             exported,
-            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            compile_config=EdgeCompileConfig(
+                _check_ir_validity=False,
+                _skip_dim_order=True,
+                preserve_ops=[torch.ops.aten.linear.default],  # products on integers
+            ),
         )
         # In a joint graph the weights of matrix products arrive as run-time values (a transpose of
         # a constant); without the flag none of them is delegated. It also keeps the weights

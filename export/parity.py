@@ -45,7 +45,7 @@ def example_arguments(
         if name in ("tokens", "targets"):
             value = rng.integers(0, manifest.base.vocabulary, shape)
         elif name == "position":
-            value = np.full(shape, manifest.tier.context // 2)
+            value = np.full(shape, _filled(specification, manifest))
         elif name == "last":
             value = np.full(shape, manifest.tier.prefill_chunk - 2)
         else:
@@ -57,7 +57,17 @@ def example_arguments(
     adapters = [torch.from_numpy(named[name].copy()) for name in specification.adapters]
     if specification.length:
         _fill_cache(specification, arguments, adapters)
+    elif manifest.base.precision != "float32":
+        _fill_cache_in_steps(specification, arguments, adapters)
     return [*arguments, *adapters]
+
+
+def _filled(specification: Specification, manifest: pb.Manifest) -> int:
+    """Entries of the example's cache: half of it, or what a few runs of the program fill."""
+    tokens = specification.inputs[0][2][0]
+    of_noise = manifest.base.precision == "float32" or specification.length
+    half = manifest.tier.context // 2
+    return half if of_noise else min(half, 8 * tokens)
 
 
 def _fill_cache(
@@ -82,18 +92,33 @@ def _fill_cache(
             arguments[names.index(name.replace("updated.", "cache.", 1))] = value
 
 
+def _fill_cache_in_steps(
+    specification: Specification, arguments: list[Tensor], adapters: Sequence[Tensor]
+) -> None:
+    """The same for a program of a fixed number of tokens, whose caller stores what is new."""
+    at = dict(zip((name for name, _, _ in specification.inputs), arguments, strict=True))
+    tokens = len(at["tokens"])
+    filled = int(at["position"]) if "position" in at else 0
+    for start in range(0, filled, tokens):
+        first = [torch.full_like(v, start) if n == "position" else v for n, v in at.items()]
+        results = specification.call(*first, *adapters)
+        for name, value in zip(specification.outputs, results, strict=True):
+            if name.startswith("new."):
+                at[name.replace("new.", "cache.", 1)][:, start : start + tokens] = value
+
+
 def variants(specification: Specification, arguments: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """The arguments, and if they may be of any number of tokens, those for a single one, and for
-    the first ones of a text."""
-    if not specification.length:
-        return [arguments]
+    """The arguments; if they may be of any number of tokens, those for a single one; and of
+    programs that continue a text, those for its first tokens."""
     names = [name for name, _, _ in specification.inputs] + list(specification.adapters)
     named = list(zip(names, arguments, strict=True))
-    return [
-        arguments,
-        [value[:1] if name == "tokens" else value for name, value in named],
-        [torch.zeros_like(value) if name == "position" else value for name, value in named],
-    ]
+    found = [arguments]
+    if specification.length:
+        found.append([value[:1] if name == "tokens" else value for name, value in named])
+    if "position" in names:
+        zeros = [torch.zeros_like(value) if name == "position" else value for name, value in named]
+        found.append(zeros)
+    return found
 
 
 def check(

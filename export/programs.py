@@ -101,6 +101,8 @@ def specifications(
     tensors = manifest.tensors
     on_onnx = engine == "onnxruntime"
     in_place = on_onnx and decoder.architecture.head_dim % 8 == 0
+    four_bits = not on_onnx and manifest.base.precision == "int4"
+    blocks = BLOCKS["int4"] if four_bits else None
     steps = [(size, False) for size in tier.micro_batches]
     steps += [(min(tier.micro_batches), True)] if on_onnx else []
     kinds = (False, True) if on_onnx and decoder.mixture.specialists else (False,)
@@ -115,8 +117,8 @@ def specifications(
             in_place_programs(decoder, manifest, tier.context)
             if in_place
             else (
-                extend(decoder, tensors, "prefill", tier.prefill_chunk, tier.context),
-                extend(decoder, tensors, "decode", 1, tier.context),
+                extend(decoder, tensors, "prefill", tier.prefill_chunk, tier.context, blocks),
+                extend(decoder, tensors, "decode", 1, tier.context, blocks),
             )
         ),
     ]
@@ -182,7 +184,12 @@ def eval_loss(
 
 
 def extend(
-    decoder: Decoder, tensors: Sequence[pb.Tensor], name: str, length: int, context: int
+    decoder: Decoder,
+    tensors: Sequence[pb.Tensor],
+    name: str,
+    length: int,
+    context: int,
+    blocks: Blocks | None,
 ) -> Specification:
     """`prefill` or `decode` with a fixed number of tokens."""
     a = decoder.architecture
@@ -210,6 +217,7 @@ def extend(
         ),
         call=call,
         base=decoder,
+        blocks=blocks,
     )
 
 

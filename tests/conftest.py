@@ -120,9 +120,10 @@ def export_tiny(tiny_base_dir: Path, make_once: MakeOnce) -> ExportTiny:
         engines: tuple[str, ...] = ("onnxruntime",),
         programs: tuple[str, ...] | None = None,
         tier: Tier = TIER,
+        precision: str = "float32",
     ) -> Bundle:
         mixture = mixture or Mixture(rank=4)
-        key = repr((mixture, base.name, engines, programs, tier))
+        key = repr((mixture, base.name, engines, programs, tier, precision))
         name = f"bundle-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
         def compile_to(path: Path) -> None:
@@ -132,6 +133,7 @@ def export_tiny(tiny_base_dir: Path, make_once: MakeOnce) -> ExportTiny:
                 tier,
                 engines=engines,
                 out=path,
+                precision=precision,
                 programs=programs,
             )
 

@@ -59,7 +59,7 @@ def test_a_llama_with_more_specialists_is_compared_too(tiny_llama_dir: Path) -> 
     assert result["rows"][0]["gradient_cosine_min"] > 0.9999
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime:int3", "executorch:int8", "tensorrt"])
+@pytest.mark.parametrize("engine", ["onnxruntime:int3", "executorch:int3", "tensorrt"])
 def test_an_unknown_engine_is_refused(tiny_base_dir: Path, engine: str) -> None:
     done = bench("--base", tiny_base_dir, "--engines", engine)
     assert done.returncode == 2

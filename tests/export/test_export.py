@@ -835,9 +835,3 @@ def test_an_operator_without_a_translation_is_refused_by_name() -> None:
     graph = flat_graph(specification, [torch.zeros(2)], onnx_graph.DECOMPOSITIONS)
     with pytest.raises(NotImplementedError, match=r"aten\.erfinv"):
         onnx_graph.translate(graph, ["x"], ["y"])
-
-
-def test_an_int8_base_for_executorch_is_refused(tmp_path: Path) -> None:
-    done = comigs("export", "--precision", "int8", "--out", tmp_path / "bundle")
-    assert done.returncode == 2
-    assert "--engine onnxruntime" in done.stderr

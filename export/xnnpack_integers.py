@@ -1,0 +1,197 @@
+"""Products with the base's large matrices on integers, as XNNPACK computes them.
+
+x @ W becomes linear(dequantise(quantise(x)), dequantise(W')), which XNNPACK takes for one operator:
+activations in eight bits, each token on a scale and a zero point of its own, weights in eight bits
+with a scale for each output, or in four with one for each block of inputs. The gradient of x is
+such a product, too, with the transposed weights as a second matrix: XNNPACK keeps weights in the
+order in which a product reads them, and one order does not serve both.
+
+Embeddings of which rows are looked up are float16: rounded to integers they would be the largest
+error of all.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the operators
+
+from export.flat_graph import ATEN, is_transpose, untransposed
+from export.programs import Blocks
+from export.rounding import coarse_products
+
+QUANTISED = torch.ops.quantized_decomposed
+SMALLEST_QUANTISED = 2**12  # numbers
+SMALLEST_HALVED = 2**20
+BLOCK_MULTIPLE = 32  # XNNPACK's blocks are of so many inputs, or several times that
+# Activations beyond this multiple of a token's mean magnitude are multiplied apart from the others,
+# where rounding both on one scale is too coarse.
+OUTLIER = 10.0
+
+
+def integer_products(
+    graph_module: fx.GraphModule, examples: Sequence[Sequence[Tensor]], blocks: Blocks | None
+) -> None:
+    """Rewrites a flat graph, in place.
+
+    Args:
+        examples: inputs on which to see which products rounding is too coarse for.
+        blocks: how weights are held that are no embedding (default: a scale for each output).
+    """
+    graph = graph_module.graph
+    products = [node for node in graph.nodes if node.target == ATEN.mm.default]
+    factors = {untransposed(node.args[1]).target for node in products}
+
+    def quantised(node: fx.Node) -> bool:
+        shape = node.meta["val"].shape
+        matrix = node.op == "get_attr" and node.target in factors and min(shape) > 1
+        return bool(matrix and shape.numel() >= SMALLEST_QUANTISED)
+
+    coarse: set[fx.Node] = set()
+    for arguments in examples:
+        coarse |= coarse_products(graph_module, arguments, quantised)
+    embeddings = {n.args[0].target for n in graph.nodes if n.target == ATEN.index.Tensor}
+    rewriting = _Rewriting(graph_module)
+    for node in products:
+        weight, embedding = untransposed(node.args[1]), None
+        if quantised(weight):
+            embedding = weight.target in embeddings
+            # Summed over the vocabulary: probabilities, most of them far smaller than a step.
+            over_vocabulary = embedding and not is_transpose(node.args[1])
+            apart = over_vocabulary or node in coarse
+            rewriting.replace(node, apart=apart, blocks=None if embedding else blocks)
+    for node in list(graph.nodes):
+        if node.target == ATEN.index.Tensor:
+            rewriting.halve(node)
+    graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+class _Rewriting:
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.module = graph_module
+        self.graph = graph_module.graph
+        self.rounded: dict[fx.Node, fx.Node] = {}
+
+    def replace(self, node: fx.Node, *, apart: bool, blocks: Blocks | None) -> None:
+        """Puts integer products in the place of a product.
+
+        Args:
+            apart: whether large activations are multiplied apart from the others.
+        """
+        x, factor = node.args
+        assert isinstance(x, fx.Node)
+        assert isinstance(factor, fx.Node)
+        call, rows = self.graph.call_function, x.meta["val"].shape[0]
+        last, bias = (node, None) if apart else _bias_after(node)
+        with self.graph.inserting_before(node):
+            if apart:
+                x = call(ATEN.cat.default, (list(self.split(x)),))
+            rounded = self.round(x)
+        with self.graph.inserting_before(last):
+            result = call(ATEN.linear.default, (rounded, self.weight(factor, blocks), bias))
+            if apart:  # one product of both, since weights take longer to read than rows to compute
+                parts = [(result, 0, start, start + rows) for start in (0, rows)]
+                result = call(ATEN.add.Tensor, tuple(call(ATEN.slice.Tensor, p) for p in parts))
+        last.replace_all_uses_with(result)
+
+    def round(self, x: fx.Node) -> fx.Node:
+        """x (N, inputs) in eight bits, and back: once for all products that take it."""
+        if x not in self.rounded:
+            call, low, high = self.graph.call_function, -128, 127
+            chosen = call(QUANTISED.choose_qparams_per_token_asymmetric.default, (x, torch.int8))
+            scale, zero = (call(operator.getitem, (chosen, i)) for i in (0, 1))
+            to = (scale, zero, low, high, torch.int8)
+            rounded = call(QUANTISED.quantize_per_token.default, (x, *to))
+            back = call(QUANTISED.dequantize_per_token.default, (rounded, *to, torch.float32))
+            self.rounded[x] = back
+        return self.rounded[x]
+
+    def split(self, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """x as the sum of what is near a token's mean magnitude, and what is beyond."""
+        call, width = self.graph.call_function, x.meta["val"].shape[1]
+        share = self.constant(f"mean_{width}", torch.full((width, 1), OUTLIER / width))
+        limit = call(ATEN.mm.default, (call(ATEN.abs.default, (x,)), share))
+        below = call(ATEN.minimum.default, (x, limit))
+        near = call(ATEN.maximum.default, (below, call(ATEN.neg.default, (limit,))))
+        return near, call(ATEN.sub.Tensor, (x, near))
+
+    def weight(self, factor: fx.Node, blocks: Blocks | None) -> fx.Node:
+        """The second factor of a product as (outputs, inputs), from integers."""
+        node = untransposed(factor)
+        value: Tensor = getattr(self.module, str(node.target)).detach()
+        value = value if node is not factor else value.T
+        name = f"{node.target}_{'transposed' if node is factor else 'straight'}"
+        inputs = value.shape[1]
+        whole = blocks is None or blocks.bits == 8 or inputs % BLOCK_MULTIPLE
+        if whole:
+            integers, scales = eight_bits(value)
+        else:
+            integers, scales = four_bits(value, BLOCK_MULTIPLE)
+        parts = {"integers": integers, "scales": scales, "zeros": torch.zeros_like(scales).long()}
+        stored = [self.constant(f"{name}_{part}", each) for part, each in parts.items()]
+        if whole:
+            back = QUANTISED.dequantize_per_channel.default
+            return self.graph.call_function(back, (*stored, 0, -127, 127, torch.int8))
+        back = QUANTISED.dequantize_per_channel_group.default
+        held = (-8, 7, torch.int8, BLOCK_MULTIPLE, torch.float32)
+        return self.graph.call_function(back, (*stored, *held))
+
+    def constant(self, name: str, value: Tensor) -> fx.Node:
+        self.module.register_buffer(name, value.contiguous())
+        return self.graph.get_attr(name)
+
+    def halve(self, lookup: fx.Node) -> None:
+        """Lets a lookup of rows be one in float16, if the matrix is large."""
+        node, index = lookup.args
+        assert isinstance(node, fx.Node)
+        if node.op != "get_attr" or node.meta["val"].numel() < SMALLEST_HALVED:
+            return
+        value: Tensor = getattr(self.module, str(node.target)).detach()
+        with self.graph.inserting_before(lookup):
+            rows = self.constant(f"{node.target}_half", value.half())
+            found = self.graph.call_function(ATEN.index.Tensor, (rows, index))
+            exact = self.graph.call_function(
+                ATEN._to_copy.default, (found,), {"dtype": torch.float32}
+            )
+        lookup.replace_all_uses_with(exact)
+
+
+def eight_bits(value: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (outputs, inputs) as int8 and a float32 scale for each output."""
+    scales = value.abs().amax(1).clamp(min=1e-12) / 127.0
+    return torch.round(value / scales.unsqueeze(1)).to(torch.int8), scales
+
+
+def four_bits(value: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """A weight (outputs, inputs) as integers from -8 to 7 and a scale for each `size` inputs.
+
+    XNNPACK's scales are positive, so the largest number of a block may be cut to 7 of 8 steps where
+    that is nearer for the block as a whole.
+
+    Returns:
+        int8 (outputs, inputs) and float32 (outputs, inputs / size), of values that bfloat16 has.
+    """
+    blocks = value.reshape(len(value), -1, size)
+    largest = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    scales, least = largest, torch.full_like(largest, torch.inf)
+    for steps in (7.0, 7.5, 8.0):
+        candidate = (largest / steps).to(torch.bfloat16).float()
+        rounded = torch.round(blocks / candidate).clamp(-8, 7) * candidate
+        error = (rounded - blocks).square().sum(-1, keepdim=True)
+        scales, least = torch.where(error < least, candidate, scales), torch.minimum(error, least)
+    integers = torch.round(blocks / scales).clamp(-8, 7).to(torch.int8)
+    return integers.view(value.shape), scales.squeeze(-1)
+
+
+def _bias_after(product: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """What adds a bias to a product and nothing else uses, and the bias; or the product itself."""
+    (user, *others) = product.users
+    if user.target == ATEN.add.Tensor and not others and not user.kwargs:
+        for bias in user.args:
+            if isinstance(bias, fx.Node) and bias.op == "get_attr" and bias.meta["val"].dim() == 1:
+                return user, bias
+    return product, None
