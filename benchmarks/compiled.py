@@ -36,7 +36,7 @@ class Compiler:
     ) -> Bundle:
         """The bundle of one engine."""
         mixture = mixture or Mixture()
-        made_from = (self.base.sha256, tier, engine, precision, mixture, programs, _sources())
+        made_from = (self.base.sha256, tier, engine, precision, mixture, programs, sources_digest())
         name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
         path = self.folder / f"{engine}-{precision}-{name}"
         if path.exists():
@@ -64,7 +64,8 @@ def kept_in(folder: Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _sources() -> str:
+def sources_digest() -> str:
+    """Of the compiler's own code."""
     digest = hashlib.sha256()
     for path in sorted(Path(export.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

@@ -11,6 +11,7 @@ here, what is told of its memory holds there.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -23,17 +24,24 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, TypedDict
 
-from benchmarks.compiled import Compiler, kept_in
+from benchmarks.compiled import kept_in, sources_digest
 from benchmarks.contest import ROOT, WATCH_SECONDS, Contestant, check_memory, turns
 from benchmarks.machine import Machine, machine
-from edge_runtime.bundle import Bundle
+from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import SPLITS
 from edge_runtime.errors import BudgetError, ComigsError
-from export.base import load_base
-from export.tiers import DeviceClass, device_classes, tiers
+from export.tiers import DeviceClass, device_classes
 
 TOKENS = 32  # decoded after a prompt
 TEXT_CHARACTERS = 12_000  # per split: enough for a batch, whatever the tokenizer
+
+
+class Exporting(TypedDict):
+    """Of `comigs export`, a process of its own: all programs compiled, compared and measured."""
+
+    seconds: float
+    processor_seconds: float
+    peak_rss_mib: float
 
 
 class Suggesting(TypedDict):
@@ -72,6 +80,7 @@ class Row(TypedDict):
     context: int
     train_length: int
     bundle_mib: float
+    exporting: Exporting
     suggesting: Suggesting | None
     training: Training | None
     refused: list[str]
@@ -104,27 +113,24 @@ def run(
     Raises:
         BaseModelError: the base is not available.
     """
-    base = load_base(base_name, random_weights=random_weights)
-    shapes, classes = tiers(), device_classes()
+    weights = "random" if random_weights else "pretrained"
+    classes = device_classes()
     rows = []
     with kept_in(cache) as folder:
-        compiler = Compiler(base=base, folder=folder, progress=progress)
-        jobs = [
-            (
-                name,
-                engine,
-                precision,
-                compiler.bundle(shapes[name], engine=engine, precision=precision),
-            )
-            for name in names
-            for engine, precision in contestants
-        ]
-        for name, engine, precision, bundle in jobs:
-            rows.append(_row(classes[name], bundle, engine, precision, count, progress))
+        jobs = []
+        for name in names:
+            for engine, precision in contestants:
+                progress(f"{name}: exporting for {engine} {precision}")
+                options = {"base": base_name, "weights": weights, "tier": name}
+                options |= {"engine": engine, "precision": precision}
+                jobs.append((name, engine, precision, *_export(options, folder)))
+        for name, engine, precision, bundle, exporting in jobs:
+            row = _row(classes[name], bundle, exporting, engine, precision, count, progress)
+            rows.append(row)
     return {
         "benchmark": "tier",
         "base": base_name,
-        "weights": "random" if random_weights else "pretrained",
+        "weights": weights,
         "turns": count,
         "machine": machine(),
         "versions": {n: version(n) for n in {engine for engine, _ in contestants}},
@@ -132,9 +138,42 @@ def run(
     }
 
 
+def _export(options: dict[str, str], folder: Path) -> tuple[Bundle, Exporting]:
+    """What `comigs export` wrote with these options, now or in an earlier run of the same code."""
+    key = repr((sorted(options.items()), sources_digest())).encode()
+    path = folder / f"tier-{hashlib.sha256(key).hexdigest()[:16]}"
+    figures = path.with_suffix(".json")
+    if not figures.exists():
+        command = [sys.executable, "-m", "edge_runtime", "export", "--out", str(path)]
+        command += [part for name, value in options.items() for part in (f"--{name}", value)]
+        started = time.perf_counter()
+        with tempfile.TemporaryFile("w+") as err:
+            process = subprocess.Popen(
+                [*command, "--overwrite"],
+                stdout=subprocess.DEVNULL,
+                stderr=err,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            err.seek(0)
+            said = " ".join(err.read().split())
+        if process.returncode:
+            raise ComigsError(f"the export for {options['tier']} failed: {said[-400:]}")
+        exporting: Exporting = {
+            "seconds": time.perf_counter() - started,
+            "processor_seconds": usage.ru_utime + usage.ru_stime,
+            "peak_rss_mib": usage.ru_maxrss / 1024,
+        }
+        figures.write_text(json.dumps(exporting))
+    exporting = json.loads(figures.read_text())
+    return open_bundle(path), exporting
+
+
 def _row(
     device: DeviceClass,
     bundle: Bundle,
+    exporting: Exporting,
     engine: str,
     precision: str,
     count: int,
@@ -154,6 +193,7 @@ def _row(
         "context": tier.context,
         "train_length": tier.train_length,
         "bundle_mib": sum(file.size for file in bundle.manifest.files) / 2**20,
+        "exporting": exporting,
         "suggesting": None,
         "training": None,
         "refused": [],
@@ -267,11 +307,11 @@ def table(result: Result) -> Any:
     view.add_column("tier")
     for heading in (
         "limit, MiB", "threads", "token p50 / p95, ms", "prefill, tokens/s", "first suggestion",
-        "train step", "suggesting, MiB", "training, MiB (planned)", "bundle, MiB",
+        "train step", "suggesting, MiB", "training, MiB (planned)", "bundle, MiB", "export",
     ):  # fmt: skip
         view.add_column(heading, justify="right")
     for row in result["rows"]:
-        s, t = row["suggesting"], row["training"]
+        e, s, t = row["exporting"], row["suggesting"], row["training"]
         view.add_row(
             f"{row['tier']}, {row['engine']} {row['base_dtype']}",
             str(row["memory_limit_mib"]),
@@ -284,5 +324,6 @@ def table(result: Result) -> Any:
             f"{s['peak_rss_mib']:.0f}" if s else "-",
             f"{t['peak_rss_mib']:.0f} ({t['planned_mib']:.0f})" if t else "-",
             f"{row['bundle_mib']:.0f}",
+            f"{e['seconds']:.0f} s, {e['peak_rss_mib'] / 1024:.1f} GiB",
         )
     return view

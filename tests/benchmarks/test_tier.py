@@ -54,6 +54,8 @@ def test_a_tier_runs_within_its_memory(tiny_base_dir: Path, tmp_path: Path) -> N
     assert training["planned_mib"] < limit
     assert training["step_seconds"] > 0
     assert row["bundle_mib"] > 0.1
+    assert 100 < row["exporting"]["peak_rss_mib"] < 4096
+    assert row["exporting"]["processor_seconds"] > 1
 
     done = bench(*common, "--format", "csv")
     assert done.returncode == 0, done.stderr
