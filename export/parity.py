@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_runtime.adapters import Stacks, views
+from edge_runtime.adapters import ROUTER, Stacks, views
 from edge_runtime.bundle import Bundle
 from edge_runtime.engines import Array, Engine, Program, allocate_outputs
 from edge_runtime.errors import ParityError
@@ -28,9 +28,12 @@ TOLERANCE = 1e-4
 MOST_NOISE = 0.01
 # With quantised weights, against float32: losses, and anything else with eight bits or with four.
 # This finds defects; it is no measure of quality, for random tokens and adapters are harsher than
-# text. Gradients of routers of gpt2-mini are off by up to 0.23; what SmolLM2 stores in the last of
-# its thirty blocks by 0.10 with eight bits and by 0.59 with four.
+# text. What SmolLM2 stores in the last of its thirty blocks is off by 0.10 with eight bits and by
+# 0.59 with four.
 LOSS_TOLERANCE, INT8_TOLERANCE, INT4_TOLERANCE = 0.03, 0.4, 0.8
+# A router's gradient jumps where a token's second expert becomes its first: with 64 random tokens
+# and weights it has been off by 0.63, all others by 0.27 at most.
+ROUTER_TOLERANCE = 0.8
 LOSSES = ("loss", "cross_entropy", "losses")
 
 
@@ -234,6 +237,8 @@ def _tolerance(output: str, specification: Specification, precision: str) -> flo
         return TOLERANCE
     if output in LOSSES:
         return LOSS_TOLERANCE
+    if output.startswith(f"grad:{ROUTER}/"):
+        return ROUTER_TOLERANCE
     return INT4_TOLERANCE if specification.blocks == BLOCKS["int4"] else INT8_TOLERANCE
 
 

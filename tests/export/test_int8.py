@@ -66,7 +66,7 @@ def test_the_manifest_says_it_and_the_gate_has_seen_it(export: Export) -> None:
     # Of one base, so that their devices may share a generalist.
     assert small.base.sha256 == full.base.sha256
     for program in small.programs:
-        assert program.parity.tolerance in (0.03, 0.4)
+        assert program.parity.tolerance in (0.03, 0.4, 0.8)
         assert 1e-4 < program.parity.worst_relative_error <= program.parity.tolerance
     # Integers for training and in blocks against float32; the embedding is the head.
     assert small.engines[0].disk_bytes < 0.56 * full.engines[0].disk_bytes
