@@ -248,6 +248,10 @@ def bench_coordinator(
     peers_python: Annotated[
         Path, typer.Option(help="Interpreter of the environment that has flwr.")
     ] = Path(".venv-flower/bin/python"),
+    peer_devices: Annotated[
+        int | None,
+        typer.Option(min=2, help="In Flower's round, which may need more memory than there is."),
+    ] = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Time a round of many devices beside the least that receiving costs."""
@@ -259,6 +263,7 @@ def bench_coordinator(
             processes=processes,
             repetitions=repetitions,
             peers_python=peers_python if peers else None,
+            peer_devices=peer_devices,
             progress=tell,
         )
     if output is Format.JSON:

@@ -89,6 +89,7 @@ class Peer(TypedDict):
     """What `benchmarks/peers/flower.py` prints."""
 
     name: str
+    devices: int
     round_seconds: float
     """From the model's going out until its successor."""
     peak_rss_mib: float
@@ -136,12 +137,14 @@ def run(
     processes: int,
     repetitions: int,
     peers_python: Path | None,
+    peer_devices: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """Runs rounds and bare loops in turns, then the peers.
 
     Args:
         peers_python: of an environment that has `flwr`; None for no peers.
+        peer_devices: in their rounds; None: as many as in ours.
 
     Raises:
         RuntimeError: a process ended early, or the aggregate is not the mean of the updates.
@@ -184,7 +187,7 @@ def run(
     result = _result(devices, processes, payload, rounds, floors, latencies, idle, peak)
     if peers_python is not None:
         progress("a round of Flower's SuperLink")
-        found = _flower(peers_python, devices, processes, len(payload))
+        found = _flower(peers_python, peer_devices or devices, processes, len(payload))
         if isinstance(found, str):
             result["missing"]["Flower SuperLink"] = found
         else:
@@ -554,6 +557,9 @@ def table(result: Result) -> Iterator[str]:
         f"99 % within {result['checkin_p99_ms']:.1f} ms, slowest {result['checkin_max_ms']:.1f} ms"
     )
     for peer in result["peers"]:
-        yield f"{peer['name']}: {peer['round_seconds']:.1f} s, {peer['peak_rss_mib']:.0f} MiB"
+        yield (
+            f"{peer['name']}, {peer['devices']} devices: {peer['round_seconds']:.1f} s, "
+            f"{peer['peak_rss_mib']:.0f} MiB"
+        )
     for name, reason in result["missing"].items():
         yield f"{name} did not run: {reason}"

@@ -280,29 +280,44 @@ def coordinator_table(result: dict[str, Any]) -> str:
     def middle(parts: str, *names: str) -> float:
         return float(median(sum(part[name] for name in names) for part in result[parts]))
 
+    def per_update(seconds: float, devices: int) -> str:
+        return f"{1000 * seconds / devices:.1f}"
+
+    devices = result["devices"]
     ours = (
-        *("comigs", f"{result['round_seconds']:.1f}"),
+        *("comigs", str(devices), f"{result['round_seconds']:.1f}"),
+        per_update(result["round_seconds"], devices),
         f"{middle('rounds', 'upload'):.1f}",
-        f"{result['ratio_to_bare_loop']:.2f}",
+        per_update(middle("rounds", "upload_cpu"), devices),
         f"{result['peak_rss_mib']:.0f}",
-        f"{result['checkin_p99_ms']:.0f}",
+        f"{result['checkin_median_ms']:.0f} / {result['checkin_p99_ms']:.0f}",
     )
-    whole, uploads = ("upload", "sum", "download"), ("upload", "sum")
+    whole = middle("bare_loops", "upload", "sum", "download")
     bare = (
-        *("bare loop", f"{middle('bare_loops', *whole):.1f}"),
-        *(f"{middle('bare_loops', *uploads):.1f}", "1", "", ""),
+        *("bare loop", str(devices), f"{whole:.1f}", per_update(whole, devices)),
+        f"{middle('bare_loops', 'upload', 'sum'):.1f}",
+        per_update(middle("bare_loops", "upload_cpu", "sum"), devices),
+        *("", ""),
     )
     peers = (
-        (peer["name"], f"{peer['round_seconds']:.1f}", "", "", f"{peer['peak_rss_mib']:.0f}", "")
+        (
+            *(peer["name"], str(peer["devices"]), f"{peer['round_seconds']:.1f}"),
+            per_update(peer["round_seconds"], peer["devices"]),
+            *("", "", f"{peer['peak_rss_mib']:.0f}", ""),
+        )
         for peer in result["peers"]
     )
     heads = (
-        *("", "round, s", "its uploads, s", "of the bare loop's"),
-        *("peak memory, MiB", "check-in within (99 %), ms"),
+        *("", "devices", "round, s", "for each device, ms", "its uploads, s"),
+        *("processor time per upload, ms", "peak memory, MiB", "check-in, median / 99 %, ms"),
+    )
+    said = (
+        f"The round's uploads take {result['ratio_to_bare_loop']:.2f} times as long as the bare "
+        f"loop's with its sum, the whole round {result['ratio_with_downloads']:.2f} times."
     )
     settings = "\n".join(f"* {peer['name']}: {peer['settings']}." for peer in result["peers"])
     missing = "\n".join(f"* {name} is missing: {why}." for name, why in result["missing"].items())
-    parts = [markdown(heads, [ours, bare, *peers]), settings, missing]
+    parts = [markdown(heads, [ours, bare, *peers]), said, settings, missing]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -311,7 +326,12 @@ def coordinator_table(result: dict[str, Any]) -> str:
 
 def plots(results: Results) -> dict[str, Callable[[Any], None]]:
     """File name -> what draws it into a figure."""
-    kinds = {"train": draw_train, "decode": draw_decode, "tier": draw_tier}
+    kinds = {
+        "train": draw_train,
+        "decode": draw_decode,
+        "tier": draw_tier,
+        "coordinator": draw_coordinator,
+    }
     return {
         name: functools.partial(kinds[result["benchmark"]], result=result)
         for name, result in results
@@ -360,6 +380,21 @@ def draw_tier(figure: Any, result: dict[str, Any]) -> None:
         axis.set_title(f"{what}: peak memory and limit, MiB")
         axis.set_xscale("symlog", linthresh=100)
         axis.set_xlim(0, 9 * max(limits))
+
+
+def draw_coordinator(figure: Any, result: dict[str, Any]) -> None:
+    rows = [
+        ("comigs", result["devices"], result),
+        *((p["name"], p["devices"], p) for p in result["peers"]),
+    ]
+    names = [f"{name}, {devices} devices" for name, devices, _ in rows]
+    colours = [OURS, *[THEIRS] * len(result["peers"])]
+    axes = figure.subplots(1, 2, sharey=True)
+    times = [1000 * row["round_seconds"] / devices for _, devices, row in rows]
+    _bars(axes[0], names, times, colours, "{:.0f}")
+    _bars(axes[1], names, [row["peak_rss_mib"] for _, _, row in rows], colours, "{:.0f}")
+    axes[0].set_title("a round, ms for each device")
+    axes[1].set_title("peak memory, MiB")
 
 
 def _bars(

@@ -179,6 +179,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             raise RuntimeError(f"the mean of ones is {result['mean']}")
         return {
             "name": f"Flower SuperLink {version('flwr')}",
+            "devices": given.devices,
             "round_seconds": result["round_seconds"],
             "peak_rss_mib": sum(memory.peaks.values()),
             "processes": memory.named(),

@@ -34,7 +34,8 @@ def test_a_round_is_compared_with_the_bare_loop() -> None:
     assert result["checkins"] > 0
     assert result["peers"] == []
 
-    peer = {"name": "Another", "round_seconds": 9.0, "peak_rss_mib": 800.0, "settings": "its own"}
+    peer = {"name": "Another", "devices": 6, "round_seconds": 9.0, "peak_rss_mib": 800.0}
+    peer["settings"] = "its own"
     table = coordinator_table({**result, "peers": [peer]})
     assert heading(result) == "12 devices, updates of 4.7 MB"
     (ours,) = (line for line in table.splitlines() if line.startswith("| comigs |"))
