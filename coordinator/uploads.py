@@ -35,6 +35,8 @@ from protos import coordinator_pb2 as pb
 
 # Written at once; as much more of an update may wait for that.
 PIECES = 4
+# What comes more slowly is written after so long all the same: a kill then costs little of it.
+IDLE_SECONDS = 0.2
 READ_BYTES = 1024**2
 # An UploadPart that is nothing but data begins so: field 2, of variable length.
 DATA = 0x12
@@ -78,6 +80,7 @@ class Gathering:
         self._sha256 = hashlib.sha256()
         self._pieces: list[memoryview] = []
         self._writing: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._failure: BaseException | None = None
         if offset:
             self._start()
@@ -89,6 +92,8 @@ class Gathering:
             OSError: it cannot be written.
         """
         self._pieces.append(data)
+        if self._writing is None and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._start)
         while len(self._pieces) >= PIECES and self._failure is None:
             if self._writing is None:
                 self._start()
@@ -104,7 +109,8 @@ class Gathering:
             OSError: it cannot be written.
         """
         cancelled: asyncio.CancelledError | None = None
-        if self._writing is None and self._pieces:
+        self._stop_timer()
+        if self._writing is None and self._pieces and self._failure is None:
             self._start()
         while self._writing is not None:
             try:
@@ -117,7 +123,13 @@ class Gathering:
             raise self._failure
         return self._sha256.digest()
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _start(self) -> None:
+        self._stop_timer()
         pieces, self._pieces = self._pieces, []
         loop = asyncio.get_running_loop()
         self._writing = loop.run_in_executor(self._thread, self._write, pieces)
