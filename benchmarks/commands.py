@@ -99,7 +99,7 @@ def bench_train(
     batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 128,
     specialists: Annotated[int, typer.Option(min=1, help="Beside the generalist.")] = 1,
-    engines: EnginesOption = "onnxruntime,onnxruntime:int8,executorch",
+    engines: EnginesOption = "onnxruntime,onnxruntime:int8,executorch,executorch:int8",
     threads: ThreadsOption = 2,
     steps: Annotated[int, typer.Option(min=4, help="Timed steps of each.")] = 10,
     cache: CacheOption = None,
