@@ -39,7 +39,7 @@ results: $(STAMP) ## Measure again, for an hour and more on an idle machine, and
 	$(BENCH) decode --peers $(KEPT) > benchmarks/results/decode.json
 	$(BENCH) tier $(KEPT) > benchmarks/results/tier.json
 	$(BENCH) profile $(KEPT) > benchmarks/results/profile.json
-	$(BENCH) coordinator --peers --peer-devices 200 --format json > benchmarks/results/coordinator.json
+	$(BENCH) coordinator --peers --peer-devices 100 --format json > benchmarks/results/coordinator.json
 	$(BIN)/python -m benchmarks.results
 
 clean: ## Remove everything that the other targets made
