@@ -1,8 +1,9 @@
 """Where the coordinator's rows are: a SQLite file in the state directory, or PostgreSQL by URL.
 
-One coordinator at a time uses a state. With PostgreSQL that is made sure of twice, by a lock in the
-database for as long as the coordinator's connection lives, and by a term: each coordinator that
-takes the state over raises it, and every transaction of an earlier one then fails.
+One coordinator at a time leads a state, and it alone writes. With PostgreSQL that is made sure of
+twice, by a lock in the database for as long as the coordinator's connection lives, and by a term:
+each coordinator that takes the state over raises it, and every transaction of an earlier one then
+fails.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import grpc
 import numpy as np
 import pytest
 from coordinator_help import (
@@ -42,7 +43,7 @@ from edge_runtime.connection import Patience, connect
 from edge_runtime.errors import RefusedError, TrustError, UnreachableError
 from edge_runtime.identity import Identity
 from protos import coordinator_pb2 as pb
-from protos import coordinator_pb2_grpc
+from protos import coordinator_pb2_grpc, link_pb2, link_pb2_grpc
 
 SOAK = bool(os.environ.get("COMIGS_SOAK"))
 
@@ -178,6 +179,28 @@ def test_what_the_administrator_does_holds_at_every_coordinator(fleet: Fleet, ur
     for seed, client in enumerate((ada, ben)):
         assert client.upload(header(1), train(bundle, start, seed, 1)).accepted
     assert rows(url, "select count(*) from updates") == [(2,)]
+
+
+def test_who_has_other_bundles_or_only_a_devices_certificate_is_not_let_in(
+    fleet: Fleet, url: str
+) -> None:
+    bundle, other = fleet.bundle(), fleet.bundle(width=24)
+    leader = fleet.serve(bundle, "--database", url)
+    leader.ready()
+    second = fleet.serve(bundle, "--bundle", str(other.path), "--database", url)
+    second.wait_for("not_following")
+    (ada,) = fleet.enrolled(leader, bundle, "ada")
+    assert isinstance(ada.who, Identity)
+    ((link,),) = rows(url, "select address from lead")
+    with connect(replace(ada.who, coordinator=link), PATIENCE) as raw:
+        stub = link_pb2_grpc.LinkStub(raw.channel)
+        with pytest.raises(grpc.RpcError, match="this is between coordinators"):
+            stub.GetTerms(link_pb2.GetTermsRequest(), timeout=10)
+        # As a coordinator would speak for the administrator, who may list devices.
+        speaking = (("comigs-caller-bin", leader.administrator().certificate.encode()),)
+        admin = coordinator_pb2_grpc.AdminStub(raw.channel)
+        with pytest.raises(grpc.RpcError, match="this one's is device"):
+            admin.ListDevices(pb.ListDevicesRequest(), timeout=10, metadata=speaking)
 
 
 def test_secure_aggregation_over_two_coordinators(fleet: Fleet, url: str) -> None:
