@@ -14,6 +14,7 @@ from executorch.backends.xnnpack import _passes as xnnpack_passes
 from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor
 from torch.fx.traceback import NodeSource
 
@@ -62,7 +63,13 @@ def compile_programs(
         partitioner = XnnpackPartitioner(force_non_static_weights_for_f32_linear=True)
         edge = edge.to_backend(dict.fromkeys(exported, partitioner))
         # Removing view copies fails on views of inputs that a method also returns gradients of.
-        program = edge.to_executorch(ExecutorchBackendConfig(remove_view_copy=False))
+        program = edge.to_executorch(
+            ExecutorchBackendConfig(
+                remove_view_copy=False,
+                # Else a run copies its inputs first, and the largest of them is a KV cache.
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            )
+        )
     with file.open("wb") as out:
         program.write_to_file(out)
     return {
