@@ -233,6 +233,7 @@ def tier_table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         s, t = row["suggesting"], row["training"]
         held = row["tier_threads"] > row["threads"]
+        export = row["exporting"]
         rows.append(
             (
                 f"{row['tier']}, {row['engine']} {row['base_dtype']}",
@@ -245,12 +246,13 @@ def tier_table(result: dict[str, Any]) -> str:
                 f"{s['planned_mib']:.0f} / {s['peak_rss_mib']:.0f}" if s else "-",
                 f"{t['planned_mib']:.0f} / {t['peak_rss_mib']:.0f}" if t else "-",
                 f"{row['bundle_mib']:.0f}",
+                f"{export['seconds']:.0f} / {export['peak_rss_mib']:.0f}",
             )
         )
     heads = (
         *("tier", "limit, MiB", "threads", "token p50 / p95, ms", "prefill, tokens/s"),
         *("first suggestion, s", "train step, s", "suggesting: planned / peak, MiB"),
-        *("training: planned / peak, MiB", "bundle, MiB"),
+        *("training: planned / peak, MiB", "bundle, MiB", "its export, s / MiB"),
     )
     refused = [f"* {row['tier']}: {why}." for row in result["rows"] for why in row["refused"]]
     return "\n\n".join([markdown(heads, rows), *(["\n".join(refused)] if refused else [])])
