@@ -85,8 +85,9 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             spoken = await common_protocol(request.protocol, context, oldest)
             reply = await cohort.rounds.check_in(device.id, request.wait_seconds)
             reply.protocol = spoken
+            self._traffic.send(reply)  # counted before what may be the last word of all rounds
             await cohort.rounds.delivered(device.id, request.stored_round)
-            return self._traffic.send(reply)
+            return reply
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
         """Writes the chunks itself: a generator could not be cancelled between two of them."""

@@ -28,9 +28,11 @@ class Lying(SecureAggregation):
         super().__init__(**arguments)
         self.seen: dict[int, pb.MaskingGroup] = {}
 
-    def _check_agreed(self, *_: object) -> None: ...
+    def _check_agreed(self, _: object, standing: Any, *__: object) -> Any:
+        return standing
 
-    def _check_revealed(self, *_: object) -> None: ...
+    def _check_revealed(self, _: object, standing: Any, *__: object) -> Any:
+        return standing
 
     def _lie(self, number: int) -> str:
         return [*["none"] * FIRST, *LIES][number]
