@@ -162,7 +162,7 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="needs WikiText-2 beside the repository")
 @pytest.mark.parametrize(
-    ("precision", "tolerance"), [("float32", 0.005), ("int8", 0.01), ("int4", 0.25)]
+    ("precision", "tolerance"), [("float32", 0.005), ("int8", 0.02), ("int4", 0.25)]
 )
 def test_smollm2_predicts_wikitext_as_transformers_does(
     tmp_path: Path, precision: str, tolerance: float
