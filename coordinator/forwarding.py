@@ -22,8 +22,7 @@ def caller_of(context: Any) -> bytes | None:
 
 def address_of(context: Any) -> str:
     """Where the call came from: an IP address, as far as gRPC knows it."""
-    pem = _certificate(context)
-    if pem is not None and _is_coordinator(pem):
+    if is_from_coordinator(context):
         return str(_said(context).get(ADDRESS, ""))
     # Such as "ipv4:127.0.0.1:4321" or "ipv6:%5B::1%5D:4321".
     peer: str = context.peer()

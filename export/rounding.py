@@ -1,4 +1,4 @@
-"""Where activations do not fit into eight bits.
+"""Eight bits: of weights, and where activations do not fit into them.
 
 Real bases hold a few activations that are thousands of times larger than a token's others (Sun et
 al. 2024, "Massive activations in large language models"). Rounded on one scale with them, the
@@ -19,6 +19,12 @@ from export.flat_graph import ATEN, untransposed
 ALLOWED = 0.03
 # The same where activations share scales in blocks, and smaller blocks cost little.
 ALLOWED_IN_BLOCKS = 0.01
+
+
+def eight_bits(value: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (outputs, inputs) as int8 and a float32 scale for each output."""
+    scales = value.abs().amax(1).clamp(min=1e-12) / 127.0
+    return torch.round(value / scales.unsqueeze(1)).to(torch.int8), scales
 
 
 def coarse_products(

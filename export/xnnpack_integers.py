@@ -6,8 +6,7 @@ with a scale for each output, or in four with one for each block of inputs. The 
 such a product, too, with the transposed weights as a second matrix: XNNPACK keeps weights in the
 order in which a product reads them, and one order does not serve both.
 
-Embeddings of which rows are looked up are float16: rounded to integers they would be the largest
-error of all.
+Embeddings of which rows are looked up are float16.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the o
 
 from export.flat_graph import ATEN, is_transpose, untransposed
 from export.programs import Blocks
-from export.rounding import coarse_products
+from export.rounding import coarse_products, eight_bits
 
 QUANTISED = torch.ops.quantized_decomposed
 SMALLEST_QUANTISED = 2**12  # numbers
@@ -158,12 +157,6 @@ class _Rewriting:
                 ATEN._to_copy.default, (found,), {"dtype": torch.float32}
             )
         lookup.replace_all_uses_with(exact)
-
-
-def eight_bits(value: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (outputs, inputs) as int8 and a float32 scale for each output."""
-    scales = value.abs().amax(1).clamp(min=1e-12) / 127.0
-    return torch.round(value / scales.unsqueeze(1)).to(torch.int8), scales
 
 
 def four_bits(value: Tensor, size: int) -> tuple[Tensor, Tensor]:
