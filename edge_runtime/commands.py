@@ -176,6 +176,7 @@ def run(
                 "micro_batch": chosen.micro_batch,
                 "recompute": chosen.recompute,
                 "packed": chosen.packed,
+                "together": chosen.together,
                 "memory_mib": round(chosen.total_bytes / 2**20, 1),
             }
         )
@@ -566,6 +567,7 @@ def plan(
                         "micro_batch": o.micro_batch,
                         "recompute": o.recompute,
                         "packed": o.packed,
+                        "together": o.together,
                         "total_bytes": o.total_bytes,
                         "runtime_bytes": o.runtime_bytes,
                         "program_bytes": o.program_bytes,
@@ -582,7 +584,8 @@ def plan(
         print(
             f"{mark} {option.micro_batch} sequences at a time"
             f"{'' if option.packed else ', weights not copied'}"
-            f"{', activations computed twice' if option.recompute else ''}: "
+            f"{', activations computed twice' if option.recompute else ''}"
+            f"{'' if option.together else ', training and evaluation loaded in turns'}: "
             f"{planner.mebibytes(option.total_bytes)} (engine "
             f"{planner.mebibytes(option.runtime_bytes)}, programs "
             f"{planner.mebibytes(option.program_bytes)}, adapters and optimizer "

@@ -25,7 +25,7 @@ from edge_runtime.data import Batches, Tokens, load_tokenizer, read_splits, toke
 from edge_runtime.engines import Engine
 from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
 from edge_runtime.identity import Identity
-from edge_runtime.measure import peak_bytes
+from edge_runtime.measure import peak_bytes, return_freed_memory
 from edge_runtime.planner import Plan
 from edge_runtime.secure_aggregation import DistrustedError, Session
 from edge_runtime.store import DeviceConfig, Home, Progress
@@ -323,6 +323,13 @@ class Device:
         self.report({"event": "round", "round": number, "rounds": config.rounds, **fields})
 
     def _train(self, config: pb.TrainingConfig) -> None:
+        """The rest of the current round's steps, and how good the experts are then."""
+        self._take_steps(config)
+        if not self.progress.curve or self.progress.curve[-1][0] != self.state.expert_steps:
+            self._measure_curve()
+        self._save()
+
+    def _take_steps(self, config: pb.TrainingConfig) -> None:
         """The rest of the current round's steps, within the compute budget."""
         trainer = self._get_trainer(config)
         while True:
@@ -346,9 +353,6 @@ class Device:
             )
             if (made + 1) % self.save_every == 0 and made + 1 < config.local_steps:
                 self._save()
-        if not self.progress.curve or self.progress.curve[-1][0] != self.state.expert_steps:
-            self._measure_curve()
-        self._save()
 
     def _out_of_time(self, made: int, due: int) -> bool:
         """Whether a next step of `due` gradients would exceed the budget, by the slowest recent."""
@@ -399,9 +403,12 @@ class Device:
     def _get_trainer(self, config: pb.TrainingConfig) -> Trainer:
         if self._trainer is None or self._trainer.config != config:
             train, valid = self.batches(config)
-            self.plan = planner.choose(
+            plan = planner.choose(
                 self.bundle, self.engine.name, config.batch_sequences, self.memory_bytes
             )
+            if plan != self.plan or not plan.together:
+                self._unload()
+            self.plan = plan
             self._trainer = Trainer(
                 bundle=self.bundle,
                 engine=self.engine,
@@ -415,8 +422,14 @@ class Device:
             )
         return self._trainer
 
+    def _unload(self) -> None:
+        self._trainer = self._evaluator = None
+        return_freed_memory()
+
     def _measure_curve(self) -> None:
         if self._evaluator is None:
+            if not self.plan.together:
+                self._unload()
             self._evaluator = Evaluator(
                 self.bundle, self.engine, self.state.vectors, packed=self.plan.packed
             )
@@ -445,6 +458,7 @@ class Device:
             "micro_batch": self.plan.micro_batch,
             "recompute": self.plan.recompute,
             "packed": self.plan.packed,
+            "together": self.plan.together,
             "step_seconds": times[len(times) // 2] if times else None,
             "planned_memory_mib": round(self.plan.total_bytes / 2**20, 1),
             "peak_rss_mib": round(peak_bytes() / 2**20, 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import product
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.errors import BudgetError
@@ -25,6 +26,8 @@ class Plan:
     """Whether activations are computed a second time instead of kept."""
     packed: bool
     """Whether the engine copies the weights into an order of its own."""
+    together: bool
+    """Whether training and evaluation are loaded side by side, or each makes room for the other."""
     runtime_bytes: int
     program_bytes: int
     adapter_bytes: int
@@ -70,8 +73,9 @@ def mebibytes(size: int) -> str:
 def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
     """Every way to train with this bundle that takes less memory than those before it.
 
-    They come in the order of their speed: large micro-batches, then weights that the engine reads
-    where they are, then activations that are computed twice.
+    They come in the order of their speed, as measured with GPT-2 (benchmarks/RESULTS.md): reading
+    weights where they are costs more than small micro-batches and than loading the programs in
+    turns, which happens twice in a round; computing activations twice comes last.
 
     Raises:
         BundleError: the bundle cannot train with this engine.
@@ -85,24 +89,26 @@ def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
             f"divides a batch of {batch_sequences} sequences; change batch_sequences"
         )
     evaluation = bundle.program("eval_loss", engine)
+    runtime = engine_cost(manifest, engine).runtime_bytes
+    adapters = BYTES_PER_PARAMETER * sum(role.size for role in manifest.roles)
     found: list[Plan] = []
-    for recompute in (False, True):
-        for size in sorted(sizes, reverse=True):
-            if recompute and not bundle.has_program(_program(size, recompute), engine):
-                continue
-            for packed in (True, False):
-                entries = (bundle.program(_program(size, recompute), engine), evaluation)
-                needs = [e.memory_bytes if packed else e.unpacked_memory_bytes for e in entries]
-                plan = Plan(
-                    micro_batch=size,
-                    recompute=recompute,
-                    packed=packed,
-                    runtime_bytes=engine_cost(manifest, engine).runtime_bytes,
-                    program_bytes=sum(needs),
-                    adapter_bytes=BYTES_PER_PARAMETER * sum(role.size for role in manifest.roles),
-                )
-                if all(needs) and all(plan.total_bytes < other.total_bytes for other in found):
-                    found.append(plan)
+    ways = product((False, True), (True, False), sorted(sizes, reverse=True), (True, False))
+    for recompute, packed, size, together in ways:
+        if recompute and not bundle.has_program(_program(size, recompute), engine):
+            continue
+        entries = (bundle.program(_program(size, recompute), engine), evaluation)
+        needs = [e.memory_bytes if packed else e.unpacked_memory_bytes for e in entries]
+        plan = Plan(
+            micro_batch=size,
+            recompute=recompute,
+            packed=packed,
+            together=together,
+            runtime_bytes=runtime,
+            program_bytes=sum(needs) if together else max(needs),
+            adapter_bytes=adapters,
+        )
+        if all(needs) and all(plan.total_bytes < other.total_bytes for other in found):
+            found.append(plan)
     return found
 
 

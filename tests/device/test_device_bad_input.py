@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from device_help import (
     TIMEOUT,
@@ -391,6 +392,13 @@ def test_a_memory_budget_that_is_too_small(
     assert summary["peak_rss_mib"] <= summary["planned_memory_mib"] <= smallest
     plan = json.loads(comigs("plan", *at, "--memory", f"{smallest}MiB", "--format", "json").stdout)
     assert plan["chosen_micro_batch"] == summary["micro_batch"]
+    assert plan["plans"][0]["together"]
+    assert not plan["plans"][-1]["together"]
+    # With programs that make room for each other it learns what it learns with all of them loaded.
+    done = start(tmp_path / "roomy", text_dir, *at, "--seed", 0)
+    roomy = events(done.stdout)[-1]
+    assert (roomy["together"], summary["together"]) == (True, False)
+    np.testing.assert_allclose(summary["held_out_loss"], roomy["held_out_loss"], rtol=1e-4)
 
 
 def test_a_compute_budget_ends_a_round_early_and_says_so(
