@@ -56,8 +56,8 @@ class _Shortened:
     def decay(self) -> float:
         return self.update.decay
 
-    def read(self, start: int, stop: int) -> Flat:
-        vector = self.update.read(start, stop)
+    def read(self, start: int, stop: int, out: Flat | None = None) -> Flat:
+        vector = self.update.read(start, stop, out)
         began = self.began(self.incoming, start, stop)
         vector -= began
         vector *= self.factor

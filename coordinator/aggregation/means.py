@@ -30,19 +30,23 @@ class Mean:
     def configure_round(self, incoming: Flat) -> None:
         self._sum = np.zeros_like(incoming)
         self._total = 0.0
+        self._parts = list(blocks(incoming.size, 1, BLOCK_BYTES))
+        # Used again, since memory that is new costs more than what is done with it.
+        width = max((stop - start for start, stop in self._parts), default=0)
+        self._pieces = np.empty((THREADS, width))
         self._threads = ThreadPoolExecutor(THREADS, "mean")
 
     def accept(self, update: Update) -> None:
         weight = update.decay * (update.tokens if self._by_tokens else 1)
 
-        def add(first: int) -> None:
-            for start, stop in parts[first::THREADS]:
-                vector = update.read(start, stop)
+        def add(thread: int) -> None:
+            for start, stop in self._parts[thread::THREADS]:
+                piece = self._pieces[thread, : stop - start]
+                vector = update.read(start, stop, piece)
                 if weight != 1:
                     vector *= weight
                 self._sum[start:stop] += vector
 
-        parts = list(blocks(self._sum.size, 1, BLOCK_BYTES))
         for _ in self._threads.map(add, range(THREADS)):
             pass  # raises what `add` raised
         self._total += weight

@@ -43,8 +43,9 @@ class Fitted:
         got = Fitted(_Held(incoming), self._wanted, self._own)
         return Fitted(got, self._own, self._wanted).read(start, stop)
 
-    def read(self, start: int, stop: int) -> Flat:
-        numbers = np.zeros(stop - start)
+    def read(self, start: int, stop: int, out: Flat | None = None) -> Flat:
+        numbers = np.empty(stop - start) if out is None else out
+        numbers[:] = 0
         firsts, sizes = self._wanted.firsts, self._wanted.sizes
         reached = range(max(0, bisect_right(firsts, start) - 1), bisect_left(firsts, stop))
         for index in reached:
@@ -80,8 +81,11 @@ class _Held:
     def began(self, incoming: Flat, start: int, stop: int) -> Flat:
         return incoming[start:stop]
 
-    def read(self, start: int, stop: int) -> Flat:
-        return self._vector[start:stop].copy()
+    def read(self, start: int, stop: int, out: Flat | None = None) -> Flat:
+        if out is None:
+            return self._vector[start:stop].copy()
+        out[:] = self._vector[start:stop]
+        return out
 
 
 def fit(vector: Flat, own: Layout, wanted: Layout) -> Flat:

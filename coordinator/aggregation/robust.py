@@ -32,7 +32,7 @@ class _Robust:
         block = np.empty((count, max(stop - start for start, stop in pieces)))
         for start, stop in pieces:
             for row, update in zip(block, self._updates, strict=True):
-                row[: stop - start] = update.read(start, stop)
+                update.read(start, stop, row[: stop - start])
             yield slice(start, stop), block[:, : stop - start]
 
 

@@ -34,8 +34,8 @@ class Rebased:
     def began(self, incoming: Flat, start: int, stop: int) -> Flat:
         return incoming[start:stop]
 
-    def read(self, start: int, stop: int) -> Flat:
-        step = self._update.read(start, stop)
+    def read(self, start: int, stop: int, out: Flat | None = None) -> Flat:
+        step = self._update.read(start, stop, out)
         step -= self._began[start:stop]
         step += self._incoming[start:stop]
         return step

@@ -25,6 +25,9 @@ from edge_runtime.bundle import shared_tensors
 from edge_runtime.errors import AdapterError
 from protos import manifest_pb2 as pb
 
+# Of a file, so many are read at once.
+READ_NUMBERS = 2**16
+
 Flat = NDArray[np.float64]
 """D numbers, or a piece of them."""
 
@@ -59,8 +62,8 @@ class Update(Protocol):
     def began(self, incoming: Flat, start: int, stop: int) -> Flat:
         """Coordinates of what its device started from in a round that starts from `incoming`."""
 
-    def read(self, start: int, stop: int) -> Flat:
-        """Its coordinates `start` to `stop`, a new array."""
+    def read(self, start: int, stop: int, out: Flat | None = None) -> Flat:
+        """Its coordinates `start` to `stop`, in `out` or else in a new array."""
 
 
 class Strategy(Protocol):
@@ -212,12 +215,14 @@ class StoredUpdate:
     def began(self, incoming: Flat, start: int, stop: int) -> Flat:
         return incoming[start:stop]
 
-    def read(self, start: int, stop: int) -> Flat:
+    def read(self, start: int, stop: int, out: Flat | None = None) -> Flat:
         """
         Raises:
             DamagedUpdateError: the file is missing or truncated.
         """
-        numbers = np.zeros(stop - start, "<f4")
+        numbers = np.empty(stop - start) if out is None else out
+        stored = np.empty(min(stop - start, READ_NUMBERS), "<f4")
+        done = start
         firsts = self._pieces.firsts
         reached = range(max(0, bisect_right(firsts, start) - 1), bisect_left(firsts, stop))
         try:
@@ -225,13 +230,18 @@ class StoredUpdate:
                 for index in reached:
                     first, place = firsts[index], self._pieces.places[index]
                     begin, end = max(start, first), min(stop, self._pieces.stops[index])
-                    piece = numbers[begin - start : max(begin, end) - start]
-                    at = place + 4 * (begin - first)
-                    if os.preadv(file.fileno(), [piece.data], at) != piece.nbytes:
-                        raise DamagedUpdateError(self._contribution)
+                    numbers[done - start : begin - start] = 0  # of no tensor
+                    for at in range(begin, end, READ_NUMBERS):
+                        piece = stored[: min(end - at, READ_NUMBERS)]
+                        read = os.preadv(file.fileno(), [piece.data], place + 4 * (at - first))
+                        if read != piece.nbytes:
+                            raise DamagedUpdateError(self._contribution)
+                        done = at + piece.size
+                        numbers[at - start : done - start] = piece
         except (OSError, OverflowError, ValueError) as error:
             raise DamagedUpdateError(self._contribution) from error
-        return numbers.astype(np.float64)
+        numbers[done - start :] = 0
+        return numbers
 
 
 def _header_of(file: io.FileIO, most: int) -> bytes:

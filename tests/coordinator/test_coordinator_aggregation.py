@@ -25,9 +25,12 @@ from coordinator.aggregation import (
     Recipe,
     aggregate,
     choose,
+    means,
     robust,
+    updates,
 )
 from coordinator.aggregation.clipping import Clipped
+from coordinator.aggregation.means import Mean
 from coordinator.aggregation.optimizers import Adam, Momentum, ServerOptimizer, Yogi
 from coordinator.aggregation.updates import Layout, StoredUpdate
 from edge_runtime import wire
@@ -430,8 +433,11 @@ def test_memory_does_not_grow_with_the_number_of_devices(
 # Files and options
 
 
-def test_tensors_may_be_in_any_order_and_anywhere(tmp_path: Path) -> None:
+def test_tensors_may_be_in_any_order_and_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What `wire.decode` accepts is read as it reads it, at any alignment, in any pieces."""
+    monkeypatch.setattr(updates, "READ_NUMBERS", 5)
     vector = np.random.default_rng(1).normal(size=SIZE).astype(np.float32)
     named = wire.encode(MANIFEST, {"generalist": vector})
     length = int.from_bytes(named[:8], "little")
@@ -458,6 +464,44 @@ def test_tensors_may_be_in_any_order_and_anywhere(tmp_path: Path) -> None:
         update = StoredUpdate(Layout(MANIFEST), Contribution("a", path, 1))
         for start, stop in itertools.combinations(range(SIZE + 1), 2):
             np.testing.assert_array_equal(update.read(start, stop), vector[start:stop])
+            given = np.full(stop - start, np.nan)
+            assert update.read(start, stop, given) is given
+            np.testing.assert_array_equal(given, vector[start:stop])
+
+
+def test_what_no_tensor_has_is_zero(tmp_path: Path) -> None:
+    manifest = pb.Manifest()
+    manifest.CopyFrom(MANIFEST)
+    role = next(role for role in manifest.roles if role.name == "generalist")
+    role.size += 9
+    for tensor in manifest.tensors:
+        tensor.offset += 4 * (tensor.role == "generalist")
+    vector = np.arange(1, role.size + 1, dtype=np.float32)
+    path = tmp_path / "payload"
+    path.write_bytes(wire.encode(manifest, {"generalist": vector}))
+    vector[:4] = vector[-5:] = 0
+    update = StoredUpdate(Layout(manifest), Contribution("a", path, 1))
+    for start, stop in itertools.combinations(range(role.size + 1), 2):
+        given = np.full(stop - start, np.nan)
+        np.testing.assert_array_equal(update.read(start, stop, given), vector[start:stop])
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_a_mean_in_blocks_is_the_mean(
+    by_tokens: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(means, "BLOCK_BYTES", 8 * 5)
+    vectors = np.random.default_rng(2).normal(size=(3, SIZE)).astype(np.float32)
+    mean = Mean(by_tokens=by_tokens)
+    mean.configure_round(np.zeros(SIZE))
+    for index, vector in enumerate(vectors):
+        path = tmp_path / str(index)
+        path.write_bytes(wire.encode(MANIFEST, {"generalist": vector}))
+        mean.accept(StoredUpdate(Layout(MANIFEST), Contribution(str(index), path, index + 1)))
+    weights = [1, 2, 3] if by_tokens else None
+    np.testing.assert_allclose(
+        mean.aggregate(), np.average(vectors.astype(float), axis=0, weights=weights), rtol=1e-12
+    )
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
