@@ -39,7 +39,7 @@ from export.flat_graph import (
     untransposed,
 )
 from export.programs import BLOCKS, Blocks
-from export.rounding import coarse_products, eight_bits
+from export.rounding import block_lengths, coarse_products, eight_bits
 
 OPSET = 20
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
@@ -53,8 +53,7 @@ TYPES = {
 SMALLEST_QUANTISED = 2**15
 # Tables of which rows are looked up: embeddings, but not the angles of positions.
 SMALLEST_EMBEDDING = 2**20
-# Blocks for activations that are uneven, and the smallest that ONNX Runtime has.
-SMALL_BLOCK, SMALLEST_BLOCK = 32, 16
+SMALLEST_BLOCK = 16  # that ONNX Runtime has
 DECOMPOSITIONS: Decompositions = decompositions(lambda x: x.sum(-1, keepdim=True))
 
 Argument: TypeAlias = Any  # an fx.Node or what it was called with: numbers, lists, None
@@ -93,10 +92,15 @@ def translate(
         NotImplementedError: the graph holds an operator that has no translation.
     """
     translation = _Translation(graph_module, int8, blocks, length)
-    for arguments in examples if int8 else ():
-        translation.coarse |= coarse_products(
-            graph_module, arguments, translation.quantised, blocks.length if blocks else None
+    if blocks:
+        translation.block_lengths = block_lengths(
+            graph_module,
+            examples,
+            translation.quantised,
+            lambda weight, inputs: translation.blocks_of(weight).lengths(inputs),
         )
+    elif int8:
+        translation.coarse = coarse_products(graph_module, examples, translation.quantised)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, input_names, strict=True):
         translation.names[node] = name
@@ -132,6 +136,7 @@ class _Translation:
         products = (n for n in graph_module.graph.nodes if n.target == ATEN.mm.default)
         factors = [(untransposed(node.args[1]), is_transpose(node.args[1])) for node in products]
         self.coarse: set[fx.Node] = set()  # products for which rounding is too coarse
+        self.block_lengths: dict[fx.Node, int] = {}  # of products with weights in blocks
         # Weights, and the axis that is summed over.
         self.factors = {node.target: int(t) for node, t in factors if node.op == "get_attr"}
         self.head = factors[-1][0].target if factors else ""  # of programs that continue a text
@@ -309,20 +314,21 @@ class _Translation:
             transB=1,
         )
 
-    def block_product(self, a: str, b: fx.Node, transposed: bool, coarse: bool) -> str:
+    def blocks_of(self, attribute: str) -> Blocks:
+        """How a weight is quantised in blocks."""
+        assert self.blocks is not None
+        # Four bits cost more in the head, which tells words apart, than anywhere else.
+        return BLOCKS["int8"] if attribute == self.head else self.blocks
+
+    def block_product(self, a: str, b: fx.Node, transposed: bool, size: int) -> str:
         """a @ b, or a @ b.T, of a float32 matrix and a weight that is quantised in blocks.
 
-        With `coarse`, in small ones: `a` has a scale for each block, too.
+        Each `size` inputs share a scale: of a weight's output, and of a row of `a`.
         """
-        assert self.blocks is not None
         attribute = str(b.target)
         value = self.weight(attribute) if transposed else self.weight(attribute).T  # (out, in)
         outputs, inputs = value.shape
-        # Four bits cost more in the head, which tells words apart, than anywhere else.
-        blocks = BLOCKS["int8"] if attribute == self.head else self.blocks
-        bits, size = blocks.bits, blocks.length(inputs)
-        if coarse and inputs % SMALL_BLOCK == 0:
-            size = min(size, SMALL_BLOCK)
+        bits = self.blocks_of(attribute).bits
         integers, scales = in_blocks(value, bits, size)
         return self.emit(
             "MatMulNBits",
@@ -381,8 +387,8 @@ def in_blocks(value: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
 def _mm(t: _Translation, node: fx.Node, a: fx.Node, b: fx.Node) -> str:
     factor = untransposed(b)
     if t.quantised(factor) and t.blocks:
-        transposed, coarse = factor is not b, node in t.coarse
-        result = t.block_product(t.name(a), factor, transposed=transposed, coarse=coarse)
+        size = t.block_lengths[node]
+        result = t.block_product(t.name(a), factor, transposed=factor is not b, size=size)
         t.in_blocks[node] = t.nodes[-1]
         return result
     if t.quantised(factor):

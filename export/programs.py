@@ -51,9 +51,10 @@ class Blocks:
     bits: int
     size: int
 
-    def length(self, inputs: int) -> int:
-        """Of each block of that many inputs, a multiple of 16: at most `size`."""
-        return next(n for n in (self.size, 64, 32, 16) if n <= self.size and inputs % n == 0)
+    def lengths(self, inputs: int) -> list[int]:
+        """Of blocks of that many inputs, a multiple of 16; the smallest only for want of others."""
+        whole = [n for n in (128, 64, 32, 16) if n <= self.size and inputs % n == 0]
+        return whole[:-1] if whole[1:] and whole[-1] == 16 else whole
 
 
 BLOCKS = {"int8": Blocks(8, 128), "int4": Blocks(4, 32)}

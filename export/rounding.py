@@ -7,7 +7,7 @@ others are lost, and with them what every other token attends to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from export.flat_graph import ATEN, untransposed
 
 # Largest error, relative, of a token's outputs. Without such activations most are below it.
 ALLOWED = 0.03
-# The same where activations share scales in blocks, and smaller blocks cost little.
-ALLOWED_IN_BLOCKS = 0.01
+# The same where activations share scales in blocks, of which smaller ones cost little.
+ALLOWED_IN_BLOCKS = 0.0125
 
 
 def eight_bits(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,21 +29,54 @@ def eight_bits(value: Tensor) -> tuple[Tensor, Tensor]:
 
 def coarse_products(
     graph_module: fx.GraphModule,
-    arguments: Sequence[Tensor],
+    examples: Sequence[Sequence[Tensor]],
     quantised: Callable[[fx.Node], bool],
-    block: Callable[[int], int] | None = None,
 ) -> set[fx.Node]:
-    """Products with quantised weights for which rounding each token on these scales is too coarse.
+    """Products with quantised weights for which rounding each token on one scale is too coarse.
 
     Args:
-        arguments: what to run the graph on.
+        examples: what to run the graph on.
         quantised: whether a node is a weight that is held in int8.
-        block: of how many activations of a token, how many share a scale (default: all).
     """
-    rounding = _Rounding(graph_module, quantised, block)
-    with torch.no_grad():
-        rounding.run(*arguments)
-    return rounding.coarse
+    found = _errors(graph_module, examples, quantised, lambda _, inputs: (inputs,))
+    return {node for node, errors in found if max(errors.values()) > ALLOWED}
+
+
+def block_lengths(
+    graph_module: fx.GraphModule,
+    examples: Sequence[Sequence[Tensor]],
+    quantised: Callable[[fx.Node], bool],
+    lengths: Callable[[str, int], Sequence[int]],
+) -> dict[fx.Node, int]:
+    """Of each product with a quantised weight, how many activations of a token may share a scale.
+
+    Args:
+        examples, quantised: as above.
+        lengths: what there is to choose from for a weight with so many inputs, falling. If even the
+            last is too coarse, it is taken.
+    """
+    chosen: dict[fx.Node, int] = {}
+    for node, errors in _errors(graph_module, examples, quantised, lengths):
+        fitting = (length for length, error in errors.items() if error <= ALLOWED_IN_BLOCKS)
+        length = next(fitting, min(errors))
+        chosen[node] = min(length, chosen.get(node, length))
+    return chosen
+
+
+def _errors(
+    graph_module: fx.GraphModule,
+    examples: Sequence[Sequence[Tensor]],
+    quantised: Callable[[fx.Node], bool],
+    lengths: Callable[[str, int], Sequence[int]],
+) -> Iterator[tuple[fx.Node, dict[int, float]]]:
+    """For every example and product: by how much blocks of each of `lengths` miss its outputs.
+
+    Relative errors of the whole output of a token, the worst of all tokens."""
+    for arguments in examples:
+        rounding = _Rounding(graph_module, quantised, lengths)
+        with torch.no_grad():
+            rounding.run(*arguments)
+        yield from rounding.errors.items()
 
 
 class _Rounding(fx.Interpreter):
@@ -53,14 +86,13 @@ class _Rounding(fx.Interpreter):
         self,
         graph_module: fx.GraphModule,
         quantised: Callable[[fx.Node], bool],
-        block: Callable[[int], int] | None,
+        lengths: Callable[[str, int], Sequence[int]],
     ) -> None:
         super().__init__(graph_module)
-        self.block = block or int
-        self.allowed = ALLOWED_IN_BLOCKS if block else ALLOWED
         self.quantised = quantised
-        self.coarse: set[fx.Node] = set()
-        self.scales: dict[Any, tuple[bool, Tensor]] = {}
+        self.lengths = lengths
+        self.errors: dict[fx.Node, dict[int, float]] = {}
+        self.scales: dict[str, tuple[bool, Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -71,18 +103,22 @@ class _Rounding(fx.Interpreter):
             weight = untransposed(b)
             if self.quantised(weight):
                 x, transposed = self.env[a], weight is not b
-                if self._worst_error(weight.target, x, self.env[b], transposed) > self.allowed:
-                    self.coarse.add(n)
+                self.errors[n] = self._worst_errors(str(weight.target), x, self.env[b], transposed)
         return result
 
-    def _worst_error(self, weight: Any, x: Tensor, factor: Tensor, transposed: bool) -> float:
+    def _worst_errors(
+        self, weight: str, x: Tensor, factor: Tensor, transposed: bool
+    ) -> dict[int, float]:
         if weight not in self.scales:
             self.scales[weight] = (transposed, factor.abs().amax(0).clamp(min=1e-12))
         forward, scales = self.scales[weight]
         if transposed != forward:  # the backward pass: scales per output belong to x then
             x, factor = x * scales, factor / scales.unsqueeze(1)
-        blocks = x.view(len(x), -1, self.block(x.shape[1]))
-        step = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (2.0 / 255.0)
-        error = (torch.round(blocks / step) * step - blocks).view(x.shape)
         wanted = (x @ factor).norm(dim=1).clamp(min=1e-30)
-        return float(((error @ factor).norm(dim=1) / wanted).max())
+        errors = {}
+        for length in self.lengths(weight, x.shape[1]):
+            blocks = x.view(len(x), -1, length)
+            step = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (2.0 / 255.0)
+            error = (torch.round(blocks / step) * step - blocks).view(x.shape)
+            errors[length] = float(((error @ factor).norm(dim=1) / wanted).max())
+        return errors

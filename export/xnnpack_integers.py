@@ -49,9 +49,7 @@ def integer_products(
         matrix = node.op == "get_attr" and node.target in factors and min(shape) > 1
         return bool(matrix and shape.numel() >= SMALLEST_QUANTISED)
 
-    coarse: set[fx.Node] = set()
-    for arguments in examples:
-        coarse |= coarse_products(graph_module, arguments, quantised)
+    coarse = coarse_products(graph_module, examples, quantised)
     embeddings = {n.args[0].target for n in graph.nodes if n.target == ATEN.index.Tensor}
     rewriting = _Rewriting(graph_module)
     for node in products:
