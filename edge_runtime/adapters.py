@@ -53,26 +53,40 @@ def zeros(manifest: pb.Manifest) -> Vectors:
     return {role.name: np.zeros(role.size, np.float32) for role in manifest.roles}
 
 
-def views(manifest: pb.Manifest, vectors: Mapping[str, Vector]) -> dict[str, Vector]:
-    """Tensor name -> view of its slice, for the roles in `vectors`. Nothing is copied.
+class Layout:
+    """Where the tensors of a manifest lie in the vectors of their roles."""
 
-    Raises:
-        AdapterError: a vector is not float32 of its role's size.
-    """
-    sizes = {role.name: role.size for role in manifest.roles}
-    for role, vector in vectors.items():
-        if vector.shape != (sizes.get(role),) or vector.dtype != np.float32:
-            raise AdapterError(
-                f"{role} is {vector.dtype}{list(vector.shape)}, the bundle wants "
-                f"float32[{sizes.get(role, 0)}]; use the bundle that these adapters came from"
-            )
-    return {
-        tensor.name: vectors[tensor.role][
-            tensor.offset : tensor.offset + math.prod(tensor.shape)
-        ].reshape(tuple(tensor.shape))
-        for tensor in manifest.tensors
-        if tensor.role in vectors
-    }
+    def __init__(self, manifest: pb.Manifest) -> None:
+        self._sizes = {role.name: role.size for role in manifest.roles}
+        self._tensors: dict[str, list[tuple[str, slice, tuple[int, ...]]]] = defaultdict(list)
+        for tensor in manifest.tensors:
+            end = tensor.offset + math.prod(tensor.shape)
+            found = tensor.name, slice(tensor.offset, end), tuple(tensor.shape)
+            self._tensors[tensor.role].append(found)
+
+    def views(self, vectors: Mapping[str, Vector]) -> dict[str, Vector]:
+        """Tensor name -> view of its slice, for the roles in `vectors`. Nothing is copied.
+
+        Raises:
+            AdapterError: a vector is not float32 of its role's size.
+        """
+        for role, vector in vectors.items():
+            if vector.shape != (self._sizes.get(role),) or vector.dtype != np.float32:
+                raise AdapterError(
+                    f"{role} is {vector.dtype}{list(vector.shape)}, the bundle wants "
+                    f"float32[{self._sizes.get(role, 0)}]; use the bundle that these adapters came "
+                    "from"
+                )
+        return {
+            name: vector[where].reshape(shape)
+            for role, vector in vectors.items()
+            for name, where, shape in self._tensors[role]
+        }
+
+
+def views(manifest: pb.Manifest, vectors: Mapping[str, Vector]) -> dict[str, Vector]:
+    """`Layout.views`, for once."""
+    return Layout(manifest).views(vectors)
 
 
 class Stacks:
@@ -84,7 +98,6 @@ class Stacks:
     """
 
     def __init__(self, manifest: pb.Manifest) -> None:
-        self._manifest = manifest
         self._scale = np.float32(manifest.mixture.alpha / math.sqrt(manifest.mixture.rank))
         pairs: dict[str, list[pb.Tensor]] = defaultdict(list)
         for tensor in manifest.tensors:
@@ -100,9 +113,9 @@ class Stacks:
             self.arrays[name] = stack
             self._slots |= {t.name: slot for t, slot in zip(tensors, slots, strict=True)}
 
-    def fill(self, vectors: Mapping[str, Vector]) -> None:
-        """Takes over the adapters of the roles in `vectors`."""
-        for name, value in views(self._manifest, vectors).items():
+    def fill(self, named: Mapping[str, Vector]) -> None:
+        """Takes over LoRA pairs, by the names of their tensors; what else there is, is left."""
+        for name, value in named.items():
             if name.endswith(".lora_A.weight"):
                 np.multiply(value, self._scale, out=self._slots[name])
             elif name in self._slots:

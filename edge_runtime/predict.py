@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edge_runtime.adapters import Stacks, Vector, views
+from edge_runtime.adapters import Layout, Stacks, Vector
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import Array, Engine, allocate, allocate_outputs, shortened
@@ -57,7 +57,7 @@ class Predictor:
         self._programs = {"decode": engine.load(bundle, "decode")}
         # The cache is one set of arrays for both programs, and so are the adapters.
         self._caches = allocate(p for p in decode.inputs if p.name.startswith("cache."))
-        self._stacks = Stacks(manifest)
+        self._layout, self._stacks = Layout(manifest), Stacks(manifest)
         ports = [p for p in decode.inputs if "/" in p.name]
         stacks = self._stacks.arrays
         self._adapters = allocate(ports, besides=stacks)
@@ -75,12 +75,12 @@ class Predictor:
         Raises:
             AdapterError: a vector is not of this bundle; nothing has changed.
         """
-        named = views(self.bundle.manifest, vectors)
+        named = self._layout.views(vectors)
         self._held, self._routing = [], []
         for name in named.keys() & self._adapters.keys():
             self._adapters[name][...] = named[name]
         if self._adapters.keys() & self._stacks.arrays.keys():
-            self._stacks.fill(vectors)
+            self._stacks.fill(named)
 
     def logits(self, tokens: list[int]) -> NDArray[np.float32]:
         """Logits (V,) of the token after `tokens`; of a long text only the end that fits counts.

@@ -55,8 +55,9 @@ def example_arguments(
             value = rng.normal(0.0, 1.0, shape)
         arguments.append(torch.from_numpy(value).to(dtype))
     vectors, stacks = mixture.random(manifest, seed), Stacks(manifest)
-    stacks.fill(vectors)
-    named = views(manifest, vectors) | stacks.arrays
+    named = views(manifest, vectors)
+    stacks.fill(named)
+    named |= stacks.arrays
     adapters = [torch.from_numpy(named[name].copy()) for name in specification.adapters]
     if specification.length:
         _fill_cache(specification, arguments, adapters)
