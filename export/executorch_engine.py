@@ -7,17 +7,29 @@ import io
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import get_type_hints
+from unittest.mock import patch
 
 import torch
-from executorch.backends.xnnpack import _passes as xnnpack_passes
+from executorch.backends.transforms.addmm_mm_to_linear import apply_addmm_mm_to_linear_transform
 from executorch.backends.xnnpack import xnnpack_preprocess
+from executorch.backends.xnnpack.partition.config import gemm_configs
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
+from executorch.exir._serialize import _dataclass
+from executorch.exir.backend.canonical_partitioners.pattern_op_partitioner import (
+    generate_grouped_partitions_from_list_of_nodes,
+)
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx.passes.infra.partitioner import Partition
+from torch.fx.passes.utils.fuser_utils import validate_partition
 from torch.fx.traceback import NodeSource
 
+from export.edge_dialect import CONFIG, edge_program
 from export.flat_graph import flat_graph
 from export.parity import variants
 from export.programs import Specification
@@ -44,24 +56,15 @@ def compile_programs(
     }
     for name, (specification, example) in programs.items() if integers else ():
         integer_products(graphs[name], variants(specification, example), specification.blocks)
-    with torch.no_grad(), _quiet(), _fewer_passes():
-        exported = {
-            name: torch.export.export(graphs[name], tuple(example), strict=False)
-            for name, (_, example) in programs.items()
-        }
-        edge = to_edge(
-            exported,
-            compile_config=EdgeCompileConfig(
-                _check_ir_validity=False,
-                _skip_dim_order=True,
-                preserve_ops=[torch.ops.aten.linear.default],  # products on integers
-            ),
+    with torch.no_grad(), _quiet(), _shortened():
+        edge = EdgeProgramManager(
+            {name: edge_program(graph) for name, graph in graphs.items()}, compile_config=CONFIG
         )
         # In a joint graph the weights of matrix products arrive as run-time values (a transpose of
         # a constant); without the flag none of them is delegated. It also keeps the weights
         # ordinary constants, which the methods share, instead of a packed copy per method.
-        partitioner = XnnpackPartitioner(force_non_static_weights_for_f32_linear=True)
-        edge = edge.to_backend(dict.fromkeys(exported, partitioner))
+        partitioner = _Partitioner(force_non_static_weights_for_f32_linear=True)
+        edge = edge.to_backend(dict.fromkeys(graphs, partitioner))
         # Removing view copies fails on views of inputs that a method also returns gradients of.
         program = edge.to_executorch(
             ExecutorchBackendConfig(
@@ -97,21 +100,45 @@ def _quiet():  # type: ignore[no-untyped-def]
             logging.disable(previous)
 
 
-@contextlib.contextmanager
-def _fewer_passes():  # type: ignore[no-untyped-def]
-    """Runs those of XNNPACK's passes over a delegate that find something in a rewritten graph.
+class _Partitioner(XnnpackPartitioner):  # type: ignore[misc]
+    """Tries what our graphs are written for before anything else: all that XNNPACK takes as one.
 
-    Each of the seventeen goes through every node, and most look for convolutions, batch norms,
-    activations or quantisation: half of the time of lowering, in a profile of `decode`.
+    The general search merges operators one by one and looks for cycles each time.
     """
-    original = xnnpack_preprocess.XNNPACKPassManager
-    needed = [
-        xnnpack_passes.XNNPACKRemoveCloneOpsTransform,
-        xnnpack_passes.ConvertToLinearPass,
-        xnnpack_passes.DecomposeConcatenate,
-    ]
-    xnnpack_preprocess.XNNPACKPassManager = lambda program, passes: original(program, needed)
-    try:
+
+    def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
+        groups = self.get_matched_nodes_from_configs(ep)
+        every = [node for group in groups for node in group]
+        if validate_partition(every):
+            return [Partition(id=0, nodes=every)]
+        found: list[Partition] = generate_grouped_partitions_from_list_of_nodes(
+            ep.graph_module, groups
+        )
+        return found
+
+
+class _Passes:
+    """Of XNNPACK's passes over a delegate those that find something in our graphs: a product with
+    a transposed matrix becomes a linear map.
+
+    The others look for what is not there; each would trace the graph again.
+    """
+
+    def __init__(self, program: ExportedProgram, passes: object) -> None:
+        self.program = program
+
+    def transform(self) -> ExportedProgram:
+        apply_addmm_mm_to_linear_transform(self.program.graph)
+        return self.program
+
+
+@contextlib.contextmanager
+def _shortened():  # type: ignore[no-untyped-def]
+    """Leaves out what XNNPACK's lowering does again and again, and finds nothing or the same."""
+    with (
+        patch.object(xnnpack_preprocess, "XNNPACKPassManager", _Passes),
+        # Modules that an operator comes from: here it comes from none.
+        patch.object(gemm_configs, "get_source_partitions", lambda graph, modules: {}),
+        patch.object(_dataclass, "get_type_hints", cache(get_type_hints)),
+    ):
         yield
-    finally:
-        xnnpack_preprocess.XNNPACKPassManager = original

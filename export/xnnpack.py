@@ -9,6 +9,7 @@ what `flat_graph` writes out for every engine:
 | sum over one dimension, or all | product with a column or row of ones |
 | layer norm | its definition |
 | maximum of a row, to keep exp in range | mean of the row under its own softmax, see `_amax` |
+| stack, or more than five joined | joined by fives |
 
 Gathers from the embedding and the comparison with the position stay outside, before the delegate.
 """
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 from export.flat_graph import ATEN, Decompositions, Rewritten, decompositions
+
+MOST_JOINED = 5
 
 
 def _row_sums(x: Tensor) -> Tensor:
@@ -68,10 +71,23 @@ def _layer_norm(
     return centred * reciprocal * weight + bias, mean, reciprocal
 
 
+def _stack(xs: Sequence[Tensor], dim: int = 0) -> Rewritten:
+    dim %= xs[0].dim() + 1
+    return torch.cat([x.reshape(*x.shape[:dim], 1, *x.shape[dim:]) for x in xs], dim)
+
+
+def _cat(xs: Sequence[Tensor], dim: int = 0) -> Rewritten:
+    if len(xs) <= MOST_JOINED:
+        return NotImplemented
+    return torch.cat([torch.cat(list(xs[:MOST_JOINED]), dim), *xs[MOST_JOINED:]], dim)
+
+
 DECOMPOSITIONS: Decompositions = {
     **decompositions(_row_sums),
     ATEN.sum.default: _sum_all,
     ATEN.sum.dim_IntList: _sum_dims,
     ATEN.amax.default: _amax,
     ATEN.native_layer_norm.default: _layer_norm,
+    ATEN.stack.default: _stack,
+    ATEN.cat.default: _cat,
 }

@@ -89,7 +89,8 @@ class _Rewriting:
                 x = call(ATEN.cat.default, (list(self.split(x)),))
             rounded = self.round(x)
         with self.graph.inserting_before(last):
-            result = call(ATEN.linear.default, (rounded, self.weight(factor, blocks), bias))
+            factors = (rounded, self.weight(factor, blocks))
+            result = call(ATEN.linear.default, factors if bias is None else (*factors, bias))
             if apart:  # one product of both, since weights take longer to read than rows to compute
                 parts = [(result, 0, start, start + rows) for start in (0, rows)]
                 result = call(ATEN.add.Tensor, tuple(call(ATEN.slice.Tensor, p) for p in parts))
