@@ -44,6 +44,9 @@ GRACE_SECONDS = 10.0
 REARM_SECONDS = 1.0
 # What a device may send before anybody looks at it, of each call.
 WINDOW_BYTES = 16 * 1024
+# From a connection at once. Each keeps what it once needed, which gRPC rounds up: from 12 KiB on to
+# 64, below that to 16.
+READ_BYTES = 12 * 1024 - 1
 # The longest that a call waits until it is looked at. gRPC's own limits are 30 seconds and about a
 # thousand calls, and it ends what is beyond them with a bare CANCELLED.
 QUEUE_SECONDS = 600
@@ -103,8 +106,7 @@ class Limits:
             # Left to itself gRPC lets a fast sender fill megabytes of memory per call.
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
-            # Of these, every connection keeps what it once needed.
-            ("grpc.experimental.tcp_max_read_buffer_size", 2 * WINDOW_BYTES),
+            ("grpc.experimental.tcp_max_read_buffer_size", READ_BYTES),
             # Two coordinators on one port each get half of the devices.
             ("grpc.so_reuseport", int(shared)),
             # Devices vanish without a word: notice within about 30 seconds.
