@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coordinator import direct
 from coordinator.cohorts import Cohort
 from coordinator.commits import to_its_end
 from coordinator.limits import TooSlowError, Transfers
@@ -70,18 +71,22 @@ def read_part(content: bytes) -> Part:
 class Gathering:
     """The file of an update that is coming in. A thread writes what has come while more comes."""
 
-    def __init__(self, file: io.FileIO, offset: int, thread: Executor) -> None:
-        """What is in the file beyond `offset` does not count."""
+    def __init__(self, file: io.FileIO, path: Path, offset: int, thread: Executor) -> None:
+        """What is in the file, that of `path`, beyond `offset` does not count."""
         file.truncate(offset)
         file.seek(0)
-        self._file, self._thread = file, thread
+        self._known = file if offset else None
+        self._thread = thread
         self.content = wire.Incoming()
         """What it is, once it has ended."""
         self._sha256 = hashlib.sha256()
         self._pieces: list[memoryview] = []
-        self._writing: asyncio.Future[None] | None = None
+        self._writing: asyncio.Future[bool] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._failure: BaseException | None = None
+        # Whether all that has come is in the file.
+        self._settled = True
+        self._file = direct.Appending(file, path)
         if offset:
             self._start()
 
@@ -92,8 +97,10 @@ class Gathering:
             OSError: it cannot be written.
         """
         self._pieces.append(data)
+        self._settled = False
         if self._writing is None and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._start)
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(IDLE_SECONDS, self._start, True)
         while len(self._pieces) >= PIECES and self._failure is None:
             if self._writing is None:
                 self._start()
@@ -110,13 +117,13 @@ class Gathering:
         """
         cancelled: asyncio.CancelledError | None = None
         self._stop_timer()
-        if self._writing is None and self._pieces and self._failure is None:
-            self._start()
-        while self._writing is not None:
+        while self._failure is None and not (self._settled and self._writing is None):
+            writing = self._writing or self._start(True)
             try:
-                await asyncio.wait([self._writing])
+                await asyncio.wait([writing])
             except asyncio.CancelledError as error:
                 cancelled = error
+        self._file.close()
         if cancelled is not None:
             raise cancelled
         if self._failure is not None:
@@ -128,27 +135,35 @@ class Gathering:
             self._timer.cancel()
             self._timer = None
 
-    def _start(self) -> None:
+    def _start(self, settle: bool = False) -> asyncio.Future[bool]:
+        """Begins to write what is there; with `settle`, also what fills no block."""
         self._stop_timer()
         pieces, self._pieces = self._pieces, []
         loop = asyncio.get_running_loop()
-        self._writing = loop.run_in_executor(self._thread, self._write, pieces)
-        self._writing.add_done_callback(self._written)
+        writing = loop.run_in_executor(self._thread, self._write, pieces, settle)
+        self._writing = writing
+        writing.add_done_callback(self._written)
+        return writing
 
-    def _written(self, writing: asyncio.Future[None]) -> None:
+    def _written(self, writing: asyncio.Future[bool]) -> None:
         self._writing, self._failure = None, writing.exception()
-        if self._pieces and self._failure is None:
-            self._start()
+        if self._failure is None:
+            self._settled = writing.result() and not self._pieces
+            if self._pieces:
+                self._start()
 
-    def _write(self, pieces: list[memoryview]) -> None:
-        """In the thread."""
-        while known := self._file.read(READ_BYTES):  # before the offset, and only once
-            self._look(memoryview(known))
+    def _write(self, pieces: list[memoryview], settle: bool) -> bool:
+        """In the thread. Returns `settle`."""
+        if self._known is not None:  # before the offset
+            while known := self._known.read(READ_BYTES):
+                self._look(memoryview(known))
+            self._known = None
         for piece in pieces:
             self._look(piece)
-            rest = piece
-            while rest:
-                rest = rest[self._file.write(rest) :]
+        self._file.write(pieces)
+        if settle:
+            self._file.settle()
+        return settle
 
     def _look(self, piece: memoryview) -> None:
         self._sha256.update(piece)
@@ -235,7 +250,7 @@ class Uploads:
                         self._state.begin_partial(path)
                         with storage_errors(path):
                             file = held.enter_context(_alone(path))
-                            gathered = await self._gather(file, header, parts, moved)
+                            gathered = await self._gather(file, path, header, parts, moved)
                     return await to_its_end(
                         functools.partial(self._keep, path, device, header, *gathered)
                     )
@@ -266,11 +281,12 @@ class Uploads:
     async def _gather(
         self,
         file: io.FileIO,
+        path: Path,
         header: pb.UploadHeader,
         parts: AsyncIterator[Part],
         moved: Callable[[int], None],
     ) -> tuple[bytes, wire.Incoming]:
-        """Writes what comes into the file, from the header's offset on, piece by piece.
+        """Writes what comes into the file, which is at `path`, from the header's offset on.
 
         Returns:
             SHA-256 of the whole, and what it is.
@@ -278,7 +294,7 @@ class Uploads:
         received = header.offset
         if received > file.seek(0, os.SEEK_END):
             raise BrokenUploadError("the bytes before the offset are not here")
-        gathering = Gathering(file, received, self._thread)
+        gathering = Gathering(file, path, received, self._thread)
         try:
             async for part in parts:
                 if isinstance(part, pb.UploadPart):

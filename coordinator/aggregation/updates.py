@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator import direct
 from edge_runtime import wire
 from edge_runtime.adapters import Vector, Vectors
 from edge_runtime.bundle import shared_tensors
@@ -26,7 +26,7 @@ from edge_runtime.errors import AdapterError
 from protos import manifest_pb2 as pb
 
 # Of a file, so many are read at once.
-READ_NUMBERS = 2**16
+READ_NUMBERS = 2**17
 
 Flat = NDArray[np.float64]
 """D numbers, or a piece of them."""
@@ -221,23 +221,21 @@ class StoredUpdate:
             DamagedUpdateError: the file is missing or truncated.
         """
         numbers = np.empty(stop - start) if out is None else out
-        stored = np.empty(min(stop - start, READ_NUMBERS), "<f4")
         done = start
         firsts = self._pieces.firsts
         reached = range(max(0, bisect_right(firsts, start) - 1), bisect_left(firsts, stop))
         try:
-            with self._contribution.path.open("rb", buffering=0) as file:
+            with direct.opened(self._contribution.path) as file:
                 for index in reached:
                     first, place = firsts[index], self._pieces.places[index]
                     begin, end = max(start, first), min(stop, self._pieces.stops[index])
                     numbers[done - start : begin - start] = 0  # of no tensor
                     for at in range(begin, end, READ_NUMBERS):
-                        piece = stored[: min(end - at, READ_NUMBERS)]
-                        read = os.preadv(file.fileno(), [piece.data], place + 4 * (at - first))
-                        if read != piece.nbytes:
+                        done = min(at + READ_NUMBERS, end)
+                        stored = direct.read(file, place + 4 * (at - first), 4 * (done - at))
+                        if len(stored) != 4 * (done - at):
                             raise DamagedUpdateError(self._contribution)
-                        done = at + piece.size
-                        numbers[at - start : done - start] = piece
+                        numbers[at - start : done - start] = np.frombuffer(stored, "<f4")
         except (OSError, OverflowError, ValueError) as error:
             raise DamagedUpdateError(self._contribution) from error
         numbers[done - start :] = 0
