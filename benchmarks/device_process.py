@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from benchmarks.child import Commands, prompt, serve
 from edge_runtime.adapters import Vectors, load_fresh, views, zeros
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.engines import allocate, load_engine
 from edge_runtime.predict import Predictor
-from edge_runtime.training import adamw, new_state
-from edge_runtime.training_config import load as load_training
 
 LEARNING_RATE = 1e-3
 Array = np.ndarray[Any, Any]
@@ -33,6 +30,12 @@ def train(
 
     `step` answers with its seconds and its loss, `gradients` writes the last step's to a file.
     """
+    # A process that suggests does not import what trains.
+    from safetensors.numpy import save_file
+
+    from edge_runtime.training import adamw, new_state
+    from edge_runtime.training_config import load as load_training
+
     manifest = bundle.manifest
     vectors, parameters = fixed_adapters(bundle)
     gradients = zeros(manifest)
@@ -111,7 +114,8 @@ def fixed_adapters(bundle: Bundle) -> tuple[Vectors, dict[str, Array]]:
     rng = np.random.default_rng(1)
     for name, view in named.items():
         if name.endswith("lora_B.weight"):
-            view[...] = rng.normal(0.0, 0.01, view.shape)
+            rng.standard_normal(dtype=np.float32, out=view)
+            np.multiply(view, np.float32(0.01), out=view)
     return vectors, named
 
 

@@ -494,6 +494,8 @@ def _cat(t: _Translation, node: fx.Node, parts: Sequence[fx.Node], dim: int = 0)
 
 
 def _stack(t: _Translation, node: fx.Node, parts: Sequence[fx.Node], dim: int = 0) -> str:
+    if dim == 0:  # the same memory as one after the other
+        return t.emit("Reshape", t.emit("Concat", *map(t.name, parts), axis=0), t.shape(node))
     axis = t.constant(torch.tensor([dim]))
     return t.emit("Concat", *(t.emit("Unsqueeze", t.name(p), axis) for p in parts), axis=dim)
 
