@@ -132,7 +132,7 @@ class Rounds(Course):
                     break
                 await wait(changed, left)
                 async with self._waking:  # one by one, and whoever comes anew in between
-                    pass
+                    await asyncio.sleep(0)
         except asyncio.CancelledError:
             # The device hung up: it is not waiting any more.
             self._heard.pop(device, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import Sequence
@@ -401,6 +402,9 @@ def _stop_signals() -> asyncio.Event:
 
 async def _run(parts: _Parts, stopped: asyncio.Event) -> None:
     """Runs the rounds; returns when it is time to stop."""
+    # What is here now stays. Looking for garbage among it, too, kept every call waiting.
+    gc.collect()
+    gc.freeze()
     tasks = [
         asyncio.create_task(what)
         for what in (_course(parts), _notice_takeover(parts.state), stopped.wait())
