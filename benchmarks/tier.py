@@ -30,6 +30,7 @@ from benchmarks.machine import Machine, machine
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import SPLITS
 from edge_runtime.errors import BudgetError, ComigsError
+from export.base import load_base
 from export.tiers import DeviceClass, device_classes
 
 TOKENS = 32  # decoded after a prompt
@@ -115,6 +116,7 @@ def run(
     """
     weights = "random" if random_weights else "pretrained"
     classes = device_classes()
+    made_from = load_base(base_name, random_weights=random_weights).sha256
     rows = []
     with kept_in(cache) as folder:
         jobs = []
@@ -123,7 +125,7 @@ def run(
                 progress(f"{name}: exporting for {engine} {precision}")
                 options = {"base": base_name, "weights": weights, "tier": name}
                 options |= {"engine": engine, "precision": precision}
-                jobs.append((name, engine, precision, *_export(options, folder)))
+                jobs.append((name, engine, precision, *_export(options, made_from, folder)))
         for name, engine, precision, bundle, exporting in jobs:
             row = _row(classes[name], bundle, exporting, engine, precision, count, progress)
             rows.append(row)
@@ -138,9 +140,10 @@ def run(
     }
 
 
-def _export(options: dict[str, str], folder: Path) -> tuple[Bundle, Exporting]:
-    """What `comigs export` wrote with these options, now or in an earlier run of the same code."""
-    key = repr((sorted(options.items()), sources_digest())).encode()
+def _export(options: dict[str, str], made_from: str, folder: Path) -> tuple[Bundle, Exporting]:
+    """What `comigs export` wrote with these options, now or in an earlier run of the same code on
+    a base with the hash `made_from`."""
+    key = repr((sorted(options.items()), made_from, sources_digest())).encode()
     path = folder / f"tier-{hashlib.sha256(key).hexdigest()[:16]}"
     figures = path.with_suffix(".json")
     if not figures.exists():
