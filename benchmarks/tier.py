@@ -30,6 +30,7 @@ from benchmarks.machine import Machine, machine
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import SPLITS
 from edge_runtime.errors import BudgetError, ComigsError
+from edge_runtime.predict import memory_plan
 from export.base import load_base
 from export.tiers import DeviceClass, device_classes
 
@@ -46,8 +47,7 @@ class Exporting(TypedDict):
 
 
 class Suggesting(TypedDict):
-    """Of the process that suggests. Times in seconds; `planned_mib` is what the manifest says that
-    prefill and decode need, each with its weights, and the engine."""
+    """Of the process that suggests. Times in seconds."""
 
     token_p50: float
     token_p95: float
@@ -248,15 +248,14 @@ def _suggest(
             starts.append(start)
             prefills.append(prompt / prefill)
             latencies += seconds
-    programs = [bundle.program(name, engine).memory_bytes for name in ("prefill", "decode")]
-    runtime = next(c.runtime_bytes for c in bundle.manifest.engines if c.engine == engine)
+    _, planned = memory_plan(bundle.manifest, engine)
     return {
         "token_p50": median(latencies),
         "token_p95": quantiles(latencies, n=20)[-1],
         "prompt": prompt,
         "prefill_tokens_per_second": median(prefills),
         "cold_start": median(starts),
-        "planned_mib": (runtime + sum(programs)) / 2**20,
+        "planned_mib": planned / 2**20,
         "peak_rss_mib": peak,
     }
 

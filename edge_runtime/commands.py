@@ -29,7 +29,7 @@ from edge_runtime.enrolment import identity_from
 from edge_runtime.errors import AdapterError, DataError, StorageError
 from edge_runtime.identity import Identity
 from edge_runtime.invitation import decode
-from edge_runtime.predict import Predictor, Suggestion
+from edge_runtime.predict import Predictor, Suggestion, memory_plan
 from edge_runtime.store import DeviceConfig, Home
 from edge_runtime.training import Evaluator
 from protos import coordinator_pb2 as pb
@@ -556,12 +556,14 @@ def plan(
     opened = open_bundle(bundle)
     chosen = planner.choose(opened, engine, batch, memory)
     options = planner.plans(opened, engine, batch)
+    _, suggesting = memory_plan(opened.manifest, engine)
     if output is Format.JSON:
         emit(
             {
                 "engine": engine,
                 "chosen_micro_batch": chosen.micro_batch,
                 "compute_seconds": compute,
+                "suggesting_bytes": suggesting,
                 "plans": [
                     {
                         "micro_batch": o.micro_batch,
@@ -592,6 +594,7 @@ def plan(
             f"{planner.mebibytes(option.adapter_bytes)}, everything else "
             f"{planner.mebibytes(option.rest_bytes)})"
         )
+    print(f"  suggesting needs {planner.mebibytes(suggesting)}")
     if compute:
         print(f"  training stops before the step that would exceed {compute:g} s in a round")
 

@@ -18,6 +18,8 @@ from protos import manifest_pb2 as pb
 
 MANY = 8
 """Tokens from which on a program that is made for many is faster, where there is one."""
+# Libraries for text and the tokenizer: measured, rounded up.
+REST_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,10 @@ class Predictor:
         self.context = manifest.tier.context
         self._engine = engine
         self._entries = {n: bundle.program(n, engine.name) for n in ("decode", "prefill")}
-        decode, prefill = self._entries.values()
-        self._any_length = decode.inputs[0].HasField("tokens_axis")
+        decode = self._entries["decode"]
+        self._any_length = takes_any_length(decode)
         self._longest = {n: entry.inputs[0].shape[0] for n, entry in self._entries.items()}
-        self._prefill_pays = not self._any_length or (
-            prefill.file != decode.file and fits_beside(manifest, decode, prefill)
-        )
+        self._prefill_pays, _ = memory_plan(manifest, engine.name)
         self._programs = {"decode": engine.load(bundle, "decode")}
         # The cache is one set of arrays for both programs, and so are the adapters.
         self._caches = allocate(p for p in decode.inputs if p.name.startswith("cache."))
@@ -196,7 +196,24 @@ class Predictor:
         return step.outputs
 
 
-def fits_beside(manifest: pb.Manifest, one: pb.Program, other: pb.Program) -> bool:
-    """Whether both programs of an engine are within the tier's memory, as measured at export."""
-    (runtime,) = (e.runtime_bytes for e in manifest.engines if e.engine == one.engine)
-    return runtime + one.memory_bytes + other.memory_bytes <= manifest.tier.memory_mib * 2**20
+def memory_plan(manifest: pb.Manifest, engine: str) -> tuple[bool, int]:
+    """Whether a second program is worth its memory: `prefill`, for many tokens at a time.
+
+    Returns:
+        That, and the bytes that suggesting needs then, the engine and all else included.
+    """
+    programs = {p.name: p for p in manifest.programs if p.engine == engine}
+    decode, prefill = programs["decode"], programs["prefill"]
+    (runtime,) = (e.runtime_bytes for e in manifest.engines if e.engine == engine)
+    # Of the adapters, what was read and what the self-test puts in their place.
+    adapters = 2 * 4 * sum(role.size for role in manifest.roles)
+    alone = runtime + decode.memory_bytes + adapters + REST_BYTES
+    both = alone + prefill.memory_bytes
+    if not takes_any_length(decode):
+        return True, both
+    fits = both <= manifest.tier.memory_mib * 2**20
+    return (True, both) if prefill.file != decode.file and fits else (False, alone)
+
+
+def takes_any_length(program: pb.Program) -> bool:
+    return program.inputs[0].HasField("tokens_axis")
