@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edge_runtime import adapters
 from edge_runtime.bundle import FORMAT_VERSION, Bundle, list_files, open_bundle, write_manifest
@@ -171,7 +172,8 @@ def _entry(source: _Source) -> pb.Program:
         return result
 
     inputs = [*(name for name, _, _ in specification.inputs), *specification.adapters]
-    results = specification.call(*source.example)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # shapes alone
+        results = specification.call(*map(mode.from_tensor, source.example))
     return pb.Program(
         name=specification.name,
         inputs=[port(n, v) for n, v in zip(inputs, source.example, strict=True)],

@@ -119,6 +119,8 @@ class _Conversion:
     def weight(self, name: str, value: Tensor) -> fx.Node:
         name = "weight_" + name.replace(".", "_")
         if name not in self.lifted:
+            # A backend gets a copy of its part of a program, in case it changes the graph.
+            value.__deepcopy__ = lambda memo: value  # type: ignore[method-assign]
             fake = self.fake.from_tensor(value)
             self.lifted[name] = self.input(name, fake, InputKind.BUFFER, name)
             self.weights[name] = value

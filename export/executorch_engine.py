@@ -7,9 +7,10 @@ import io
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property, partial
+from importlib import import_module
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 from unittest.mock import patch
 
 import torch
@@ -19,12 +20,14 @@ from executorch.backends.xnnpack.partition.config import gemm_configs
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 from executorch.exir._serialize import _dataclass
+from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir.backend.canonical_partitioners.pattern_op_partitioner import (
     generate_grouped_partitions_from_list_of_nodes,
 )
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
 from torch.fx.passes.infra.partitioner import Partition
 from torch.fx.passes.utils.fuser_utils import validate_partition
 from torch.fx.traceback import NodeSource
@@ -34,8 +37,10 @@ from export.flat_graph import flat_graph
 from export.parity import variants
 from export.programs import Specification
 from export.xnnpack import DECOMPOSITIONS
-from export.xnnpack_integers import integer_products
+from export.xnnpack_integers import Rounded, integer_products
 
+# Where the operator is that calls a delegate, which has the module's name.
+delegates = import_module("torch._higher_order_ops.executorch_call_delegate")
 PROGRAM_FILE = "executorch/programs.pte"
 
 
@@ -54,8 +59,10 @@ def compile_programs(
     graphs = {
         name: flat_graph(s, example, DECOMPOSITIONS) for name, (s, example) in programs.items()
     }
+    rounded: Rounded = {}
     for name, (specification, example) in programs.items() if integers else ():
-        integer_products(graphs[name], variants(specification, example), specification.blocks)
+        inputs = variants(specification, example)
+        integer_products(graphs[name], inputs, specification.blocks, rounded)
     with torch.no_grad(), _quiet(), _shortened():
         edge = EdgeProgramManager(
             {name: edge_program(graph) for name, graph in graphs.items()}, compile_config=CONFIG
@@ -107,7 +114,8 @@ class _Partitioner(XnnpackPartitioner):  # type: ignore[misc]
     """
 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
-        groups = self.get_matched_nodes_from_configs(ep)
+        with patch.object(ep, "_graph_signature", _Signature.of(ep)):
+            groups = self.get_matched_nodes_from_configs(ep)
         every = [node for group in groups for node in group]
         if validate_partition(every):
             return [Partition(id=0, nodes=every)]
@@ -115,6 +123,35 @@ class _Partitioner(XnnpackPartitioner):  # type: ignore[misc]
             ep.graph_module, groups
         )
         return found
+
+
+class _Signature(ExportGraphSignature):
+    """One that does not change any more: to ask which inputs are weights takes no time."""
+
+    inputs_to_buffers = cached_property(ExportGraphSignature.inputs_to_buffers.fget)  # type: ignore
+    inputs_to_parameters = cached_property(ExportGraphSignature.inputs_to_parameters.fget)  # type: ignore
+
+    @classmethod
+    def of(cls, program: ExportedProgram) -> _Signature:
+        signature = program.graph_signature
+        return cls(signature.input_specs, signature.output_specs)
+
+
+def _results(delegate: Any, *arguments: Tensor) -> list[Tensor]:
+    """What calling a delegate gives where nothing but shapes is asked for."""
+    output = delegate.original_module.graph.output_node()
+    return [node.meta["val"] for node in output.args[0]]
+
+
+class _Store(NamedDataStore):  # type: ignore[misc]
+    """A delegate's weights, by a hash of them: those that several delegates have are held once."""
+
+    def __init__(self, known: dict[str, bytes]) -> None:
+        super().__init__()
+        self.known = known
+
+    def add_named_data(self, key: str, data: bytes, *options: object, **named: object) -> None:
+        super().add_named_data(key, self.known.setdefault(key, data), *options, **named)
 
 
 class _Passes:
@@ -129,6 +166,7 @@ class _Passes:
 
     def transform(self) -> ExportedProgram:
         apply_addmm_mm_to_linear_transform(self.program.graph)
+        self.program._graph_signature = _Signature.of(self.program)
         return self.program
 
 
@@ -139,6 +177,8 @@ def _shortened():  # type: ignore[no-untyped-def]
         patch.object(xnnpack_preprocess, "XNNPACKPassManager", _Passes),
         # Modules that an operator comes from: here it comes from none.
         patch.object(gemm_configs, "get_source_partitions", lambda graph, modules: {}),
+        patch.object(delegates, "call_delegate_cpu", _results),
         patch.object(_dataclass, "get_type_hints", cache(get_type_hints)),
+        patch.object(xnnpack_preprocess, "NamedDataStore", partial(_Store, {})),
     ):
         yield

@@ -103,22 +103,25 @@ class _Rounding(fx.Interpreter):
             weight = untransposed(b)
             if self.quantised(weight):
                 x, transposed = self.env[a], weight is not b
-                self.errors[n] = self._worst_errors(str(weight.target), x, self.env[b], transposed)
+                self.errors[n] = self._worst_errors(
+                    str(weight.target), x, self.env[b], transposed, result
+                )
         return result
 
     def _worst_errors(
-        self, weight: str, x: Tensor, factor: Tensor, transposed: bool
+        self, weight: str, x: Tensor, factor: Tensor, transposed: bool, product: Tensor
     ) -> dict[int, float]:
         if weight not in self.scales:
             self.scales[weight] = (transposed, factor.abs().amax(0).clamp(min=1e-12))
         forward, scales = self.scales[weight]
-        if transposed != forward:  # the backward pass: scales per output belong to x then
-            x, factor = x * scales, factor / scales.unsqueeze(1)
-        wanted = (x @ factor).norm(dim=1).clamp(min=1e-30)
+        backward = transposed != forward  # scales per output belong to x then
+        x = x * scales if backward else x
+        wanted = product.norm(dim=1).clamp(min=1e-30)
         errors = {}
         for length in self.lengths(weight, x.shape[1]):
             blocks = x.view(len(x), -1, length)
             step = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (2.0 / 255.0)
             error = (torch.round(blocks / step) * step - blocks).view(x.shape)
+            error = error / scales if backward else error
             errors[length] = float(((error @ factor).norm(dim=1) / wanted).max())
         return errors

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -30,15 +31,22 @@ BLOCK_MULTIPLE = 32  # XNNPACK's blocks are of so many inputs, or several times 
 # where rounding both on one scale is too coarse.
 OUTLIER = 10.0
 
+Rounded = dict[tuple[Any, ...], tuple[Tensor, ...]]
+"""By where a weight lies and how it is held: its integers, scales and zero points."""
+
 
 def integer_products(
-    graph_module: fx.GraphModule, examples: Sequence[Sequence[Tensor]], blocks: Blocks | None
+    graph_module: fx.GraphModule,
+    examples: Sequence[Sequence[Tensor]],
+    blocks: Blocks | None,
+    known: Rounded,
 ) -> None:
     """Rewrites a flat graph, in place.
 
     Args:
         examples: inputs on which to see which products rounding is too coarse for.
         blocks: how weights are held that are no embedding (default: a scale for each output).
+        known: what weights have been rounded to; programs that share weights share it.
     """
     graph = graph_module.graph
     products = [node for node in graph.nodes if node.target == ATEN.mm.default]
@@ -51,7 +59,7 @@ def integer_products(
 
     coarse = coarse_products(graph_module, examples, quantised)
     embeddings = {n.args[0].target for n in graph.nodes if n.target == ATEN.index.Tensor}
-    rewriting = _Rewriting(graph_module)
+    rewriting = _Rewriting(graph_module, known)
     for node in products:
         weight, embedding = untransposed(node.args[1]), None
         if quantised(weight):
@@ -68,8 +76,9 @@ def integer_products(
 
 
 class _Rewriting:
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, known: Rounded) -> None:
         self.module = graph_module
+        self.known = known
         self.graph = graph_module.graph
         self.rounded: dict[fx.Node, fx.Node] = {}
 
@@ -125,11 +134,12 @@ class _Rewriting:
         name = f"{node.target}_{'transposed' if node is factor else 'straight'}"
         inputs = value.shape[1]
         whole = blocks is None or blocks.bits == 8 or inputs % BLOCK_MULTIPLE
-        if whole:
-            integers, scales = eight_bits(value)
-        else:
-            integers, scales = four_bits(value, BLOCK_MULTIPLE)
-        parts = {"integers": integers, "scales": scales, "zeros": torch.zeros_like(scales).long()}
+        key = (value.data_ptr(), value.shape, value.stride(), whole)
+        if key not in self.known:
+            rounded = eight_bits(value) if whole else four_bits(value, BLOCK_MULTIPLE)
+            zeros = torch.zeros_like(rounded[1]).long()
+            self.known[key] = tuple(each.contiguous() for each in (*rounded, zeros))
+        parts = dict(zip(("integers", "scales", "zeros"), self.known[key], strict=True))
         stored = [self.constant(f"{name}_{part}", each) for part, each in parts.items()]
         if whole:
             back = QUANTISED.dequantize_per_channel.default
