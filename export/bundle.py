@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -225,6 +226,7 @@ def _compile_executorch(
         file=staging / executorch_engine.PROGRAM_FILE,
         integers=manifest.base.precision != "float32",
     )
+    gc.collect()  # graphs refer to each other in circles, and they hold the rounded weights
     for entry in entries:
         entry.planned_arena_bytes = arenas[entry.method]
     return entries
