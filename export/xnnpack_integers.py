@@ -6,7 +6,8 @@ with a scale for each output, or in four with one for each block of inputs. The 
 such a product, too, with the transposed weights as a second matrix: XNNPACK keeps weights in the
 order in which a product reads them, and one order does not serve both.
 
-Embeddings of which rows are looked up are float16.
+Rows of an embedding are looked up in eight bits, too, with a scale each: those of its head. They
+are stored beside it all the same, since what a delegate holds nobody else can read.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from export.rounding import coarse_products, eight_bits
 
 QUANTISED = torch.ops.quantized_decomposed
 SMALLEST_QUANTISED = 2**12  # numbers
-SMALLEST_HALVED = 2**20
+SMALLEST_EMBEDDING = 2**20
 BLOCK_MULTIPLE = 32  # XNNPACK's blocks are of so many inputs, or several times that
 # Activations beyond this multiple of a token's mean magnitude are multiplied apart from the others,
 # where rounding both on one scale is too coarse.
@@ -70,7 +71,7 @@ def integer_products(
             rewriting.replace(node, apart=apart, blocks=None if embedding else blocks)
     for node in list(graph.nodes):
         if node.target == ATEN.index.Tensor:
-            rewriting.halve(node)
+            rewriting.look_up(node)
     graph.eliminate_dead_code()
     graph_module.recompile()
 
@@ -133,13 +134,8 @@ class _Rewriting:
         value = value if node is not factor else value.T
         name = f"{node.target}_{'transposed' if node is factor else 'straight'}"
         inputs = value.shape[1]
-        whole = blocks is None or blocks.bits == 8 or inputs % BLOCK_MULTIPLE
-        key = (value.data_ptr(), value.shape, value.stride(), whole)
-        if key not in self.known:
-            rounded = eight_bits(value) if whole else four_bits(value, BLOCK_MULTIPLE)
-            zeros = torch.zeros_like(rounded[1]).long()
-            self.known[key] = tuple(each.contiguous() for each in (*rounded, zeros))
-        parts = dict(zip(("integers", "scales", "zeros"), self.known[key], strict=True))
+        whole = blocks is None or blocks.bits == 8 or inputs % BLOCK_MULTIPLE > 0
+        parts = dict(zip(("integers", "scales", "zeros"), self.integers(value, whole), strict=True))
         stored = [self.constant(f"{name}_{part}", each) for part, each in parts.items()]
         if whole:
             back = QUANTISED.dequantize_per_channel.default
@@ -148,24 +144,40 @@ class _Rewriting:
         held = (-8, 7, torch.int8, BLOCK_MULTIPLE, torch.float32)
         return self.graph.call_function(back, (*stored, *held))
 
+    def integers(self, value: Tensor, whole: bool) -> tuple[Tensor, ...]:
+        """A weight (outputs, inputs) in integers: these, their scales and zero points.
+
+        Args:
+            whole: in eight bits with a scale for each output, not in four in blocks.
+        """
+        key = (value.data_ptr(), value.shape, value.stride(), whole)
+        if key not in self.known:
+            rounded = eight_bits(value) if whole else four_bits(value, BLOCK_MULTIPLE)
+            zeros = torch.zeros_like(rounded[1]).long()
+            self.known[key] = tuple(each.contiguous() for each in (*rounded, zeros))
+        return self.known[key]
+
     def constant(self, name: str, value: Tensor) -> fx.Node:
         self.module.register_buffer(name, value.contiguous())
         return self.graph.get_attr(name)
 
-    def halve(self, lookup: fx.Node) -> None:
-        """Lets a lookup of rows be one in float16, if the matrix is large."""
+    def look_up(self, lookup: fx.Node) -> None:
+        """Lets a lookup of rows be one of integers and scales, if the matrix is large."""
         node, index = lookup.args
         assert isinstance(node, fx.Node)
-        if node.op != "get_attr" or node.meta["val"].numel() < SMALLEST_HALVED:
+        if node.op != "get_attr" or node.meta["val"].numel() < SMALLEST_EMBEDDING:
             return
         value: Tensor = getattr(self.module, str(node.target)).detach()
+        integers, scales, _ = self.integers(value, whole=True)
+        call = self.graph.call_function
         with self.graph.inserting_before(lookup):
-            rows = self.constant(f"{node.target}_half", value.half())
-            found = self.graph.call_function(ATEN.index.Tensor, (rows, index))
-            exact = self.graph.call_function(
-                ATEN._to_copy.default, (found,), {"dtype": torch.float32}
-            )
-        lookup.replace_all_uses_with(exact)
+            # By a name of its own: a delegate would take it for its own, and what uses it besides.
+            rows = self.constant(f"{node.target}_rows_integers", integers)
+            steps = self.constant(f"{node.target}_rows_scales", scales.unsqueeze(1))
+            found, step = (call(ATEN.index.Tensor, (each, index)) for each in (rows, steps))
+            exact = call(ATEN._to_copy.default, (found,), {"dtype": torch.float32})
+            result = call(ATEN.mul.Tensor, (exact, step))
+        lookup.replace_all_uses_with(result)
 
 
 def four_bits(value: Tensor, size: int) -> tuple[Tensor, Tensor]:
