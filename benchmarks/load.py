@@ -69,6 +69,8 @@ class Phases(TypedDict):
     upload: float
     upload_cpu: float
     """Processor time of the coordinator in `upload`."""
+    devices_cpu: float
+    """Likewise, of the devices; without those that check in all the time."""
     broken_downloads: int
     """That were begun again; likewise the next."""
     broken_uploads: int
@@ -80,7 +82,11 @@ class Floor(TypedDict):
     upload: float
     upload_cpu: float
     """Processor time of the server in `upload`."""
+    devices_cpu: float
+    """Likewise, of the devices, as above."""
     sum: float
+    sum_cpu: float
+    """Processor time of `sum`."""
     download: float
     raw_tls_upload: float
 
@@ -110,6 +116,9 @@ class Result(TypedDict):
     """The round's uploads to the bare loop's with its sum."""
     ratio_with_downloads: float
     """The whole round to the bare loop's uploads, sum and downloads."""
+    processor_time_ratio: float
+    """As `ratio_to_bare_loop`, by the processor time of both ends, which other programs on the same
+    cores change less."""
     peak_rss_mib: float
     """Of the coordinator's process, from its start to the last round's end."""
     checkin_p99_ms: float
@@ -226,9 +235,9 @@ def _flower(python: Path, devices: int, processes: int, size: int) -> Peer | str
 def _bare_loop(
     crowd: _Crowd, bare: _Process, ports: dict[str, int], devices: int, payload: bytes
 ) -> Floor:
-    used = cpu_seconds(bare.pid)
+    used, busy = cpu_seconds(bare.pid), crowd.cpu_seconds()
     upload = _timed(lambda: crowd.do("upload", service=FLOOR, number=1))
-    used = cpu_seconds(bare.pid) - used
+    used, busy = cpu_seconds(bare.pid) - used, crowd.cpu_seconds() - busy
     download = _timed(lambda: crowd.do("download", service=FLOOR, number=1))
     crowd.do("connect_raw", address=f"{HOST}:{ports['raw']}")
     raw = _timed(lambda: crowd.do("upload_raw"))
@@ -239,12 +248,16 @@ def _bare_loop(
         for _ in range(devices):
             np.add(total, vector, out=total)
 
+    adding = time.process_time()
+    summed = _timed(add)
     # The pollers have no channel to that server; as few as they are, the rest stands for all.
     whole = devices / (devices - POLLERS)
     return {
         "upload": upload * whole,
         "upload_cpu": used * whole,
-        "sum": _timed(add),
+        "devices_cpu": busy,
+        "sum": summed,
+        "sum_cpu": time.process_time() - adding,
         "download": download * whole,
         "raw_tls_upload": raw * whole,
     }
@@ -256,6 +269,7 @@ def _round(crowd: _Crowd, served: _Served) -> Phases:
     told = time.monotonic()
     broken_downloads = sum(crowd.do("download", service=COORDINATOR, number=number))
     downloaded, used = time.monotonic(), cpu_seconds(served.process.pid)
+    busy = crowd.cpu_seconds()
     broken_uploads = sum(crowd.do("upload", service=COORDINATOR, number=number))
     served.wait_for("round_closed")
     return {
@@ -263,6 +277,7 @@ def _round(crowd: _Crowd, served: _Served) -> Phases:
         "download": downloaded - told,
         "upload": time.monotonic() - downloaded,
         "upload_cpu": cpu_seconds(served.process.pid) - used,
+        "devices_cpu": crowd.cpu_seconds() - busy,
         "broken_downloads": broken_downloads,
         "broken_uploads": broken_uploads,
     }
@@ -305,6 +320,9 @@ def _result(
         "ratio_to_bare_loop": ratio(["upload"], ["upload", "sum"]),
         "ratio_with_downloads": ratio(
             ["check_in", "download", "upload"], ["upload", "sum", "download"]
+        ),
+        "processor_time_ratio": ratio(
+            ["upload_cpu", "devices_cpu"], ["upload_cpu", "devices_cpu", "sum_cpu"]
         ),
         "peak_rss_mib": peak,
         "checkin_p99_ms": ordered[math.ceil(0.99 * len(ordered)) - 1],
@@ -468,6 +486,10 @@ class _Crowd:
             process.tell({"do": action, **arguments})
         return [process.answer() for process in self._processes]
 
+    def cpu_seconds(self) -> float:
+        """Processor time that their processes have used."""
+        return sum(cpu_seconds(process.pid) for process in self._processes)
+
     def __enter__(self) -> _Crowd:
         return self
 
@@ -537,16 +559,17 @@ def table(result: Result) -> Iterator[str]:
         f"{result['devices']} devices, updates of {result['update_bytes'] / 1e6:.1f} MB, "
         f"{result['cores']} cores, {result['repetitions']} repetitions"
     )
-    for name in ("check_in", "download", "upload", "upload_cpu"):
+    for name in ("check_in", "download", "upload", "upload_cpu", "devices_cpu"):
         seconds = ", ".join(f"{r[name]:.2f}" for r in result["rounds"])
         yield f"  {name}: {seconds} s"
-    for name in ("upload", "upload_cpu", "sum", "download", "raw_tls_upload"):
+    for name in ("upload", "upload_cpu", "devices_cpu", "sum", "download", "raw_tls_upload"):
         seconds = ", ".join(f"{f[name]:.2f}" for f in result["bare_loops"])  # type: ignore[literal-required]
         yield f"  bare {name}: {seconds} s"
     yield (
         f"a round takes {result['round_seconds']:.1f} s; its uploads "
         f"{result['ratio_to_bare_loop']:.2f} of the bare loop, with downloads "
-        f"{result['ratio_with_downloads']:.2f}"
+        f"{result['ratio_with_downloads']:.2f}; by processor time, devices included, "
+        f"{result['processor_time_ratio']:.2f}"
     )
     yield (
         f"the coordinator's memory: {result['peak_rss_mib']:.0f} MiB at most, "

@@ -29,6 +29,7 @@ def test_a_round_is_compared_with_the_bare_loop() -> None:
     slowest = max(sum(phases.values()) for phases in result["rounds"])
     assert 0 < result["round_seconds"] <= slowest
     assert result["ratio_to_bare_loop"] > 0
+    assert result["processor_time_ratio"] > 0
     assert 30 < result["idle_rss_mib"] < result["peak_rss_mib"]
     assert 0 < result["checkin_median_ms"] <= result["checkin_p99_ms"] <= result["checkin_max_ms"]
     assert result["checkins"] > 0
