@@ -298,7 +298,7 @@ def coordinator_table(result: dict[str, Any]) -> str:
     bare = (
         *("bare loop", str(devices), f"{whole:.1f}", per_update(whole, devices)),
         f"{middle('bare_loops', 'upload', 'sum'):.1f}",
-        per_update(middle("bare_loops", "upload_cpu", "sum"), devices),
+        per_update(middle("bare_loops", "upload_cpu", "sum_cpu"), devices),
         *("", ""),
     )
     peers = (
