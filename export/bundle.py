@@ -81,10 +81,11 @@ def export_bundle(
         adapters.save_directory(manifest, vectors, staging)
         longest = max(tier.context, tier.train_length)
         decoder = DECODERS[architecture.name](base, mixture, longest)
+        text = None if precision == "float32" else parity.sample_text(base.tokenizer)
         sources: dict[tuple[str, str], _Source] = {}
         for engine in engines:
             chosen = [
-                _Source(s, parity.example_arguments(s, manifest, seed))
+                _Source(s, parity.example_arguments(s, manifest, seed, text))
                 for s in specifications(decoder, manifest, tier, engine)
                 if programs is None or s.name.split(".")[0] in programs
             ]

