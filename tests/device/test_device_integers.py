@@ -93,6 +93,30 @@ def test_a_program_is_one_delegate(eight_bits: Bundle) -> None:
     assert delegates == {"train_step_b2": 1, "eval_loss": 1, "prefill": 2, "decode": 1}
 
 
+def test_rows_of_an_embedding_are_looked_up_in_eight_bits(
+    tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One delegate as before, and of the embedding, 256 x 32, one byte a number instead of four."""
+    sizes = []
+    for smallest in (2**14, 2**13):
+        monkeypatch.setattr(xnnpack_integers, "SMALLEST_EMBEDDING", smallest)
+        bundle = export_bundle(
+            load_base(str(tiny_base_dir)),
+            Mixture(rank=4),
+            TIER,
+            engines=["executorch"],
+            precision="int8",
+            out=tmp_path / str(smallest),
+            programs=("decode",),
+        )
+        file = bundle.path / bundle.program("decode", "executorch").file
+        (plan,) = deserialize_pte_binary(file.read_bytes()).program.execution_plan
+        assert len(plan.delegates) == 1
+        sizes.append(file.stat().st_size)
+    saved = 256 * 32 * 3 - 256 * 4  # there are scales
+    assert abs(sizes[0] - sizes[1] - saved) < 4096
+
+
 def test_wrong_weights_are_not_written(
     tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
