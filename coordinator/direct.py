@@ -3,17 +3,20 @@
 A round's updates are gigabytes that nobody looks at until it closes. In the page cache they would
 take the memory that the machine has for others, and a virtual machine has to be given that memory
 first, page by page, which took longer than all else that is done with an update. Where a file
-system has no such way (O_DIRECT of open(2)), these are ordinary files.
+system has no such way (O_DIRECT of open(2)), or refuses a transfer, these are ordinary files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import io
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 # What position, length and memory of a direct transfer are multiples of.
@@ -33,13 +36,17 @@ def _buffer() -> memoryview:
 
 
 @contextlib.contextmanager
-def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """The descriptor of a file for direct transfers, where that is possible.
+def opened(path: Path, *, directly: bool = True) -> Iterator[int]:
+    """The descriptor of a file to `read` from.
+
+    Args:
+        directly: past the page cache, where that is possible. Small pieces are better read through
+            it, since of a block it keeps what comes next.
 
     Raises:
         OSError: it cannot be opened.
     """
-    descriptor = _open(path, flags)
+    descriptor = _open(path, os.O_RDONLY) if directly else os.open(path, os.O_RDONLY)
     try:
         yield descriptor
     finally:
@@ -50,6 +57,18 @@ def _open(path: Path, flags: int) -> int:
     with contextlib.suppress(OSError):  # if that is not why, the other way fails, too
         return os.open(path, flags | os.O_DIRECT)
     return os.open(path, flags)
+
+
+def _transfer(call: Callable[[], int], descriptor: int) -> int:
+    """What `call` gives; if a direct transfer is refused, as that of an ordinary file."""
+    try:
+        return call()
+    except OSError as error:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+            raise
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return call()
 
 
 def read(descriptor: int, start: int, size: int) -> memoryview:
@@ -63,20 +82,21 @@ def read(descriptor: int, start: int, size: int) -> memoryview:
     first = start // BLOCK * BLOCK
     stop = -(-(start + size) // BLOCK) * BLOCK
     buffer = _buffer()
-    count = os.preadv(descriptor, [buffer[: stop - first]], first)
+    count = _transfer(lambda: os.preadv(descriptor, [buffer[: stop - first]], first), descriptor)
     return buffer[start - first : min(count, start - first + size)]
 
 
 class Appending:
     """Appends to a file. What does not fill a block waits in memory for what follows."""
 
-    def __init__(self, file: io.FileIO, path: Path) -> None:
-        """`file` is the one at `path`, open for reading and writing; it is appended to its end."""
-        size = file.seek(0, os.SEEK_END)
+    def __init__(self, file: io.FileIO) -> None:
+        """`file` is open to read and write, and its position stays; it is appended to its end."""
+        size = os.fstat(file.fileno()).st_size
         self._file = file
         self._at = size // BLOCK * BLOCK
         self._rest = os.pread(file.fileno(), size - self._at, self._at)
-        self._direct = _open(path, os.O_WRONLY)
+        # The same file again, even if another has its name by now.
+        self._direct = _open(Path(f"/proc/self/fd/{file.fileno()}"), os.O_WRONLY)
 
     def write(self, pieces: Sequence[memoryview]) -> None:
         """
@@ -110,5 +130,5 @@ class Appending:
 
     def _put(self, blocks: memoryview) -> None:
         while blocks:
-            written = os.pwrite(self._direct, blocks, self._at)
+            written = _transfer(partial(os.pwrite, self._direct, blocks, self._at), self._direct)
             blocks, self._at = blocks[written:], self._at + written

@@ -71,8 +71,8 @@ def read_part(content: bytes) -> Part:
 class Gathering:
     """The file of an update that is coming in. A thread writes what has come while more comes."""
 
-    def __init__(self, file: io.FileIO, path: Path, offset: int, thread: Executor) -> None:
-        """What is in the file, that of `path`, beyond `offset` does not count."""
+    def __init__(self, file: io.FileIO, offset: int, thread: Executor) -> None:
+        """What is in the file beyond `offset` does not count."""
         file.truncate(offset)
         file.seek(0)
         self._known = file if offset else None
@@ -86,7 +86,7 @@ class Gathering:
         self._failure: BaseException | None = None
         # Whether all that has come is in the file.
         self._settled = True
-        self._file = direct.Appending(file, path)
+        self._file = direct.Appending(file)
         if offset:
             self._start()
 
@@ -294,7 +294,7 @@ class Uploads:
         received = header.offset
         if received > file.seek(0, os.SEEK_END):
             raise BrokenUploadError("the bytes before the offset are not here")
-        gathering = Gathering(file, path, received, self._thread)
+        gathering = Gathering(file, received, self._thread)
         try:
             async for part in parts:
                 if isinstance(part, pb.UploadPart):

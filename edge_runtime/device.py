@@ -408,7 +408,7 @@ class Device:
             )
             if plan != self.plan or not plan.together:
                 self._unload()
-            self.plan = plan
+            self.plan, self._trainer = plan, None
             self._trainer = Trainer(
                 bundle=self.bundle,
                 engine=self.engine,

@@ -6,8 +6,9 @@ with a scale for each output, or in four with one for each block of inputs. The 
 such a product, too, with the transposed weights as a second matrix: XNNPACK keeps weights in the
 order in which a product reads them, and one order does not serve both.
 
-Rows of an embedding are looked up in eight bits, too, with a scale each: those of its head. They
-are stored beside it all the same, since what a delegate holds nobody else can read.
+Rows of an embedding are looked up in eight bits, too, with a scale each: those of its head, where
+they are one matrix. They are stored beside it all the same, since what a delegate holds nobody else
+can read.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from protos import manifest_pb2 as pb
 
 # Of a file, so many are read at once.
 READ_NUMBERS = 2**17
+# Smaller pieces are read through the page cache.
+DIRECT_BYTES = 2**18
 
 Flat = NDArray[np.float64]
 """D numbers, or a piece of them."""
@@ -225,7 +227,8 @@ class StoredUpdate:
         firsts = self._pieces.firsts
         reached = range(max(0, bisect_right(firsts, start) - 1), bisect_left(firsts, stop))
         try:
-            with direct.opened(self._contribution.path) as file:
+            large = 4 * (stop - start) >= DIRECT_BYTES
+            with direct.opened(self._contribution.path, directly=large) as file:
                 for index in reached:
                     first, place = firsts[index], self._pieces.places[index]
                     begin, end = max(start, first), min(stop, self._pieces.stops[index])

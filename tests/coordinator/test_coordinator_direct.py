@@ -1,10 +1,14 @@
 """Files past the page cache: what is in them, and what is not in memory."""
 
 import ctypes
+import errno
+import fcntl
 import mmap
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 
 from coordinator import direct
 
+O_DIRECT = os.O_DIRECT
 CONTENT = os.urandom(3 * direct.PIECE_BYTES)
 # Around what blocks and pieces end at, and anything else.
 LENGTHS = st.integers(0, 3 * direct.BLOCK) | st.sampled_from(
@@ -25,29 +30,46 @@ def append(path: Path, content: bytes, lengths: list[int], settled: int) -> int:
     Returns:
         How many bytes there were.
     """
+    before = path.stat().st_size
     with path.open("r+b", buffering=0) as file:
-        appending = direct.Appending(file, path)
+        appending = direct.Appending(file)
+        assert file.tell() == 0, "what is known is read from there"
         written = 0
         for index, length in enumerate(lengths):
-            appending.write([memoryview(content)[written : written + length]])
-            written += length
+            piece = memoryview(content)[written : written + length]
+            appending.write([piece])
+            written += len(piece)
             if index == settled:
                 appending.settle()
-                assert path.stat().st_size == file.seek(0, os.SEEK_END)
+                assert path.stat().st_size == before + written
         appending.settle()
         appending.close()
     return written
 
 
-@pytest.mark.parametrize("possible", [True, False], ids=["direct", "ordinary"])
+def ordinary_only(transfer: Callable[..., int]) -> Callable[..., int]:
+    """`transfer` as on a file system that opens files for direct transfers and refuses them."""
+
+    def call(descriptor: int, *arguments: Any) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & O_DIRECT:
+            raise OSError(errno.EINVAL, "refused")
+        return transfer(descriptor, *arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("kind", ["direct", "not opened", "refused"])
 @settings(max_examples=25, deadline=None)
 @given(first=st.lists(LENGTHS, max_size=3), then=st.lists(LENGTHS, max_size=3), data=st.data())
 def test_what_was_appended_is_there(
-    possible: bool, first: list[int], then: list[int], data: st.DataObject
+    kind: str, first: list[int], then: list[int], data: st.DataObject
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
-        if not possible:  # no file can be opened so, as where the file system has no such way
+        if kind == "not opened":
             patched.setattr(os, "O_DIRECT", os.O_DIRECTORY)
+        if kind == "refused":
+            patched.setattr(os, "pwrite", ordinary_only(os.pwrite))
+            patched.setattr(os, "preadv", ordinary_only(os.preadv))
         path = Path(folder) / "file"
         path.touch()
         size = append(path, CONTENT, first, data.draw(st.integers(0, 3)))
@@ -65,11 +87,9 @@ def test_what_was_appended_is_there(
 
 def test_what_is_written_and_read_takes_no_memory_of_the_machine(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.touch()
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_DIRECT))
-    except OSError:
-        pytest.skip("this file system has no direct transfers")
+    if not transfers_directly(path):
+        pytest.skip("this file system has no direct transfers, or is memory itself")
+    path.write_bytes(b"")
     append(path, CONTENT, [len(CONTENT) - 100], 0)
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -77,6 +97,21 @@ def test_what_is_written_and_read_takes_no_memory_of_the_machine(tmp_path: Path)
         for start in range(0, len(CONTENT), direct.BLOCK * 100):
             direct.read(descriptor, start, direct.BLOCK * 100)
     assert resident(path) <= 1, "but for the end, which fills no block"
+
+
+def transfers_directly(path: Path) -> bool:
+    """Whether a block that is written to `path` so does not stay in memory."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    except OSError:
+        return False
+    try:
+        os.pwrite(descriptor, mmap.mmap(-1, direct.BLOCK), 0)
+        return resident(path) == 0
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def resident(path: Path) -> int:
