@@ -248,7 +248,7 @@ def _suggest(
             starts.append(start)
             prefills.append(prompt / prefill)
             latencies += seconds
-    _, planned = memory_plan(bundle.manifest, engine)
+    _, planned = memory_plan(bundle, engine)
     return {
         "token_p50": median(latencies),
         "token_p95": quantiles(latencies, n=20)[-1],

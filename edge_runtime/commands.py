@@ -556,7 +556,7 @@ def plan(
     opened = open_bundle(bundle)
     chosen = planner.choose(opened, engine, batch, memory)
     options = planner.plans(opened, engine, batch)
-    _, suggesting = memory_plan(opened.manifest, engine)
+    _, suggesting = memory_plan(opened, engine)
     if output is Format.JSON:
         emit(
             {

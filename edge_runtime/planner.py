@@ -73,9 +73,10 @@ def mebibytes(size: int) -> str:
 def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
     """Every way to train with this bundle that takes less memory than those before it.
 
-    They come in the order of their speed, as measured with GPT-2 (benchmarks/RESULTS.md): reading
-    weights where they are costs more than small micro-batches and than loading the programs in
-    turns, which happens twice in a round; computing activations twice comes last.
+    They come in the order of their speed, as measured with GPT-2 on an int8 base
+    (benchmarks/RESULTS.md): computing activations twice costs less than reading weights where they
+    are; with a float32 base the two are nearly equal. Small micro-batches, and programs that are
+    loaded in turns, twice in a round, come before both.
 
     Raises:
         BundleError: the bundle cannot train with this engine.
@@ -92,8 +93,8 @@ def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
     runtime = engine_cost(manifest, engine).runtime_bytes
     adapters = BYTES_PER_PARAMETER * sum(role.size for role in manifest.roles)
     found: list[Plan] = []
-    ways = product((False, True), (True, False), sorted(sizes, reverse=True), (True, False))
-    for recompute, packed, size, together in ways:
+    ways = product((True, False), (False, True), sorted(sizes, reverse=True), (True, False))
+    for packed, recompute, size, together in ways:
         if recompute and not bundle.has_program(_program(size, recompute), engine):
             continue
         entries = (bundle.program(_program(size, recompute), engine), evaluation)

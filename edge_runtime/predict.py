@@ -14,12 +14,13 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import Array, Engine, allocate, allocate_outputs, shortened
 from edge_runtime.errors import ParityError
+from edge_runtime.planner import engine_cost
 from protos import manifest_pb2 as pb
 
 MANY = 8
 """Tokens from which on a program that is made for many is faster, where there is one."""
 # Libraries for text and the tokenizer: measured, rounded up.
-REST_BYTES = 16 * 2**20
+REST_BYTES = 24 * 2**20
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Predictor:
         decode = self._entries["decode"]
         self._any_length = takes_any_length(decode)
         self._longest = {n: entry.inputs[0].shape[0] for n, entry in self._entries.items()}
-        self._prefill_pays, _ = memory_plan(manifest, engine.name)
+        self._prefill_pays, _ = memory_plan(bundle, engine.name)
         self._programs = {"decode": engine.load(bundle, "decode")}
         # The cache is one set of arrays for both programs, and so are the adapters.
         self._caches = allocate(p for p in decode.inputs if p.name.startswith("cache."))
@@ -196,17 +197,20 @@ class Predictor:
         return step.outputs
 
 
-def memory_plan(manifest: pb.Manifest, engine: str) -> tuple[bool, int]:
+def memory_plan(bundle: Bundle, engine: str) -> tuple[bool, int]:
     """Whether a second program is worth its memory: `prefill`, for many tokens at a time.
 
     Returns:
         That, and the bytes that suggesting needs then, the engine and all else included.
+
+    Raises:
+        BundleError: the bundle has no programs to suggest with.
     """
-    programs = {p.name: p for p in manifest.programs if p.engine == engine}
-    decode, prefill = programs["decode"], programs["prefill"]
-    (runtime,) = (e.runtime_bytes for e in manifest.engines if e.engine == engine)
+    manifest = bundle.manifest
+    decode, prefill = (bundle.program(name, engine) for name in ("decode", "prefill"))
     # Of the adapters, what was read and what the self-test puts in their place.
     adapters = 2 * 4 * sum(role.size for role in manifest.roles)
+    runtime = engine_cost(manifest, engine).runtime_bytes
     alone = runtime + decode.memory_bytes + adapters + REST_BYTES
     both = alone + prefill.memory_bytes
     if not takes_any_length(decode):

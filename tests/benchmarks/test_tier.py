@@ -50,8 +50,7 @@ def test_a_tier_runs_within_its_memory(tiny_base_dir: Path, tmp_path: Path) -> N
     assert 0 < suggesting["token_p50"] <= suggesting["token_p95"]
     assert suggesting["cold_start"] > 0.1
     for measured in (suggesting, training):
-        assert 10 < measured["peak_rss_mib"] < limit
-    assert training["planned_mib"] < limit
+        assert 10 < measured["peak_rss_mib"] <= measured["planned_mib"] < limit
     assert training["step_seconds"] > 0
     assert row["bundle_mib"] > 0.1
     assert 100 < row["exporting"]["peak_rss_mib"] < 4096

@@ -392,6 +392,7 @@ def test_a_memory_budget_that_is_too_small(
     assert summary["peak_rss_mib"] <= summary["planned_memory_mib"] <= smallest
     plan = json.loads(comigs("plan", *at, "--memory", f"{smallest}MiB", "--format", "json").stdout)
     assert plan["chosen_micro_batch"] == summary["micro_batch"]
+    assert 0 < plan["suggesting_bytes"] < smallest * 2**20
     assert plan["plans"][0]["together"]
     assert not plan["plans"][-1]["together"]
     # With programs that make room for each other it learns what it learns with all of them loaded.

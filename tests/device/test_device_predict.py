@@ -33,7 +33,7 @@ from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import tokenize
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import AdapterError, ParityError
-from edge_runtime.predict import Predictor
+from edge_runtime.predict import Predictor, memory_plan
 from edge_runtime.store import Home
 from export import mixture
 from export.base import load_base
@@ -202,7 +202,7 @@ def test_a_program_for_many_tokens_is_used_where_both_fit(
 ) -> None:
     """The base is random and small, so what rounding does to it is small, too."""
     words = list(range(40, 70))
-    chosen = []
+    chosen, planned = [], []
     for memory in (4096, 1):
         bundle = export_bundle(
             load_base(str(tiny_base_dir)),
@@ -220,7 +220,10 @@ def test_a_program_for_many_tokens_is_used_where_both_fit(
         ours.use(mixture.random(bundle.manifest, 3))
         np.testing.assert_allclose(ours.logits(words), first, atol=0.1)
         chosen.append(sorted(ours._programs))
+        planned.append(memory_plan(bundle, "onnxruntime"))
     assert chosen == [["decode", "prefill"], ["decode"]]
+    assert [second for second, _ in planned] == [True, False]
+    assert planned[0][1] > planned[1][1]
 
 
 def test_adapters_of_another_bundle_change_nothing(tiny_bundle: Bundle) -> None:

@@ -1,0 +1,61 @@
+"""Where eight bits are too coarse for activations, and how short blocks must be there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from export.programs import BLOCKS
+from export.rounding import block_lengths, coarse_products
+
+INPUTS, MASSIVE = 256, 200
+
+
+@pytest.fixture(scope="module")
+def product() -> fx.GraphModule:
+    """x @ W, of which W ignores one of the inputs."""
+    weight = torch.randn(INPUTS, 8, generator=torch.Generator().manual_seed(0))
+    weight[MASSIVE] = 0.0
+    root = nn.Module()
+    root.register_buffer("weight", weight)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.ops.aten.mm.default, (x, graph.get_attr("weight"))))
+    return fx.GraphModule(root, graph)
+
+
+def activations(largest: float) -> list[Tensor]:
+    x = torch.randn(4, INPUTS, generator=torch.Generator().manual_seed(1))
+    x[2, MASSIVE] = largest
+    return [x]
+
+
+def is_weight(node: fx.Node) -> bool:
+    return node.op == "get_attr"
+
+
+def lengths(_: str, inputs: int) -> list[int]:
+    return BLOCKS["int8"].lengths(inputs)
+
+
+@pytest.mark.parametrize(
+    ("largest", "length"),
+    [((1.0,), 128), ((1000.0,), 32), ((1.0, 1000.0), 32), ((1000.0, 1.0), 32)],
+)
+def test_blocks_are_as_long_as_every_example_allows(
+    product: fx.GraphModule, largest: tuple[float, ...], length: int
+) -> None:
+    examples = [activations(each) for each in largest]
+    assert list(block_lengths(product, examples, is_weight, lengths).values()) == [length]
+
+
+def test_a_massive_activation_is_too_coarse_for_one_scale(product: fx.GraphModule) -> None:
+    assert not coarse_products(product, [activations(1.0)], is_weight)
+    assert len(coarse_products(product, [activations(1.0), activations(1000.0)], is_weight)) == 1
+
+
+def test_blocks_divide_the_inputs() -> None:
+    found = {n: BLOCKS["int8"].lengths(n) for n in (768, 192, 96, 48)}
+    assert found == {768: [128, 64, 32], 192: [64, 32], 96: [32], 48: [16]}
+    assert BLOCKS["int4"].lengths(768) == [32]
