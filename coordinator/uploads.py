@@ -99,8 +99,7 @@ class Gathering:
         self._pieces.append(data)
         self._settled = False
         if self._writing is None and self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(IDLE_SECONDS, self._start, True)
+            self._settle_when_idle()
         while len(self._pieces) >= PIECES and self._failure is None:
             if self._writing is None:
                 self._start()
@@ -130,6 +129,9 @@ class Gathering:
             raise self._failure
         return self._sha256.digest()
 
+    def _settle_when_idle(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._start, True)
+
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -151,6 +153,8 @@ class Gathering:
             self._settled = writing.result() and not self._pieces
             if self._pieces:
                 self._start()
+            elif not self._settled:
+                self._settle_when_idle()
 
     def _write(self, pieces: list[memoryview], settle: bool) -> bool:
         """In the thread. Returns `settle`."""
