@@ -82,6 +82,10 @@ def _cat(xs: Sequence[Tensor], dim: int = 0) -> Rewritten:
     return torch.cat([torch.cat(list(xs[:MOST_JOINED]), dim), *xs[MOST_JOINED:]], dim)
 
 
+def _rsub(x: Tensor, other: float, alpha: float = 1) -> Rewritten:
+    return NotImplemented if alpha != 1 else x.neg() + other
+
+
 DECOMPOSITIONS: Decompositions = {
     **decompositions(_row_sums),
     ATEN.sum.default: _sum_all,
@@ -90,4 +94,5 @@ DECOMPOSITIONS: Decompositions = {
     ATEN.native_layer_norm.default: _layer_norm,
     ATEN.stack.default: _stack,
     ATEN.cat.default: _cat,
+    ATEN.rsub.Scalar: _rsub,
 }
