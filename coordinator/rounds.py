@@ -131,9 +131,8 @@ class Rounds(Course):
                 if reply.action != pb.CheckInReply.WAIT or left <= 0 or self._stopping:
                     break
                 await wait(changed, left)
-                if not self._stopping:
-                    async with self._waking:  # one by one, and whoever comes anew in between
-                        await asyncio.sleep(0)
+                async with self._waking:  # one by one, and whoever comes anew in between
+                    await asyncio.sleep(0)
         except asyncio.CancelledError:
             # The device hung up: it is not waiting any more.
             self._heard.pop(device, None)
