@@ -254,7 +254,7 @@ class Uploads:
                         self._state.begin_partial(path)
                         with storage_errors(path):
                             file = held.enter_context(_alone(path))
-                            gathered = await self._gather(file, path, header, parts, moved)
+                            gathered = await self._gather(file, header, parts, moved)
                     return await to_its_end(
                         functools.partial(self._keep, path, device, header, *gathered)
                     )
@@ -285,12 +285,11 @@ class Uploads:
     async def _gather(
         self,
         file: io.FileIO,
-        path: Path,
         header: pb.UploadHeader,
         parts: AsyncIterator[Part],
         moved: Callable[[int], None],
     ) -> tuple[bytes, wire.Incoming]:
-        """Writes what comes into the file, which is at `path`, from the header's offset on.
+        """Writes what comes into the file, from the header's offset on.
 
         Returns:
             SHA-256 of the whole, and what it is.

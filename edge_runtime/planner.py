@@ -73,10 +73,10 @@ def mebibytes(size: int) -> str:
 def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
     """Every way to train with this bundle that takes less memory than those before it.
 
-    They come in the order of their speed, as measured with GPT-2 on an int8 base
-    (benchmarks/RESULTS.md): computing activations twice costs less than reading weights where they
-    are; with a float32 base the two are nearly equal. Small micro-batches, and programs that are
-    loaded in turns, twice in a round, come before both.
+    They come in the order of their speed. Small micro-batches, and programs that are loaded in
+    turns, twice in a round, cost least. Computing activations twice costs less than reading weights
+    where they are, with GPT-2 on an int8 base; with a float32 base the two are nearly equal
+    (benchmarks/RESULTS.md).
 
     Raises:
         BundleError: the bundle cannot train with this engine.

@@ -39,7 +39,7 @@ from export.flat_graph import (
     untransposed,
 )
 from export.programs import BLOCKS, Blocks
-from export.rounding import block_lengths, coarse_products, eight_bits
+from export.rounding import SMALLEST_EMBEDDING, block_lengths, coarse_products, eight_bits
 
 OPSET = 20
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
@@ -51,8 +51,6 @@ TYPES = {
 }
 # Matrices with fewer numbers stay float32: they cost little and an integer product gains little.
 SMALLEST_QUANTISED = 2**15
-# Tables of which rows are looked up: embeddings, but not the angles of positions.
-SMALLEST_EMBEDDING = 2**20
 SMALLEST_BLOCK = 16  # that ONNX Runtime has
 DECOMPOSITIONS: Decompositions = decompositions(lambda x: x.sum(-1, keepdim=True))
 

@@ -53,8 +53,7 @@ class Blocks:
 
     def lengths(self, inputs: int) -> list[int]:
         """Of blocks of that many inputs, a multiple of 16; the smallest only for want of others."""
-        whole = [n for n in (128, 64, 32, 16) if n <= self.size and inputs % n == 0]
-        return whole[:-1] if whole[1:] and whole[-1] == 16 else whole
+        return [n for n in (128, 64, 32) if n <= self.size and inputs % n == 0] or [16]
 
 
 BLOCKS = {"int8": Blocks(8, 128), "int4": Blocks(4, 32)}

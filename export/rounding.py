@@ -15,6 +15,8 @@ from torch import Tensor, fx
 
 from export.flat_graph import ATEN, untransposed
 
+# Tables of which rows are looked up, in numbers: embeddings, but not the angles of positions.
+SMALLEST_EMBEDDING = 2**20
 # Largest error, relative, of a token's outputs. Without such activations most are below it.
 ALLOWED = 0.03
 # The same where activations share scales in blocks, of which smaller ones cost little.

@@ -23,11 +23,10 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the o
 
 from export.flat_graph import ATEN, is_transpose, untransposed
 from export.programs import Blocks
-from export.rounding import coarse_products, eight_bits
+from export.rounding import SMALLEST_EMBEDDING, coarse_products, eight_bits
 
 QUANTISED = torch.ops.quantized_decomposed
 SMALLEST_QUANTISED = 2**12  # numbers
-SMALLEST_EMBEDDING = 2**20
 BLOCK_MULTIPLE = 32  # XNNPACK's blocks are of so many inputs, or several times that
 # Activations beyond this multiple of a token's mean magnitude are multiplied apart from the others,
 # where rounding both on one scale is too coarse.
