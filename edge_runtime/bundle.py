@@ -32,11 +32,18 @@ class Bundle:
         """Path of a file that the manifest lists, after checking its size and SHA-256.
 
         Raises:
-            BundleError: not listed, missing, truncated or altered.
+            BundleError: not listed, missing, not readable, truncated or altered.
         """
-        entry = self._sized(relative)
         path = self.path / relative
-        if sha256_of(path) != entry.sha256:
+        try:
+            entry = self._sized(relative)
+            digest = sha256_of(path)
+        except OSError as error:
+            raise BundleError(
+                f"cannot read {path}: {error.strerror}; let this user read the bundle's files and "
+                "directories, or copy the bundle again"
+            ) from error
+        if digest != entry.sha256:
             raise BundleError(
                 f"bundle {self.path}: {relative} was altered (its SHA-256 differs from the "
                 "manifest's); copy the bundle again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edge_runtime import adapters
-from edge_runtime.bundle import FORMAT_VERSION, Bundle, list_files, open_bundle, write_manifest
+from edge_runtime.bundle import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Bundle,
+    list_files,
+    open_bundle,
+    write_manifest,
+)
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import StorageError
 from edge_runtime.files import storage_errors
@@ -106,9 +114,21 @@ def export_bundle(
             progress(f"measuring memory under {engine}")
             _measure(manifest, staging, engine, 4 * base.parameters)
         write_manifest(manifest, staging)
+        _let_others_read(manifest, staging)
         shutil.rmtree(out, ignore_errors=True)
         staging.rename(out)
     return open_bundle(out)
+
+
+def _let_others_read(manifest: pb.Manifest, directory: Path) -> None:
+    """Gives all files the manifest's mode, which is the umask's.
+
+    Adapters are written for their owner only, since a device's are private. A bundle's are not, and
+    a coordinator may run as another user.
+    """
+    mode = stat.S_IMODE((directory / MANIFEST).stat().st_mode)
+    for entry in manifest.files:
+        (directory / entry.path).chmod(mode)
 
 
 @contextlib.contextmanager

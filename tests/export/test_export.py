@@ -77,6 +77,11 @@ def test_every_file_is_listed_with_its_size_and_hash(tiny_bundle: Bundle) -> Non
     assert not tiny_bundle.path.with_name("bundle.partial").exists()
 
 
+def test_whoever_may_read_the_manifest_may_read_every_file(tiny_bundle: Bundle) -> None:
+    modes = {path.stat().st_mode for path in tiny_bundle.path.rglob("*") if path.is_file()}
+    assert modes == {(tiny_bundle.path / "manifest.json").stat().st_mode}
+
+
 @pytest.mark.parametrize("specialists", [0, 1])
 def test_slices_tile_the_vectors(export_tiny: ExportTiny, specialists: int) -> None:
     manifest = export_tiny(Mixture(rank=4, specialists=specialists)).manifest
