@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ async def serve(options: Options, report: Report) -> None:
     """
     os.umask(0o077)  # the state may be in a directory that others can enter
     share_heap()
+    report = to_all(report, _tell_service_manager)
     bundles = [open_bundle(path) for path in options.bundles]
     fresh = {bundle.path: adapters.load_fresh(bundle) for bundle in bundles}
     split(options.listen)
@@ -390,6 +392,17 @@ async def _insecure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str
     address = f"{host}:{bound}"
     await parts.log("started", {"address": address, "administrator": None})
     return {"address": address, "enrolment": None, "admin": None}
+
+
+def _tell_service_manager(event: str, fields: dict[str, Any]) -> None:
+    """Tells systemd, if that started the coordinator, that it has started: sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address is None or event not in {"listening", "standing_by"}:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        # A path, or with an @ a name in the abstract namespace.
+        manager.connect("\0" + address[1:] if address.startswith("@") else address)
+        manager.send(b"READY=1")
 
 
 def _stop_signals() -> asyncio.Event:
