@@ -37,7 +37,9 @@ from protos import coordinator_pb2 as pb
 from protos import manifest_pb2
 
 TIMEOUT = 30.0
-PATIENCE = Patience(TIMEOUT, on_wait=lambda _: None)
+# What `comigs device run` has if it is not told otherwise: a coordinator that is killed again and
+# again, on a busy machine, may be away for longer than the above.
+PATIENCE = Patience(120.0, on_wait=lambda _: None)
 
 
 def make_manifest(width: int = 16, rank: int = 2) -> manifest_pb2.Manifest:
@@ -113,7 +115,7 @@ class Served:
 
     def wait_for(self, event: str, **fields: Any) -> dict[str, Any]:
         """The next such event; those before it are in `events`."""
-        end = time.monotonic() + TIMEOUT
+        end = time.monotonic() + PATIENCE.seconds
         while True:
             got = self._queue.get(timeout=max(0.0, end - time.monotonic()))
             assert got is not None, f"the coordinator ended without {event}: {self.stderr()}"
@@ -301,23 +303,24 @@ def finish(client: Client, number: int) -> bytes:
 
 
 def in_parallel(*tasks: Callable[[], Any]) -> list[Any]:
-    """Results of `tasks`, each run in a thread; the first error is raised."""
+    """Results of `tasks`, each run in a thread; the first error is raised at once, since the others
+    may wait for what failed."""
     results: list[Any] = [None] * len(tasks)
-    errors: list[BaseException] = []
+    ended: queue.Queue[BaseException | None] = queue.Queue()
 
     def run(index: int) -> None:
         try:
             results[index] = tasks[index]()
         except BaseException as error:
-            errors.append(error)
+            ended.put(error)
+        else:
+            ended.put(None)
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(tasks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    for index in range(len(tasks)):
+        threading.Thread(target=run, args=(index,), daemon=True).start()
+    for _ in tasks:
+        if (error := ended.get()) is not None:
+            raise error
     return results
 
 
