@@ -323,6 +323,8 @@ class Course(Acceptance):
                     quality=quality,
                     noise=noise,
                     reach=self._reach(),
+                    clipped=outcome.clipped,
+                    clipped_coordinates=outcome.clipped_coordinates,
                 )
                 await to_its_end(aggregated)
         except (AggregationError, AdapterError) as error:

@@ -248,7 +248,7 @@ function drawRounds(group) {
     ...[round.participants, round.accepted, round.refusals, round.silent].map((count) => make("td", { class: "number" }, count)),
     make("td", { class: "number" }, round.seconds === null ? "" : round.seconds.toFixed(1)),
     make("td", {}, round.closed_at === null ? "" : moment(round.closed_at)),
-    make("td", { class: "note" }, [round.aggregation, round.rolled_back_to ? `from the start of round ${round.rolled_back_to}` : null, round.reason].filter(Boolean).join("; "))));
+    make("td", { class: "note" }, [round.aggregation, round.clipped ? `steps clipped: ${round.clipped}` : null, round.clipped_coordinates ? `coordinates clipped: ${round.clipped_coordinates}` : null, round.rolled_back_to ? `from the start of round ${round.rolled_back_to}` : null, round.reason].filter(Boolean).join("; "))));
   place("rounds", make("thead", {}, make("tr", {}, ...heading.map(([name, kind]) => make("th", kind ? { class: kind } : {}, name)))), make("tbody", {}, ...rows));
 }
 

@@ -44,6 +44,10 @@ class Row:
     """On the quality gate's text, of what it started from; None without a gate."""
     candidate_perplexity: float | None
     """Likewise, of what came of it."""
+    clipped: int
+    """Steps that were longer than --clip-norm."""
+    clipped_coordinates: int
+    """Of masked steps, beyond the range of their whole numbers."""
 
 
 def rounds(state: Path, url: str | None = None) -> list[Row]:
@@ -134,6 +138,8 @@ def _row(found: Round, participants: int, accepted: int, refused: int) -> Row:
         reason=found.reason,
         incoming_perplexity=found.incoming_perplexity,
         candidate_perplexity=found.candidate_perplexity,
+        clipped=found.clipped,
+        clipped_coordinates=found.clipped_coordinates,
     )
 
 
@@ -159,6 +165,10 @@ def table(rows: list[Row]) -> list[str]:
 def _remarks(row: Row) -> str:
     """How it is aggregated, and what is out of the ordinary."""
     remarks = [row.aggregation or ""]
+    if row.clipped:
+        remarks.append(f"steps clipped: {row.clipped}")
+    if row.clipped_coordinates:
+        remarks.append(f"coordinates clipped: {row.clipped_coordinates}")
     if row.rolled_back_to is not None:
         remarks.append(f"from the start of round {row.rolled_back_to}")
     if row.paused:

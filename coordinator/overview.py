@@ -196,6 +196,8 @@ def _row(
         "rolled_back_to": found.rolled_back_to,
         "reason": found.reason,
         "perplexity": found.candidate_perplexity,  # of what came of it, by the quality gate
+        "clipped": found.clipped,  # steps; coordinates are of masked steps
+        "clipped_coordinates": found.clipped_coordinates,
         "done": found.done,  # rounds that went into the generalist that it starts from
         "participants": participants,
         "accepted": accepted,

@@ -272,6 +272,8 @@ class State(UpdateRows):
         quality: Quality | None = None,
         noise: float | None = None,
         reach: int = 0,
+        clipped: int = 0,
+        clipped_coordinates: int = 0,
     ) -> None:
         """Closes an open round. The next one, now waiting, starts from `generalist` and, with a
         server optimizer, from its `memory`. What is not needed any more stays until `clean`.
@@ -279,11 +281,13 @@ class State(UpdateRows):
         Args:
             noise: noise multiplier of differential privacy; None without it.
             reach: from how many earlier rounds updates may count in the next one.
+            clipped, clipped_coordinates: for people, see Round.
         """
         file, digest = self._write_generalist(number + 1, generalist)
         memory_file = None if memory is None else self._write_memory(number + 1, memory)
         with self._transaction() as session:
             closed = self._end(session, number, Status.AGGREGATED, quality=quality)
+            closed.clipped, closed.clipped_coordinates = clipped, clipped_coordinates
             self._spend(session, number, noise)
             session.add(
                 Round(

@@ -101,6 +101,10 @@ class Round(Base):
     """On the quality gate's text; None without one."""
     candidate_perplexity: Mapped[float | None]
     """Likewise, of what came of it."""
+    clipped: Mapped[int] = mapped_column(default=0)
+    """Steps that were longer than --clip-norm."""
+    clipped_coordinates: Mapped[int] = mapped_column(default=0)
+    """Of masked steps, beyond the range of their whole numbers."""
     oldest: Mapped[int]
     """The earliest round whose participants' updates may count in it; in synchronous rounds itself.
     Updates are kept from there on."""

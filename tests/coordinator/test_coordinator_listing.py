@@ -24,7 +24,7 @@ def rows(state: Path) -> list[dict[str, object]]:
 def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -> None:
     bundle = fleet.bundle()
     state = fleet.directory / "a state?with #odd %41 name"
-    options = ("--rounds", "2", "--aggregation", "median", "--clip-norm", "9")
+    options = ("--rounds", "2", "--aggregation", "median", "--clip-norm", "0.5")
     served = fleet.serve(bundle, *options, state=state)
     trio = fleet.enrolled(served, bundle, "ada", "ben", "cy")
     waiting = {
@@ -37,6 +37,7 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
     }
     quiet = {"paused": False, "rolled_back_to": None, "reason": None}
     quiet |= {"incoming_perplexity": None, "candidate_perplexity": None}
+    quiet |= {"clipped": 0, "clipped_coordinates": 0}
     assert rows(state) == [waiting | {"seconds": None, "aggregation": None} | quiet]
 
     join_round(*trio)
@@ -45,7 +46,7 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
     assert trio[0].upload(header(1), train(bundle, start, 0, 1)).accepted
     (one,) = rows(state)
     counts = {"participants": 3, "accepted": 1, "refused": 1}
-    how = {"aggregation": "median, clipped to 9"}
+    how = {"aggregation": "median, clipped to 0.5"}
     opened = waiting | {"status": "open", "seconds": None} | counts | how | quiet
     assert one | {"seconds": None} == opened
     assert one["seconds"] > 0
@@ -54,6 +55,7 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
     served.kill()
     first, second = rows(state)
     assert (first["status"], first["accepted"], first["refused"]) == ("aggregated", 2, 1)
+    assert (first["clipped"], first["clipped_coordinates"]) == (2, 0)
     assert (second["status"], second["accepted"]) == ("open", 0)
 
     # What was read above wrote nothing and kept nobody out; now for the last state of a round.
@@ -76,7 +78,7 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
     ]  # fmt: skip
     assert lines[1].split() == [
         *("default", "1", "aggregated", "3", "2", "1", f"{first['seconds']:.1f}"),
-        *("median,", "clipped", "to", "9"),
+        *("median,", "clipped", "to", "0.5;", "steps", "clipped:", "2"),
     ]
     assert lines[2].endswith("mean; too few updates at its deadline")
     assert lines[3].split() == ["default", "3", "waiting", "0", "0", "0"]

@@ -200,6 +200,7 @@ def test_what_is_reported_is_shown_and_no_markup_is_read(tmp_path: Path) -> None
     row = {"status": "aggregated", "opened_at": 1.0, "closed_at": 2.0, "deadline": 9.0}
     row |= {"seconds": 1.0, "aggregation": "mean", "paused": False, "rolled_back_to": None}
     row |= {"participants": 2, "accepted": 2, "without": 0, "silent": 0, "refusals": 0}
+    row |= {"clipped": 1, "clipped_coordinates": 4321}
     rounds = [
         row | {"round": 1, "done": 0, "reason": None, "perplexity": 512.25},
         row | {"round": 2, "done": 1, "reason": "<i>worse</i>", "perplexity": 640.5}
@@ -220,6 +221,7 @@ def test_what_is_reported_is_shown_and_no_markup_is_read(tmp_path: Path) -> None
     body = done.stdout.partition("<main>")[2].partition("</main>")[0]
     for shown in (
         *("ε 3.14 spent", "of 8<", "Refused as worse: 640.50 in round 2", "Round 1: 512.25"),
+        "mean; steps clipped: 1; coordinates clipped: 4321<",
         *("&lt;i&gt;worse&lt;/i&gt;", "&lt;script&gt;alert(1)&lt;/script&gt;", "1 of 2"),
     ):
         assert shown in body, body

@@ -13,6 +13,7 @@ import pytest
 from coordinator_help import Fleet, Served, free_port, in_parallel
 from masking_help import Masked, expected, joined, step_of, vector
 
+from coordinator.listing import rounds, table
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
@@ -64,6 +65,7 @@ def test_the_sum_is_exact_whoever_drops_out_in_whatever_stage(fleet: Fleet) -> N
     options = (*options, "--rounds", str(len(plans)))
     served = fleet.serve(bundle, *MASKED, *options)
     clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(DEVICES)))
+    clipped = []
     for leaving in plans:
         number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
         start = vector(bundle, clients[0].download(number))
@@ -73,8 +75,11 @@ def test_the_sum_is_exact_whoever_drops_out_in_whatever_stage(fleet: Fleet) -> N
         assert closed["updates"] == len(summed)
         steps = [far(bundle, index, number) for index in summed]
         assert closed["clipped_coordinates"] == len(summed)
+        clipped.append(f"coordinates clipped: {len(summed)}")
         got = vector(bundle, clients[0].download(number + 1))
         np.testing.assert_array_equal(got, expected(start, steps, group=DEVICES))
+    told = [line.partition("; ")[2] for line in table(rounds(fleet.state))[1:]]
+    assert told == clipped
 
 
 def test_who_has_not_trained_at_the_deadline_is_left_out(fleet: Fleet) -> None:
