@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import queue
 import signal
 import socket
@@ -38,8 +39,8 @@ from protos import manifest_pb2
 
 TIMEOUT = 30.0
 # What `comigs device run` has if it is not told otherwise: a coordinator that is killed again and
-# again, on a busy machine, may be away for longer than the above.
-PATIENCE = Patience(120.0, on_wait=lambda _: None)
+# again, on a busy machine, may be away for longer than the above. More where it is killed often.
+PATIENCE = Patience(1200.0 if os.environ.get("COMIGS_SOAK") else 120.0, on_wait=lambda _: None)
 
 
 def make_manifest(width: int = 16, rank: int = 2) -> manifest_pb2.Manifest:
@@ -115,9 +116,12 @@ class Served:
 
     def wait_for(self, event: str, **fields: Any) -> dict[str, Any]:
         """The next such event; those before it are in `events`."""
-        end = time.monotonic() + PATIENCE.seconds
+        end = time.monotonic() + 4 * TIMEOUT
         while True:
-            got = self._queue.get(timeout=max(0.0, end - time.monotonic()))
+            try:
+                got = self._queue.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"no {event}, but {self.events[-5:]}") from None
             assert got is not None, f"the coordinator ended without {event}: {self.stderr()}"
             self.events.append(got)
             if got["event"] == event and fields.items() <= got.items():
