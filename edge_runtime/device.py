@@ -25,7 +25,7 @@ from edge_runtime.data import Batches, Tokens, load_tokenizer, read_splits, toke
 from edge_runtime.engines import Engine
 from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
 from edge_runtime.identity import Identity
-from edge_runtime.measure import peak_bytes, return_freed_memory
+from edge_runtime.memory import peak_bytes, return_freed_memory
 from edge_runtime.planner import Plan
 from edge_runtime.secure_aggregation import DistrustedError, Session
 from edge_runtime.store import DeviceConfig, Home, Progress

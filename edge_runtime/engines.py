@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.errors import BundleError, MissingPartError
+from edge_runtime.memory import return_freed_memory
 from protos import manifest_pb2 as pb
 
 Array = NDArray[Any]
@@ -159,6 +160,8 @@ class OnnxRuntime:
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
+        if not packed:
+            return_freed_memory()  # of what weights were made from
         self._sessions[key] = session
         return _OnnxProgram(entry, session)
 

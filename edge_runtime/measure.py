@@ -9,7 +9,6 @@ each program; a child's peak starts at what it inherits.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import subprocess
@@ -21,21 +20,7 @@ import numpy as np
 
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.engines import Engine, allocate, allocate_outputs, load_engine
-
-
-def peak_bytes() -> int:
-    """Largest resident set that this process has had, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmHWM in /proc/self/status")
-
-
-def return_freed_memory() -> None:
-    """Gives the system back what was freed; glibc keeps most of what a program had."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim is not None:
-        trim(0)
+from edge_runtime.memory import peak_bytes
 
 
 def import_engine(engine: Engine) -> None:

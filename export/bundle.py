@@ -210,7 +210,8 @@ def _compile_onnx(
 
     store = onnx_engine.WeightStore(staging)
     entries: list[pb.Program] = []
-    for source in programs:
+    # Those first that join weights, which the others take a part of.
+    for source in sorted(programs, key=lambda each: each.specification.blocks is None):
         entry = _entry(source)
         entry.engine = "onnxruntime"
         entry.data_files.append(onnx_engine.WEIGHTS_FILE)

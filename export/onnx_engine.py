@@ -24,23 +24,48 @@ INLINE_BYTES = 1024
 
 
 class WeightStore:
-    """One file that holds every distinct weight once, whatever number of programs use it."""
+    """One file that holds every distinct weight once, whatever number of programs use it.
+
+    A weight that is a part of one that is there already is not stored again, either.
+    """
 
     def __init__(self, bundle: Path) -> None:
         self.path = bundle / WEIGHTS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_bytes(b"")
-        self.offsets: dict[bytes, int] = {}
+        # Where contents begin: by their own hash, and by that of any of their pages.
+        self.wholes: dict[bytes, int] = {}
+        self.pages: dict[bytes, int] = {}
 
     def place(self, content: bytes) -> int:
         """Offset of `content` in the file, after appending it if it is new."""
-        key = hashlib.sha256(content).digest()
-        if key not in self.offsets:
-            with self.path.open("ab") as file:
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                self.offsets[key] = file.tell()
-                file.write(content)
-        return self.offsets[key]
+        key = _digest(content)
+        if key in self.wholes:
+            return self.wholes[key]
+        first = self.pages.get(_digest(content[:ALIGNMENT]))
+        if first is None or not self._holds(content, first):
+            first = self._append(content)
+        self.wholes[key] = first
+        return first
+
+    def _holds(self, content: bytes, offset: int) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(len(content)) == content
+
+    def _append(self, content: bytes) -> int:
+        with self.path.open("ab") as file:
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            offset = file.tell()
+            file.write(content)
+        for start in range(0, len(content), ALIGNMENT):
+            page = content[start : start + ALIGNMENT]
+            self.pages.setdefault(_digest(page), offset + start)
+        return offset
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def compile_program(

@@ -9,9 +9,10 @@ Written out here, and not left to an exporter, for what the programs gain by it:
 
 With an int8 base, products with large frozen matrices are integer products of weights that were
 quantised here, symmetrically and per output, and activations that are quantised as they come, per
-token. A matrix is stored once, as the base has it, for products with it and with its transpose.
-Programs that continue a text by few tokens have weights quantised in blocks, in products that bring
-their own activations to eight bits.
+token. Programs that continue a text by few tokens have products that bring their own activations to
+eight bits, and of four-bit weights those alone have four.
+
+All these take a matrix of eight bits from the same bytes: output by output, unsigned around 128.
 
 An operator that is not listed here is refused by name.
 """
@@ -52,6 +53,7 @@ TYPES = {
 # Matrices with fewer numbers stay float32: they cost little and an integer product gains little.
 SMALLEST_QUANTISED = 2**15
 SMALLEST_BLOCK = 16  # that ONNX Runtime has
+MIDDLE = 128  # what stands for zero in bytes
 DECOMPOSITIONS: Decompositions = decompositions(lambda x: x.sum(-1, keepdim=True))
 
 Argument: TypeAlias = Any  # an fx.Node or what it was called with: numbers, lists, None
@@ -138,7 +140,8 @@ class _Translation:
         # Weights, and the axis that is summed over.
         self.factors = {node.target: int(t) for node, t in factors if node.op == "get_attr"}
         self.head = factors[-1][0].target if factors else ""  # of programs that continue a text
-        self.rounded: dict[str, tuple[Tensor, Tensor, int]] = {}  # weights, see `integers`
+        self.rounded: dict[str, tuple[Tensor, Tensor]] = {}  # weights, see `integers`
+        self.signed: dict[str, tuple[str, str, bool]] = {}  # weights, see `signed_integers`
         self.embeddings: set[str] = set()  # quantised weights of which rows are looked up
         self.names: dict[fx.Node, str] = {}
         self.products: dict[fx.Node, Product] = {}
@@ -259,17 +262,36 @@ class _Translation:
         whole = not self.blocks or shape[self.factors[node.target]] % SMALLEST_BLOCK == 0
         return whole and shape.numel() >= SMALLEST_QUANTISED
 
-    def integers(self, attribute: str, output_axis: int) -> tuple[Tensor, Tensor, int]:
-        """A weight as (int8, float32 scales (outputs,), axis of the outputs).
-
-        The outputs are those of the first use, which is the forward pass; the backward pass sums
-        over them, with the same scales.
-        """
+    def integers(self, attribute: str, transposed: bool) -> tuple[Tensor, Tensor]:
+        """A weight, or its transpose, as bytes (outputs, inputs) around MIDDLE and float32 scales
+        (outputs,)."""
         if attribute not in self.rounded:
             value = self.weight(attribute)
-            integers, scales = eight_bits(value.T if output_axis else value)
-            self.rounded[attribute] = (integers.T if output_axis else integers, scales, output_axis)
+            integers, scales = eight_bits(value.T if transposed else value)
+            self.rounded[attribute] = (integers.to(torch.int16) + MIDDLE).to(torch.uint8), scales
         return self.rounded[attribute]
+
+    def signed_integers(self, attribute: str, transposed: bool) -> tuple[str, str, bool]:
+        """A weight as int8 (outputs, inputs), in which products of many rows are twice as fast.
+
+        It is made when a program is loaded, of the bytes that programs share.
+
+        Args:
+            transposed: whether the product is with the weight's transpose.
+
+        Returns:
+            Its name, that of its scales, and whether such a product was its first use. That is the
+            forward pass, and says what the outputs are; the backward pass sums over them, with the
+            same scales.
+        """
+        if attribute not in self.signed:
+            stored, scale = self.integers(attribute, transposed=not transposed)
+            bits = self.store(f"{attribute}.bits", stored.view(torch.int8))
+            highest = self.constant(torch.tensor(-MIDDLE, dtype=torch.int8))
+            signed = self.emit("BitwiseXor", bits, highest)  # they differ in their highest bit
+            scales = self.store(f"{attribute}.scale", scale)
+            self.signed[attribute] = signed, scales, transposed
+        return self.signed[attribute]
 
     def integer_product(self, a: str, b: fx.Node, transposed: bool, coarse: bool) -> str:
         """a @ b, or a @ b.T, of a float32 matrix and a quantised weight.
@@ -277,10 +299,8 @@ class _Translation:
         With `coarse`, what rounding left of `a` gets a product of its own.
         """
         attribute = str(b.target)
-        integers, scale, axis = self.integers(attribute, output_axis=0 if transposed else 1)
-        stored = self.store(f"{attribute}.int8", integers)
-        scales = self.store(f"{attribute}.scale", scale)
-        backward = axis != (0 if transposed else 1)
+        stored, scales, first = self.signed_integers(attribute, transposed)
+        backward = transposed != first
         x = self.emit("Mul", a, scales) if backward else a
         factor = self.constant(torch.tensor(1.0)) if backward else scales
         # Tokens differ in size. Brought to the same first, each is quantised on its own scale.
@@ -288,13 +308,13 @@ class _Translation:
         largest = self.emit("ReduceMax", self.emit("Abs", x), rows, keepdims=1)
         size = self.emit("Max", largest, self.constant(torch.tensor(1e-30)))
         even = self.emit("Div", x, size)
-        product = self.integer_gemm(even, stored, factor, transposed)
+        product = self.integer_gemm(even, stored, factor, not backward)
         # Summed over the vocabulary: probabilities, most of them far smaller than a step.
         if coarse or (backward and attribute in self.embeddings):
             step = self.emit("DynamicQuantizeLinear", even, outputs=3)
             rounded = self.emit("DequantizeLinear", step, f"{step}.1", f"{step}.2")
             rest = self.emit("Sub", even, rounded)
-            second = self.integer_gemm(rest, stored, factor, transposed)
+            second = self.integer_gemm(rest, stored, factor, not backward)
             product = self.emit("Add", product, second)
         return self.emit("Mul", product, size)
 
@@ -319,15 +339,21 @@ class _Translation:
         return BLOCKS["int8"] if attribute == self.head else self.blocks
 
     def block_product(self, a: str, b: fx.Node, transposed: bool, size: int) -> str:
-        """a @ b, or a @ b.T, of a float32 matrix and a weight that is quantised in blocks.
+        """a @ b, or a @ b.T, of a float32 matrix and a weight, in blocks.
 
-        Each `size` inputs share a scale: of a weight's output, and of a row of `a`.
+        Each `size` inputs share a scale: of a row of `a`, and, with four bits, of a weight's
+        output, which else has one for all.
         """
         attribute = str(b.target)
-        value = self.weight(attribute) if transposed else self.weight(attribute).T  # (out, in)
-        outputs, inputs = value.shape
         bits = self.blocks_of(attribute).bits
-        integers, scales = in_blocks(value, bits, size)
+        inputs, outputs = _shape(b)[::-1] if transposed else _shape(b)
+        if bits == 8:
+            stored, scale = self.integers(attribute, transposed=not transposed)
+            integers = stored.view(outputs, -1, size)
+            scales = scale.repeat_interleave(inputs // size)
+        else:
+            value = self.weight(attribute)
+            integers, scales = four_bits(value if transposed else value.T, size)
         return self.emit(
             "MatMulNBits",
             a,
@@ -349,34 +375,32 @@ class _Translation:
         """
         attribute = str(a.target)
         self.embeddings.add(attribute)
-        integers, scale, _ = self.integers(attribute, output_axis=0)
-        rows = self.emit("Gather", self.store(f"{attribute}.int8", integers), index, axis=0)
+        stored, scale = self.integers(attribute, transposed=False)
+        rows = self.emit("Gather", self.store(f"{attribute}.bytes", stored), index, axis=0)
         scales = self.store(f"{attribute}.row_scale", scale.unsqueeze(1))
+        numbers = self.emit("Cast", rows, to=TensorProto.FLOAT)
         return self.emit(
             "Mul",
-            self.emit("Cast", rows, to=TensorProto.FLOAT),
+            self.emit("Sub", numbers, self.constant(torch.tensor(float(MIDDLE)))),
             self.emit("Gather", scales, index, axis=0),
         )
 
 
-def in_blocks(value: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
-    """A weight (out, in) as unsigned integers around 2^(bits - 1), with a scale for each block.
+def four_bits(value: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) as integers from 0 to 15 around 8, with a scale for each `size` inputs.
 
     The largest number of a block gets the lowest integer, which has no positive counterpart: so
     the whole range is used (llama.cpp's Q4_0).
 
     Returns:
-        uint8 (out, in / size, size bits / 8), the first of two in the lower half, and float32
+        uint8 (out, in / size, size / 2), the first of two in the lower half, and float32
         (out in / size,).
     """
-    middle = 2 ** (bits - 1)
     blocks = value.reshape(value.shape[0], -1, size)
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    scales = torch.where(largest == 0, 1.0, largest / -middle)
-    integers = (torch.round(blocks / scales) + middle).clamp(0, 2 * middle - 1).to(torch.uint8)
-    if bits == 4:
-        integers = integers[..., ::2] | (integers[..., 1::2] << 4)
-    return integers, scales.reshape(-1)
+    scales = torch.where(largest == 0, 1.0, largest / -8)
+    integers = (torch.round(blocks / scales) + 8).clamp(0, 15).to(torch.uint8)
+    return integers[..., ::2] | (integers[..., 1::2] << 4), scales.reshape(-1)
 
 
 # --- one function per kind of operator -----------------------------------------------------------

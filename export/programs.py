@@ -43,9 +43,9 @@ LENGTHS = (61, 59, 53, 47, 43, 41, 37, 31, 29, 23, 19, 17, 13, 11, 7, 5, 3)
 
 @dataclass(frozen=True)
 class Blocks:
-    """Weights of `bits` bits with a scale for every `size` of them, along what is summed over.
+    """Products with weights of `bits` bits, and at most `size` inputs of a row on one scale.
 
-    Products with them read weights as fast as memory gives them, for few rows.
+    They read weights as fast as memory gives them, for few rows.
     """
 
     bits: int
