@@ -160,8 +160,7 @@ class OnnxRuntime:
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
-        if not packed:
-            return_freed_memory()  # of what weights were made from
+        return_freed_memory()  # of what was made of weights on the way
         self._sessions[key] = session
         return _OnnxProgram(entry, session)
 

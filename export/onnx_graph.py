@@ -375,15 +375,17 @@ class _Translation:
         """
         attribute = str(a.target)
         self.embeddings.add(attribute)
-        stored, scale = self.integers(attribute, transposed=False)
-        rows = self.emit("Gather", self.store(f"{attribute}.bytes", stored), index, axis=0)
-        scales = self.store(f"{attribute}.row_scale", scale.unsqueeze(1))
+        integers, scale = self.integers(attribute, transposed=False)
+        if self.blocks:
+            stored, middle = self.store(f"{attribute}.bytes", integers), float(MIDDLE)
+        else:  # which are in memory for the head
+            (stored, _, _), middle = self.signed_integers(attribute, transposed=True), 0.0
+        rows = self.emit("Gather", stored, index, axis=0)
         numbers = self.emit("Cast", rows, to=TensorProto.FLOAT)
-        return self.emit(
-            "Mul",
-            self.emit("Sub", numbers, self.constant(torch.tensor(float(MIDDLE)))),
-            self.emit("Gather", scales, index, axis=0),
-        )
+        if middle:
+            numbers = self.emit("Sub", numbers, self.constant(torch.tensor(middle)))
+        scales = self.store(f"{attribute}.row_scale", scale.unsqueeze(1))
+        return self.emit("Mul", numbers, self.emit("Gather", scales, index, axis=0))
 
 
 def four_bits(value: Tensor, size: int) -> tuple[Tensor, Tensor]:
