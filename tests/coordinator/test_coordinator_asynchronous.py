@@ -401,7 +401,8 @@ def test_kills_at_random_moments(fleet: Fleet) -> None:
     bundle = fleet.bundle(width=100_000)
     listen = f"127.0.0.1:{free_port()}"
     options = ("--rounds", str(ROUNDS), "--asynchronous", str(SIZE_K), "--max-staleness", "3")
-    options = (*options, "--enrolment-port", "0")
+    # All that it makes are looked at below.
+    options = (*options, "--enrolment-port", "0", "--keep-generalists", str(ROUNDS + 1))
     served = fleet.serve(bundle, *options, listen=listen)
     names = [f"device {index}" for index in range(DEVICES)]
     clients = fleet.enrolled(served, bundle, *names)
