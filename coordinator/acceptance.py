@@ -64,7 +64,11 @@ class Acceptance:
                 contract_sha256=device.contract_sha256,
             )
 
-        made = await self._commits.make(device.id, count)
+        try:
+            made = await self._commits.make(device.id, count)
+        except RefusedUpdateError:
+            self._state.drop_file(file)  # nobody else will ask for it
+            raise
         if not isinstance(made, Update):
             return
         self._report(

@@ -163,9 +163,13 @@ class UpdateRows(PrivateRows):
                 ),
             )
             name = session.get_one(Device, device).name
-        with contextlib.suppress(OSError):
-            (self.directory / dropped.file).unlink(missing_ok=True)
+        self.drop_file(dropped.file)
         return name
+
+    def drop_file(self, file: str) -> None:
+        """Removes the file of an update that counts nowhere, if that can be done."""
+        with contextlib.suppress(OSError):
+            (self.directory / file).unlink(missing_ok=True)
 
     def _add_refusal(self, session: Session, refusal: Refusal) -> None:
         """Notes that an update of a device was refused; of many in an hour, the first ones."""

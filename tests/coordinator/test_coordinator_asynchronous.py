@@ -1,5 +1,6 @@
 """Asynchronous rounds: what counts, when, with which weight, and that a kill changes none of it."""
 
+import hashlib
 import math
 import os
 import random
@@ -9,10 +10,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from coordinator_help import (
+    TIMEOUT,
     Fleet,
     Served,
     check_in_until,
@@ -246,6 +249,33 @@ def test_what_is_too_stale_is_refused_and_counted(fleet: Fleet) -> None:
     assert served.wait_for("update_refused")["kind"] == "stale"
     assert rows(fleet.state)[0]["refused"] == 1
     assert check_in_until(ben, TRAIN).round == 3, "it goes on with the current one"
+
+
+def test_what_came_whole_and_is_refused_leaves_no_file(fleet: Fleet) -> None:
+    bundle, served, (ada, ben) = begin(
+        fleet, "--rounds", "1", "--asynchronous", "1", names="ada ben"
+    )
+    join_round(ada, ben)
+    start = ada.download(1)
+    update = train(bundle, start, 1, 1)
+    announced = header(1, total_bytes=len(update), sha256=hashlib.sha256(update).digest())
+    over = threading.Event()
+
+    def parts() -> Iterator[pb.UploadPart]:
+        yield pb.UploadPart(header=announced)
+        yield pb.UploadPart(data=update[:100])
+        over.wait(TIMEOUT)
+        yield pb.UploadPart(data=update[100:])
+
+    call = ben._stub.Upload.future(parts(), timeout=TIMEOUT)
+    until(lambda: any(fleet.state.glob("updates/*/*/*.partial")), "nothing has come")
+    assert ada.upload(header(1), train(bundle, start, 0, 1)).accepted
+    served.wait_for("round_closed", round=1)
+    over.set()
+    reply = call.result()
+    assert not reply.accepted
+    assert "all rounds have the updates that they wanted" in reply.reason
+    assert not list(fleet.state.glob("updates/*/*.safetensors"))
 
 
 def test_every_buffer_has_exactly_its_size(fleet: Fleet) -> None:
