@@ -71,6 +71,7 @@ def test_the_manifest_says_it_and_the_gate_has_seen_it(export: Export) -> None:
     # The same integers for all programs: a byte a number, and their scales.
     weights = (export("int8").path / "onnx" / "weights.bin").stat().st_size
     assert weights <= 1.15 * small.base.parameters
+    assert small.engines[0].disk_bytes < 0.32 * full.engines[0].disk_bytes
     memory = [{p.name: p.memory_bytes for p in m.programs} for m in (small, full)]
     assert memory[0]["decode"] < memory[1]["decode"]
     assert memory[0]["train_step.b4"] < memory[1]["train_step.b4"]
