@@ -44,13 +44,13 @@ class QualityGate:
     def __str__(self) -> str:
         return f"{self.text}, up to {self.tolerance:.3%} worse"
 
-    async def check(self, incoming: Path) -> float:
-        """The perplexity of the generalist in the file `incoming`.
+    async def check(self, incoming: Path | None) -> float:
+        """The perplexity of the generalist in the file `incoming`; None: the bundle's own.
 
         Raises:
             ComigsError: as `comigs perplexity` does: no engine, no text, no usable bundle ...
         """
-        (measured,) = await self._measure(incoming)
+        (measured,) = await self._measure(*([] if incoming is None else [incoming]))
         return measured
 
     async def compare(self, incoming: Path, candidate: bytes) -> Quality:

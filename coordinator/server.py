@@ -46,6 +46,7 @@ from coordinator.monitor import Monitor
 from coordinator.options import Options
 from coordinator.overview import Live, Overview
 from coordinator.policy import Policy, Report, to_all
+from coordinator.quality import QualityGate
 from coordinator.rounds import Rounds
 from coordinator.secure_aggregation import SecureAggregation
 from coordinator.service import Service
@@ -109,38 +110,41 @@ async def serve(options: Options, report: Report) -> None:
             tracing = stack.enter_context(contextlib.closing(_tracing(options.traces)))
             live.calls.observers.append(tracing.ended)
             report = to_all(report, tracing.observe)
+        known = state.cohorts()
         groups = group(
             bundles,
             mixed=options.policy.recipe.ranks is not None,
-            known=state.cohorts(),
+            known=known,
             names=options.cohorts,
         )
-        cohorts = Cohorts(
-            [
-                await _begin(each, fresh[each.bundles[0].path], state, options, report)
-                for each in groups
-            ]
-        )
-        fresh.clear()  # they are on the disk now
-        cohorts.clean()
-        for cohort in cohorts.all:
-            metrics.begin(cohort.state.current().number, cohort.name)
-        parts = _Parts(
-            options=options,
-            state=state,
-            cohorts=cohorts,
-            live=live,
-            auditor=auditor,
-            report=report,
-        )
         async with contextlib.AsyncExitStack() as running:
-            for cohort in cohorts.all:
-                running.push_async_callback(cohort.rounds.settled)
+            # Whatever can be wrong comes first: a start that fails has not changed the settings.
+            for each in groups:
+                await _check(each, state.of(each.name), each.name not in known, options, report)
+            doors = (_Insecure if options.insecure else _Secure)(options, live.calls)
             if options.monitor is not None:
                 report("monitoring", {"address": _monitor(options, metrics, overview, running)})
-            listening = _insecure(parts, running) if options.insecure else _secure(parts, running)
+            cohorts = Cohorts(
+                [
+                    _begin(each, fresh[each.bundles[0].path], state, options, report)
+                    for each in groups
+                ]
+            )
+            fresh.clear()  # they are on the disk now
+            cohorts.clean()
+            for cohort in cohorts.all:
+                metrics.begin(cohort.state.current().number, cohort.name)
+                running.push_async_callback(cohort.rounds.settled)
+            parts = _Parts(
+                options=options,
+                state=state,
+                cohorts=cohorts,
+                live=live,
+                auditor=auditor,
+                report=report,
+            )
             names = [cohort.name for cohort in cohorts.all]
-            report("listening", {**await listening, "cohorts": names})
+            report("listening", {**await doors.open(parts, running), "cohorts": names})
             try:
                 await _run(parts, stopped)
             finally:
@@ -174,14 +178,36 @@ async def _take_state(
     return None
 
 
-async def _begin(
+async def _check(group: Group, state: State, new: bool, options: Options, report: Report) -> None:
+    """Finds out, before anything is stored, whether the rounds of a cohort can begin or go on.
+
+    Raises:
+        UnsoundError: see `accounting.check`.
+        ComigsError: the quality gate cannot measure.
+    """
+    accounting.check(state, options.policy.privacy)
+    if (gate := _gate(options.policy, group)) is None:
+        return
+    current = None if new else state.current()
+    measured = await gate.check(
+        None if current is None else state.directory / current.generalist_file
+    )
+    number = 1 if current is None else current.number
+    report("quality_measured", {"cohort": group.name, "round": number, "perplexity": measured})
+
+
+def _gate(policy: Policy, group: Group) -> QualityGate | None:
+    """The quality gate of one cohort."""
+    return policy.gate and replace(policy.gate, bundle=group.bundles[0].path)
+
+
+def _begin(
     group: Group, generalist: Vectors, whole: State, options: Options, report: Report
 ) -> Cohort:
     """The cohort as it was left, or at its first round, which starts from `generalist`."""
-    state, bundle, policy = whole.of(group.name), group.bundles[0], options.policy
+    state, bundle = whole.of(group.name), group.bundles[0]
+    policy = replace(options.policy, gate=_gate(options.policy, group))
     state.keep_generalists = options.keep_generalists
-    if policy.gate is not None:
-        policy = replace(policy, gate=replace(policy.gate, bundle=bundle.path))
     if policy.recipe.ranks == "flexlora":
         generalist = ordered(Layout(bundle.manifest), generalist)
 
@@ -192,11 +218,6 @@ async def _begin(
     changed = state.begin(settings, wire.encode(bundle.manifest, generalist))
     if changed:
         named("settings_changed", {"changes": changed})
-    accounting.check(state, policy.privacy)
-    if policy.gate is not None:
-        current = state.current()
-        measured = await policy.gate.check(options.state / current.generalist_file)
-        named("quality_measured", {"round": current.number, "perplexity": measured})
     rounds = Rounds(
         state=state,
         manifest=bundle.manifest,
@@ -299,61 +320,74 @@ def _monitor(
     return monitor.address
 
 
-async def _secure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
-    """Starts what listens with TLS.
+class _Secure:
+    """What listens with TLS."""
 
-    Returns:
-        The fields of the event "listening".
-    """
-    options = parts.options
-    authority = Authority.open(options.state, options.certificate_lifetime)
-    ports = Ports.open(options, authority, parts.live.calls)
-    host = reached(ports.host, options.names)
-    before = read_identity(options.state / ADMIN_FILE)
-    holder = administrator(authority, options.state, f"{host or 'localhost'}:{ports.port}")
-    holder_id = subject_of(holder.certificate.encode()).id
-    if before is None or before.certificate != holder.certificate:
-        await parts.log("administrator_made", {"administrator": holder_id})
-    callers = parts.callers(holder_id)
-    service = parts.service(callers, authority)
-    admin = Admin(
-        state=parts.state,
-        cohorts=parts.cohorts,
-        callers=callers,
-        address=Address(
-            host=host,
-            port=ports.port,
-            enrolment_port=ports.enrolment_port,
-            authority=authority.der,
-        ),
-        report=parts.report,
-    )
-    enrolment = Enrolment(
-        state=parts.state,
-        callers=callers,
-        authority=authority,
-        cohorts=parts.cohorts,
-        traffic=parts.live.traffic,
-        report=parts.report,
-    )
-    coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, ports.main)
-    coordinator_pb2_grpc.add_AdminServicer_to_server(admin, ports.main)
-    coordinator_pb2_grpc.add_EnrolmentServicer_to_server(enrolment, ports.enrolment)
-    await ports.start(stack)
-    watched = [ports.port, ports.enrolment_port]
-    if options.database is not None:
-        link, bound = _link(parts, authority, callers, ports.host)
-        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, link)
-        coordinator_pb2_grpc.add_AdminServicer_to_server(admin, link)
-        coordinator_pb2_grpc.add_EnrolmentServicer_to_server(enrolment, link)
-        await link.start()
-        stack.push_async_callback(link.stop, GRACE_SECONDS)
-        watched.append(bound)
-        parts.state.announce("" if bare(ports.host) in WILDCARDS else ports.host, bound)
-    watch(stack, parts.report, options.limits, *watched)
-    address = ports.addresses
-    await parts.log("started", {"address": address["address"], "administrator": holder_id})
-    return {**address, "admin": str(options.state / ADMIN_FILE)}
+    def __init__(self, options: Options, calls: Calls) -> None:
+        """Takes the ports; nobody is answered there yet.
+
+        Raises:
+            AddressError: they cannot be listened on.
+            StorageError: the authority is new and cannot be written.
+            TrustError: the authority or the administrator's file is damaged.
+        """
+        self._authority = Authority.open(options.state, options.certificate_lifetime)
+        self._administrator = read_identity(options.state / ADMIN_FILE)
+        self._ports = Ports.open(options, self._authority, calls)
+
+    async def open(self, parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
+        """Listens until `stack` unwinds.
+
+        Returns:
+            The fields of the event "listening".
+        """
+        options, authority, ports = parts.options, self._authority, self._ports
+        host = reached(ports.host, options.names)
+        before = self._administrator
+        holder = administrator(authority, options.state, f"{host or 'localhost'}:{ports.port}")
+        holder_id = subject_of(holder.certificate.encode()).id
+        if before is None or before.certificate != holder.certificate:
+            await parts.log("administrator_made", {"administrator": holder_id})
+        callers = parts.callers(holder_id)
+        service = parts.service(callers, authority)
+        admin = Admin(
+            state=parts.state,
+            cohorts=parts.cohorts,
+            callers=callers,
+            address=Address(
+                host=host,
+                port=ports.port,
+                enrolment_port=ports.enrolment_port,
+                authority=authority.der,
+            ),
+            report=parts.report,
+        )
+        enrolment = Enrolment(
+            state=parts.state,
+            callers=callers,
+            authority=authority,
+            cohorts=parts.cohorts,
+            traffic=parts.live.traffic,
+            report=parts.report,
+        )
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, ports.main)
+        coordinator_pb2_grpc.add_AdminServicer_to_server(admin, ports.main)
+        coordinator_pb2_grpc.add_EnrolmentServicer_to_server(enrolment, ports.enrolment)
+        await ports.start(stack)
+        watched = [ports.port, ports.enrolment_port]
+        if options.database is not None:
+            link, bound = _link(parts, authority, callers, ports.host)
+            coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, link)
+            coordinator_pb2_grpc.add_AdminServicer_to_server(admin, link)
+            coordinator_pb2_grpc.add_EnrolmentServicer_to_server(enrolment, link)
+            await link.start()
+            stack.push_async_callback(link.stop, GRACE_SECONDS)
+            watched.append(bound)
+            parts.state.announce("" if bare(ports.host) in WILDCARDS else ports.host, bound)
+        watch(stack, parts.report, options.limits, *watched)
+        address = ports.addresses
+        await parts.log("started", {"address": address["address"], "administrator": holder_id})
+        return {**address, "admin": str(options.state / ADMIN_FILE)}
 
 
 def _link(
@@ -380,18 +414,22 @@ def _link(
     return link, bind(link, host, 0, "--listen", mutual)
 
 
-async def _insecure(parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
-    """Like `_secure` without TLS, so without enrolment, administrator, and others that follow."""
-    host, port = split(parts.options.listen)
-    main = server(parts.options.limits, parts.live.calls)
-    bound = bind(main, host, port, "--listen", None)
-    service = parts.service(parts.callers(administrator=None), authority=None)
-    coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, main)
-    await start(main, ["Coordinator"], stack)
-    watch(stack, parts.report, parts.options.limits, bound)
-    address = f"{host}:{bound}"
-    await parts.log("started", {"address": address, "administrator": None})
-    return {"address": address, "enrolment": None, "admin": None}
+class _Insecure:
+    """Likewise without TLS, so without enrolment, administrator, and others that follow."""
+
+    def __init__(self, options: Options, calls: Calls) -> None:
+        self._host, port = split(options.listen)
+        self._main = server(options.limits, calls)
+        self._port = bind(self._main, self._host, port, "--listen", None)
+
+    async def open(self, parts: _Parts, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
+        service = parts.service(parts.callers(administrator=None), authority=None)
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, self._main)
+        await start(self._main, ["Coordinator"], stack)
+        watch(stack, parts.report, parts.options.limits, self._port)
+        address = f"{self._host}:{self._port}"
+        await parts.log("started", {"address": address, "administrator": None})
+        return {"address": address, "enrolment": None, "admin": None}
 
 
 def _tell_service_manager(event: str, fields: dict[str, Any]) -> None:

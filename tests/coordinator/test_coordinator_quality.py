@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
-from edge_runtime.errors import BundleError, DataError, MissingPartError
+from edge_runtime.errors import AddressError, BundleError, DataError, MissingPartError, TrustError
 from edge_runtime.training import Evaluator
 from protos import coordinator_pb2 as pb
 
@@ -216,6 +217,28 @@ def test_what_the_gate_lacks_is_told_at_the_start(
     code, message = refusal(tiny_bundle.path, state, "--quality-gate", text, without="tokenizers")
     assert code == MissingPartError.code, message
     assert "pip install 'comigs[device]'" in message
+
+
+def test_a_start_that_fails_has_changed_no_settings(fleet: Fleet, tiny_bundle: Bundle) -> None:
+    def refused(*options: str) -> int:
+        return refusal(tiny_bundle.path, fleet.state, "--rounds", "9", *options)[0]
+
+    assert refused("--quality-gate", "nowhere") == DataError.code
+    fleet.serve(tiny_bundle, "--rounds", "2").ready()
+    fleet.close()
+    assert refused("--quality-gate", "nowhere") == DataError.code
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = listener.getsockname()[1]
+        assert refused("--enrolment-port", str(taken)) == AddressError.code
+        assert refused("--monitor", f"127.0.0.1:{taken}") == AddressError.code
+    administrator = fleet.state / "admin.json"
+    kept = administrator.read_bytes()
+    administrator.write_bytes(b"{}")
+    assert refused() == TrustError.code
+    administrator.write_bytes(kept)
+    again = fleet.serve(tiny_bundle, "--rounds", "2")
+    again.ready()
+    assert "settings_changed" not in [event["event"] for event in again.stop()]
 
 
 def test_perplexity_of_any_generalist(
