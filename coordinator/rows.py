@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from coordinator.database import Postgres, postgres_engine
 from coordinator.tables import SCHEMA, Base, Round
-from edge_runtime.errors import StorageError
+from edge_runtime.errors import StorageError, VersionError
 
 AT_A_TIME = 1000
 
@@ -23,6 +23,7 @@ def from_postgres(url: str, file: Path) -> None:
     Raises:
         ValueError: `url` is no address of a PostgreSQL database, or holds no coordinator's state.
         StorageError: it cannot be read, or `file` cannot be written.
+        VersionError: another version of the program made it.
     """
     engine = postgres_engine(url)
     place = engine.url.render_as_string(hide_password=True)
@@ -36,7 +37,7 @@ def from_postgres(url: str, file: Path) -> None:
             if not inspect(source).has_table(Round.__tablename__):
                 raise ValueError(f"{place} holds no state of a coordinator; check --database")
             if source.execute(text("select schema from lead")).scalar_one() != SCHEMA:
-                raise StorageError(
+                raise VersionError(
                     f"{place} was made by another version of comigs; back it up with that one"
                 )
             Base.metadata.create_all(target)

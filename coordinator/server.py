@@ -81,7 +81,7 @@ async def serve(options: Options, report: Report) -> None:
         AddressError: the address is malformed or cannot be listened on.
         StorageError: the state directory is in use or cannot be written, or another coordinator has
             taken it over.
-        ValueError, MissingPartError: see `Postgres`.
+        ValueError, MissingPartError, VersionError: see `State`.
         AuditError: the audit log in the state directory cannot be continued.
         TrustError: the authority or the administrator's file in the state directory is damaged.
         UnsoundError: its rounds and the wanted ones do not go together in privacy.

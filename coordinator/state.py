@@ -36,7 +36,7 @@ from coordinator.tables import (
     Update,
 )
 from coordinator.update_rows import UPDATES, UpdateRows, updates_directory
-from edge_runtime.errors import BundleError, StorageError
+from edge_runtime.errors import BundleError, StorageError, VersionError
 from edge_runtime.files import remove_leftovers, storage_errors, sync, write_atomic
 
 DATABASE = database.FILE
@@ -68,6 +68,7 @@ class State(UpdateRows):
         Raises:
             InUseError: another coordinator uses it.
             StorageError: not writable, or not ours to read.
+            VersionError: another version of the program made it.
             ValueError, MissingPartError: see `Postgres`.
         """
         rows: Database
@@ -441,7 +442,7 @@ class State(UpdateRows):
         if new:
             self._database.mark(SCHEMA)
         elif self._database.schema() != SCHEMA:
-            raise StorageError(
+            raise VersionError(
                 f"{self._database.place} was made by another version of comigs; go on with that "
                 "one, or choose another --state"
             )

@@ -20,7 +20,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | 20 | MissingPartError | a needed package is not installed |
 | 21 | RefusedError | the coordinator refused an update or a request |
 | 22 | AuditError | the audit log was altered or is damaged |
-| 23 | VersionError | device and coordinator are of versions that do not understand each other |
+| 23 | VersionError | versions of device, coordinator or its state do not understand each other |
 | 24 | BackupError | a backup is damaged, or of another version |
 | 25 | DivergedError | training went beyond what float32 holds |
 | 130 | | interrupted |

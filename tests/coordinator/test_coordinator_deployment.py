@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -15,8 +16,20 @@ from pathlib import Path
 
 import pytest
 from coordinator_help import TIMEOUT, Fleet, enrol_with, invited, make_bundle
+from test_coordinator_quality import refusal
 
-from edge_runtime.errors import BundleError
+from coordinator.audit import LOG
+from coordinator.state import DATABASE
+from coordinator.tls import CA_KEY_FILE
+from edge_runtime.bundle import Bundle
+from edge_runtime.errors import (
+    AddressError,
+    AuditError,
+    BundleError,
+    DataError,
+    TrustError,
+    VersionError,
+)
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "docs" / "deploy" / "comigs-coordinator.service"
@@ -74,6 +87,36 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
         [analyze, "verify", str(unit)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, UNIT.name in done.stderr) == (0, False), done.stderr
+
+
+def test_what_starting_again_cannot_mend_is_not_started_again(
+    fleet: Fleet, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    fleet.serve(tiny_bundle).ready()
+    fleet.close()
+
+    def ended(*options: str, bundle: Path = tiny_bundle.path) -> int:
+        return refusal(bundle, fleet.state, *options)[0]
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        codes = [
+            ended("--aggregation", "none"),
+            ended(bundle=tmp_path),
+            ended("--quality-gate", "nowhere"),
+            ended("--enrolment-port", port),
+        ]
+    # Each is looked at before the one that is damaged already.
+    (fleet.state / CA_KEY_FILE).write_text("")
+    codes.append(ended())
+    (fleet.state / LOG).write_text("{}\n")
+    codes.append(ended())
+    with sqlite3.connect(fleet.state / DATABASE) as connection:
+        connection.execute("pragma user_version = 1")
+    codes.append(ended())
+    kinds = (BundleError, DataError, AddressError, TrustError, AuditError, VersionError)
+    assert codes == [2, *(kind.code for kind in kinds)]
+    assert set(codes) <= {int(code) for code in setting("RestartPreventExitStatus").split()}
 
 
 def test_the_container_is_built_of_every_package() -> None:
