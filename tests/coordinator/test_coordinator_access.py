@@ -38,6 +38,7 @@ from edge_runtime.errors import (
     StorageError,
     TrustError,
     UnreachableError,
+    VersionError,
 )
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc
@@ -208,7 +209,7 @@ def test_starts_that_are_refused(fleet: Fleet, served: Served) -> None:
             "choose another --enrolment-port",
         ),
         (fleet.serve(bundle), StorageError.code, "in use by another coordinator"),
-        (fleet.serve(bundle, state=old), StorageError.code, "made by another version"),
+        (fleet.serve(bundle, state=old), VersionError.code, "made by another version"),
         (fleet.serve(damaged, **elsewhere), BundleError.code, "0 bytes instead of"),
         (fleet.serve(bundle, "--rounds", "0", **elsewhere), 2, "--rounds"),
         (fleet.serve(bundle, "--min-devices", "0", **elsewhere), 2, "--min-devices"),
