@@ -25,6 +25,10 @@ class Privacy:
     budget: float | None
     """Largest epsilon; None: it is only counted."""
 
+    def __str__(self) -> str:
+        within = "" if self.budget is None else f", epsilon up to {self.budget:g}"
+        return f"noise {self.noise_multiplier:g}, delta {self.delta:g}{within}"
+
 
 def epsilon(rounds: Mapping[float, int], delta: float) -> float:
     """The epsilon of (epsilon, delta)-differential privacy after `rounds`: noise multiplier -> how

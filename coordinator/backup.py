@@ -33,7 +33,7 @@ from coordinator import rows
 from coordinator.audit import COORDINATOR, LOG, AuditLog
 from coordinator.state import DATABASE, GENERALISTS, LOCK, MEMORIES, State
 from coordinator.tables import SCHEMA
-from edge_runtime.errors import BackupError, StorageError
+from edge_runtime.errors import BackupError, StorageError, VersionError
 from edge_runtime.files import storage_errors, sync
 
 FORMAT = 1
@@ -271,7 +271,7 @@ def _begin_anew(file: Path, directory: Path, summary: Summary) -> None:
     try:
         with contextlib.closing(State(directory)) as restored:
             restored.begin_anew()
-    except StorageError as error:
+    except (StorageError, VersionError) as error:
         raise BackupError(f"{file} cannot be used: {error}") from error
     if (directory / LOG).exists():
         with contextlib.closing(AuditLog(directory)) as log:

@@ -83,6 +83,9 @@ class Masking:
     divisor: int | None = None
     """With differential privacy: what makes a mean of the sum, however many reported."""
 
+    def __str__(self) -> str:
+        return f"{self.staying:.0%} have to stay, {self.stage_seconds:g} s a stage"
+
     def least(self, devices: int) -> int:
         """Fewest of `devices` that are summed up."""
         return max(least_devices(devices, self.staying), self.min_devices, LEAST_DEVICES)

@@ -53,7 +53,7 @@ from coordinator.service import Service
 from coordinator.state import State
 from coordinator.tables import Settings
 from coordinator.tls import ADMIN_FILE, Authority, administrator, subject_of
-from edge_runtime import adapters, wire
+from edge_runtime import adapters, compression, wire
 from edge_runtime.adapters import Vectors
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.connection import Traffic
@@ -230,6 +230,7 @@ def _begin(
 
 
 def _settings(policy: Policy, contract: str) -> Settings:
+    offered = {kind: name for name, kind in compression.NAMES.items()}
     return Settings(
         contract_sha256=contract,
         rounds=policy.rounds,
@@ -239,6 +240,9 @@ def _settings(policy: Policy, contract: str) -> Settings:
         selection=None if policy.selection is None else str(policy.selection),
         asynchronous=None if policy.buffering is None else str(policy.buffering),
         gate=None if policy.gate is None else str(policy.gate),
+        secure_aggregation=None if policy.masking is None else str(policy.masking),
+        privacy=None if policy.privacy is None else str(policy.privacy),
+        compression=", ".join(offered[kind] for kind in policy.compressions) or None,
         training=json_format.MessageToJson(policy.training, preserving_proto_field_name=True),
     )
 

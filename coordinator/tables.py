@@ -281,6 +281,9 @@ class Settings(Base):
     selection: Mapped[str | None]
     gate: Mapped[str | None]
     asynchronous: Mapped[str | None]
+    secure_aggregation: Mapped[str | None]
+    privacy: Mapped[str | None]
+    compression: Mapped[str | None]
     training: Mapped[str]
     """TrainingConfig in proto3 JSON."""
     history: Mapped[str]

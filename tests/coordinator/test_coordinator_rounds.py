@@ -470,8 +470,10 @@ def test_other_settings_than_before_are_told(fleet: Fleet) -> None:
     served.ready()
     served.stop()
     options = ("--rounds", "5", "--aggregation", "median", "--training", str(training))
+    options = (*options, "--compression", "int8", "--compression", "float16")
     again = fleet.serve(bundle, *options)
     assert again.wait_for("settings_changed")["changes"] == {
+        "compression": [None, "int8, float16"],
         "recipe": ["mean", "median"],
         "rounds": [2, 5],
         "training.local_steps": [10, 7],
@@ -483,3 +485,8 @@ def test_other_settings_than_before_are_told(fleet: Fleet) -> None:
     third = fleet.serve(bundle, *options)
     third.ready()
     assert "settings_changed" not in [event["event"] for event in third.stop()]
+    options = ("--secure-aggregation", "--min-devices", "3", "--devices-per-round", "9")
+    options = (*options, "--clip-norm", "0.5", "--dp-noise", "4", "--dp-budget", "8")
+    private = fleet.serve(bundle, *options).wait_for("settings_changed")["changes"]
+    assert private["secure_aggregation"] == [None, "75% have to stay, 60 s a stage"]
+    assert private["privacy"] == [None, "noise 4, delta 1e-05, epsilon up to 8"]
