@@ -37,6 +37,10 @@ QUALITY_TOLERANCE = 0.01
 CERTIFICATES = "Addresses and certificates"
 OPERATION = "Operation"
 LIMITS = "Limits"
+# gRPC counts milliseconds in 31 bits.
+LONGEST_SECONDS = 2_000_000
+# Of what has no limit of its own, so that it fits messages and the database.
+MOST = 10**9
 
 
 def _device_names(names: list[str]) -> list[str]:
@@ -52,6 +56,18 @@ def _cohort_names(names: list[str] | None) -> list[str] | None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
             raise typer.BadParameter(
                 f"{name!r} is no name of a cohort: 1 to 64 letters, digits, '.', '_' or '-'"
+            )
+    return names
+
+
+def _host_names(names: list[str] | None) -> list[str] | None:
+    from coordinator.listening import is_host
+
+    for name in names or ():
+        if not is_host(name):
+            raise typer.BadParameter(
+                f"{name!r} is no host name or IP address; give it alone, without a port, and in "
+                "ASCII (xn--...)"
             )
     return names
 
@@ -103,13 +119,14 @@ def serve(
     ],
     state: Annotated[Path, typer.Option(help="Directory that holds everything it remembers.")],
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")],
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in all.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, max=MOST, help="Rounds in all.")] = 3,
     min_devices: Annotated[
-        int | None, typer.Option(min=1, help="Updates that a round needs.", show_default="2")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Updates that a round needs.", show_default="2"),
     ] = None,
     deadline: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Longest round, in seconds.", show_default="600"),
+        typer.Option(min=0.1, max=MOST, help="Longest round, in seconds.", show_default="600"),
     ] = None,
     training: Annotated[
         Path | None, typer.Option(help="How devices train: TrainingConfig as JSON.")
@@ -234,6 +251,7 @@ def serve(
         int | None,
         typer.Option(
             min=1,
+            max=MOST,
             metavar="K",
             help="Wait for nobody: a generalist for every K updates, stale ones weighing less.",
             rich_help_panel=ASYNCHRONOUS,
@@ -267,6 +285,8 @@ def serve(
     stage_seconds: Annotated[
         float | None,
         typer.Option(
+            min=0.1,
+            max=MOST,
             help="Longest stage of secure aggregation, after training.",
             show_default="60",
             rich_help_panel=PRIVACY,
@@ -313,6 +333,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Further host name or address that devices reach it by.",
+            callback=_host_names,
             rich_help_panel=CERTIFICATES,
         ),
     ] = None,
@@ -364,16 +385,26 @@ def serve(
         int, typer.Option(min=1, help="From one IP address.", rich_help_panel=LIMITS)
     ] = 2048,
     handshake_timeout: Annotated[
-        float, typer.Option(min=0.1, help="In seconds.", rich_help_panel=LIMITS)
+        float,
+        typer.Option(min=0.1, max=LONGEST_SECONDS, help="In seconds.", rich_help_panel=LIMITS),
     ] = 10,
     max_idle: Annotated[
         float,
         typer.Option(
-            min=0.1, help="Of a connection without calls, in seconds.", rich_help_panel=LIMITS
+            min=0.1,
+            max=LONGEST_SECONDS,
+            help="Of a connection without calls, in seconds.",
+            rich_help_panel=LIMITS,
         ),
     ] = 300,
     max_age: Annotated[
-        float, typer.Option(min=0.1, help="Of a connection, in seconds.", rich_help_panel=LIMITS)
+        float,
+        typer.Option(
+            min=0.1,
+            max=LONGEST_SECONDS,
+            help="Of a connection, in seconds.",
+            rich_help_panel=LIMITS,
+        ),
     ] = 3600,
     calls_per_second: Annotated[
         float, typer.Option(min=0.01, help="Of one device, on average.", rich_help_panel=LIMITS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -138,6 +140,15 @@ def reached(host: str, names: Sequence[str]) -> str:
     return f"[{name}]" if ":" in name else name
 
 
+def is_host(name: str) -> bool:
+    """Whether it is an IP address, or a host name as a certificate holds it."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}", name) is not None
+    return True
+
+
 def bare(host: str) -> str:
     """Without the brackets that an IPv6 address has in HOST:PORT."""
     return host.strip("[]")
@@ -149,7 +160,7 @@ def split(listen: str) -> tuple[str, int]:
         AddressError: `listen` is not HOST:PORT.
     """
     host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    if not is_host(bare(host)) or not port.isdecimal() or int(port) > 65535:
         raise AddressError(
             f"{listen} is not an address to listen on; give HOST:PORT, for example 127.0.0.1:50051"
         )

@@ -203,6 +203,10 @@ def test_starts_that_are_refused(fleet: Fleet, served: Served) -> None:
     for starting, code, message in (
         (fleet.serve(bundle, listen=address, **elsewhere), AddressError.code, "in use"),
         (fleet.serve(bundle, listen="nonsense", **elsewhere), AddressError.code, "HOST:PORT"),
+        (fleet.serve(bundle, listen="ü.example:0", **elsewhere), AddressError.code, "HOST:PORT"),
+        (fleet.serve(bundle, "--name", "ü.example", **elsewhere), 2, "in ASCII"),
+        (fleet.serve(bundle, "--name", "fl.example:50051", **elsewhere), 2, "without a port"),
+        (fleet.serve(bundle, "--max-idle", "inf", **elsewhere), 2, "--max-idle"),
         (
             fleet.serve(bundle, "--enrolment-port", port, state=fleet.directory / "third"),
             AddressError.code,
@@ -212,6 +216,7 @@ def test_starts_that_are_refused(fleet: Fleet, served: Served) -> None:
         (fleet.serve(bundle, state=old), VersionError.code, "made by another version"),
         (fleet.serve(damaged, **elsewhere), BundleError.code, "0 bytes instead of"),
         (fleet.serve(bundle, "--rounds", "0", **elsewhere), 2, "--rounds"),
+        (fleet.serve(bundle, "--rounds", str(10**20), **elsewhere), 2, "--rounds"),
         (fleet.serve(bundle, "--min-devices", "0", **elsewhere), 2, "--min-devices"),
         (fleet.serve(bundle, "--deadline", "0", **elsewhere), 2, "--deadline"),
         (fleet.serve(bundle, "--aggregation", "best", **elsewhere), 2, "best is not one of"),
