@@ -81,6 +81,9 @@ class Row(Speed):
     adapter_cost_spread: Spread
     bandwidth_share: float
     swap_seconds: float
+    """Of a person's adapters: the specialists' and the router."""
+    swap_all_seconds: float
+    """With the generalist."""
 
 
 class Peer(Speed):
@@ -300,7 +303,7 @@ class Measured(TypedDict):
 
     speeds: dict[str, list[float]]
     first: list[float]
-    swap: list[float]
+    swap: list[tuple[float, float]]
     chosen: list[int]
     peak: float
     about: dict[str, str]
@@ -400,7 +403,8 @@ def _row(
         "adapter_cost": median(costs),
         "adapter_cost_spread": quartiles(costs),
         "bandwidth_share": speed["decode_tokens_per_second"] * bytes_per_token / bytes_per_second,
-        "swap_seconds": median(own["swap"]),
+        "swap_seconds": median(personal for personal, _ in own["swap"]),
+        "swap_all_seconds": median(every for _, every in own["swap"]),
     }
     if peers:
         fastest = {

@@ -80,9 +80,11 @@ def predict(bundle: Bundle, engine_name: str, threads: int) -> Commands:
 
     `prefill` of a text of n tokens into an empty cache, then `decode` of m more, the most probable
     each: both answer with seconds, one for `prefill`, one for each token for `decode`, and the
-    tokens. `swap` answers with the seconds that a change of the person's adapters takes.
+    tokens. `swap` answers with the seconds that a change to another person's adapters takes, which
+    the shared ones are not among, and that a change of all.
     """
     own = load_fresh(bundle)
+    personal = {role.name: own[role.name] for role in bundle.manifest.roles if not role.shared}
     predictor = Predictor(bundle, load_engine(engine_name, threads=threads), own)
     text: list[int] = []
 
@@ -92,17 +94,19 @@ def predict(bundle: Bundle, engine_name: str, threads: int) -> Commands:
         return time.perf_counter() - started
 
     def prefill(tokens: int) -> tuple[float, int]:
-        swap()  # empties the cache, too
+        predictor.use(own)  # empties the cache, too
         text[:] = prompt(tokens, bundle.manifest.base.vocabulary)
         return next_token(), text[-1]
 
     def decode(tokens: int) -> tuple[list[float], list[int]]:
         return [next_token() for _ in range(tokens)], text[-tokens:]
 
-    def swap() -> float:
+    def swap() -> tuple[float, float]:
         started = time.perf_counter()
+        predictor.use(personal)
+        between = time.perf_counter()
         predictor.use(own)
-        return time.perf_counter() - started
+        return between - started, time.perf_counter() - between
 
     return {"prefill": prefill, "decode": decode, "swap": swap}
 

@@ -376,9 +376,9 @@ class _Translation:
         attribute = str(a.target)
         self.embeddings.add(attribute)
         integers, scale = self.integers(attribute, transposed=False)
-        if self.blocks:
+        if self.length:  # few rows of the file
             stored, middle = self.store(f"{attribute}.bytes", integers), float(MIDDLE)
-        else:  # which are in memory for the head
+        else:  # many, of what is in memory for the head
             (stored, _, _), middle = self.signed_integers(attribute, transposed=True), 0.0
         rows = self.emit("Gather", stored, index, axis=0)
         numbers = self.emit("Cast", rows, to=TensorProto.FLOAT)

@@ -263,14 +263,9 @@ def in_place_programs(
     )
     if manifest.base.precision == "float32":
         return prefill, replace(prefill, name="decode", same_as="prefill")
-    in_blocks = replace(
-        prefill, call=partial(call, joined=True), blocks=BLOCKS[manifest.base.precision]
-    )
-    decode = replace(in_blocks, name="decode")
-    if manifest.base.precision == "int8":
-        # Products of many rows are twice as fast with one scale for a column.
-        return prefill, decode
-    return in_blocks, replace(decode, same_as="prefill")
+    # Few rows are fastest with blocks; many with one scale for a column, and in eight bits.
+    blocks = BLOCKS[manifest.base.precision]
+    return prefill, replace(prefill, name="decode", call=partial(call, joined=True), blocks=blocks)
 
 
 def _cache_names(prefix: str, layers: int) -> list[str]:

@@ -37,6 +37,7 @@ def test_ours_is_measured_and_what_is_missing_is_named(tiny_base_dir: Path, tmp_
     assert 0 < row["bandwidth_share"] < 1
     assert 0.1 < row["first_suggestion_seconds"] < 60
     assert 0 < row["swap_seconds"] < row["first_suggestion_seconds"]
+    assert 0 < row["swap_all_seconds"] < row["first_suggestion_seconds"]
     assert 10 < row["peak_rss_mib"] < 500
     assert row["same_tokens"] == 8
     # Without peers there is nothing to compare with, and each is named.
