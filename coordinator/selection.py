@@ -24,6 +24,8 @@ class Selection:
     over_selection: float
     """Devices to select for each wanted one, at least 1."""
     seed: int
+    is_drawn: bool = False
+    """Whether the seed is of this start only."""
 
     def choose(self, number: int, candidates: Iterable[str]) -> list[str]:
         """Those who take part in round `number`: the names that come first by a seeded hash.
@@ -44,7 +46,8 @@ class Selection:
         return hashlib.sha256(f"{self.seed} {number} {name}".encode()).digest()
 
     def __str__(self) -> str:
-        return f"{self.selected} selected for {self.wanted}, seed {self.seed}"
+        seed = "drawn" if self.is_drawn else self.seed
+        return f"{self.selected} selected for {self.wanted}, seed {seed}"
 
 
 def select(
@@ -70,4 +73,6 @@ def select(
     over_selection = OVER_SELECTION if over_selection is None else over_selection
     if not 1 <= over_selection < math.inf:
         raise ValueError(f"--over-selection {over_selection:g} is not a number of at least 1")
-    return Selection(wanted, over_selection, secrets.randbits(64) if seed is None else seed)
+    if seed is None:
+        return Selection(wanted, over_selection, secrets.randbits(64), is_drawn=True)
+    return Selection(wanted, over_selection, seed)

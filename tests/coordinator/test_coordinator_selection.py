@@ -79,6 +79,7 @@ def test_a_seed_is_drawn_if_none_is_given() -> None:
     assert select(None, None, None, min_devices=1) is None
     one, other = (select(3, None, None, min_devices=1) for _ in range(2))
     assert one.seed != other.seed
+    assert str(one) == str(other), "or every start would tell of other settings"
     assert one.selected == 4
 
 
