@@ -40,6 +40,13 @@ hypothesis.settings.load_profile("untimed")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With COMIGS_SOAK=1 each has more to do, and others beside it have, too."""
+    if os.environ.get("COMIGS_SOAK"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(3600), append=False)
+
+
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 

@@ -218,7 +218,7 @@ def test_secure_aggregation_over_two_coordinators(fleet: Fleet, url: str) -> Non
     np.testing.assert_array_equal(got, expected(start, steps, group=4))
 
 
-@pytest.mark.timeout(3600 if SOAK else 300)
+@pytest.mark.timeout(300)
 def test_kills_of_any_of_three_coordinators(fleet: Fleet, url: str) -> None:
     """On one port, which the kernel deals out; while devices send without a pause."""
     kills, devices = 80 if SOAK else 8, 4

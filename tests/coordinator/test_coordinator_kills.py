@@ -116,7 +116,7 @@ class Adam:
         return (start + 0.05 * self.m / (np.sqrt(self.v) + 1e-3)).astype(np.float32)
 
 
-@pytest.mark.timeout(3600 if SOAK else 300)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("reference", "kills"), [(Mean(), 14), (Adam(), 6)], ids=["mean", "adam"])
 def test_kills_at_random_moments(fleet: Fleet, reference: Mean | Adam, kills: int) -> None:
     kills *= 10 if SOAK else 1
