@@ -320,4 +320,6 @@ def test_a_round_goes_on_among_idle_connections(fleet: Fleet) -> None:
         finish_round(bundle, clients)
         served.wait_for("round_closed")
         grown = psutil.Process(served.process.pid).memory_info().rss - before
-    assert grown < 300 * 1024**2
+    print(f"among {CONNECTIONS} connections the coordinator grew by {grown >> 20} MiB")
+    # How many are open at once depends on how fast the machine is.
+    assert grown < 64 * 1024**2 + CONNECTIONS * 40 * 1024
