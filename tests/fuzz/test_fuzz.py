@@ -80,7 +80,9 @@ def test_inputs_that_follow_the_code(name: str, tmp_path: Path) -> None:
     )
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-3000:]
-    assert re.search(rf"^Done {runs} runs", log, re.MULTILINE), log[-3000:]
+    ended = re.search(rf"^Done {runs} runs.*", log, re.MULTILINE)
+    assert ended, log[-3000:]
+    print(name, ended[0], *re.findall(r"(?:slowest_unit_time_sec|peak_rss_mb): +\d+", log))
 
 
 def methods() -> list[MethodDescriptor]:
