@@ -376,8 +376,8 @@ class Course(Acceptance):
         self._report("update_damaged", fields)
 
     def _check_start(self, current: Round) -> None:
-        """Looks now and then whether the generalist is what was stored, raising as `_read_start`:
-        from a damaged one no download would ever succeed."""
+        """Looks now and then whether the generalist is what was stored, raising as
+        `Closing.read_start`: from a damaged one no download would ever succeed."""
         file, until = self._intact
         if file != current.generalist_file or time.monotonic() >= until:
             self._ends.read_start(current)
