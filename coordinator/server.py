@@ -8,7 +8,7 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,10 @@ async def serve(options: Options, report: Report) -> None:
         async with contextlib.AsyncExitStack() as running:
             # Whatever can be wrong comes first: a start that fails has not changed the settings.
             for each in groups:
-                await _check(each, state.of(each.name), each.name not in known, options, report)
+                new = each.name not in known
+                checking = _check(each, state.of(each.name), new, options, report)
+                if not await _came_to_its_end(checking, stopped):
+                    return
             doors = (_Insecure if options.insecure else _Secure)(options, live.calls)
             if options.monitor is not None:
                 report("monitoring", {"address": _monitor(options, metrics, overview, running)})
@@ -194,6 +197,18 @@ async def _check(group: Group, state: State, new: bool, options: Options, report
     )
     number = 1 if current is None else current.number
     report("quality_measured", {"cohort": group.name, "round": number, "perplexity": measured})
+
+
+async def _came_to_its_end(work: Coroutine[Any, Any, None], stopped: asyncio.Event) -> bool:
+    """Whether `work` did, before the coordinator was told to stop; raises what that raises."""
+    tasks = [asyncio.create_task(work), asyncio.create_task(stopped.wait())]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    if not stopped.is_set():  # else an error is of no interest: Ctrl-C ends a measurement, too
+        tasks[0].result()
+    return not stopped.is_set()
 
 
 def _gate(policy: Policy, group: Group) -> QualityGate | None:

@@ -241,6 +241,17 @@ def test_a_start_that_fails_has_changed_no_settings(fleet: Fleet, tiny_bundle: B
     assert "settings_changed" not in [event["event"] for event in again.stop()]
 
 
+def test_it_can_be_stopped_while_it_measures(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path
+) -> None:
+    served = fleet.serve(tiny_bundle, "--quality-gate", str(text_dir / "test.txt"))
+    process = psutil.Process(served.process.pid)
+    until(lambda: bool(process.children()), "nothing is measured")
+    (measuring,) = process.children()
+    assert served.stop() == []
+    assert not measuring.is_running()
+
+
 def test_perplexity_of_any_generalist(
     fleet: Fleet, tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
 ) -> None:
