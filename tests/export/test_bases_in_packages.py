@@ -254,7 +254,7 @@ def test_smollm2_predicts_wikitext_as_transformers_does(
             predicted.append(-torch.log_softmax(logits, -1)[target[end - 1]].item())
     token_by_token = sum(predicted) / len(predicted)
     at_once = sum(losses[:4]) / 4
-    # With four bits, those are what `prefill` and `decode` have; the other programs have eight.
+    # With four bits, those are what `decode` has; the other programs have eight.
     assert math.exp(ours) == pytest.approx(math.exp(theirs), rel=min(tolerance, 0.01))
     assert math.exp(token_by_token) == pytest.approx(math.exp(at_once), rel=tolerance)
     assert math.exp(ours) < 100  # real weights: it has read more than a little
