@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,6 @@ class Predictor:
     def __init__(self, bundle: Bundle, engine: Engine, vectors: Mapping[str, Vector]) -> None:
         manifest = bundle.manifest
         self.bundle = bundle
-        self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.experts = bundle.experts()
         self.context = manifest.tier.context
         self._engine = engine
@@ -55,7 +55,10 @@ class Predictor:
         self._any_length = takes_any_length(decode)
         self._longest = {n: entry.inputs[0].shape[0] for n, entry in self._entries.items()}
         self._prefill_pays, _ = memory_plan(bundle, engine.name)
-        self._programs = {"decode": engine.load(bundle, "decode")}
+        with ThreadPoolExecutor(max_workers=1) as thread:  # each takes a core for a while
+            reading = thread.submit(load_tokenizer, bundle)
+            self._programs = {"decode": engine.load(bundle, "decode")}
+            self.tokenizer: Tokenizer = reading.result()
         # The cache is one set of arrays for both programs, and so are the adapters.
         self._caches = allocate(p for p in decode.inputs if p.name.startswith("cache."))
         self._layout, self._stacks = Layout(manifest), Stacks(manifest)
