@@ -61,12 +61,7 @@ class Contestant(Closing):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "HF_HUB_OFFLINE": "1",
-                **(environment or {}),
-            },
+            env=_environment() | dict(environment or {}),
         )
         try:
             self._receive()
@@ -115,6 +110,12 @@ class Contestant(Closing):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with our packages found and kept as bytecode, as installed ones are."""
+    own = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**own, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
 def check_memory(name: str, process: int, limit: int) -> None:

@@ -195,6 +195,15 @@ class _OnnxProgram:
         return call
 
 
+def import_executorch() -> Any:
+    """What `executorch.runtime` wraps. That would import all that lowers programs, too: 4 s and
+    134 MiB."""
+    import torch  # noqa: F401 - the library needs torch's
+    from executorch.extension.pybindings import _portable_lib
+
+    return _portable_lib
+
+
 class ExecuTorch:
     """ExecuTorch with XNNPACK. Its Python runtime brings torch along; the programs need none."""
 
@@ -206,16 +215,15 @@ class ExecuTorch:
     def load(self, bundle: Bundle, program: str, *, packed: bool = True) -> Program:
         """XNNPACK makes its own copies of weights or not when a program is compiled."""
         import torch
-        from executorch.extension.pybindings import portable_lib
-        from executorch.runtime import Runtime, Verification
 
+        runtime = import_executorch()
         # One pool for the whole process: it must not be replaced while a program runs.
-        if portable_lib._threadpool_get_thread_count() != self.threads:
-            portable_lib._unsafe_reset_threadpool(self.threads)
+        if runtime._threadpool_get_thread_count() != self.threads:
+            runtime._unsafe_reset_threadpool(self.threads)
             torch.set_num_threads(self.threads)  # products outside XNNPACK use torch's threads
         entry = bundle.program(program, self.name)
-        path = bundle.file(entry.file)
-        loaded = Runtime.get().load_program(path, verification=Verification.Minimal)
+        path = str(bundle.file(entry.file))
+        loaded = runtime._load_program(path, program_verification=runtime.Verification.Minimal)
         return _ExecuTorchProgram(entry, loaded.load_method(entry.method))
 
 
@@ -234,7 +242,7 @@ class _ExecuTorchProgram:
         results = [torch.from_numpy(outputs[name]) for name in self.outputs]
 
         def call() -> None:
-            for into, value in zip(results, self.method.execute(arguments), strict=True):
+            for into, value in zip(results, self.method(arguments), strict=True):
                 into.copy_(value)
 
         return call

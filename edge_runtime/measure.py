@@ -19,7 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.bundle import Bundle, open_bundle
-from edge_runtime.engines import Engine, allocate, allocate_outputs, load_engine
+from edge_runtime.engines import (
+    Engine,
+    allocate,
+    allocate_outputs,
+    import_executorch,
+    load_engine,
+)
 from edge_runtime.memory import peak_bytes
 
 
@@ -28,9 +34,7 @@ def import_engine(engine: Engine) -> None:
     if engine.name == "onnxruntime":
         import onnxruntime  # noqa: F401
     else:
-        from executorch.runtime import Runtime
-
-        Runtime.get()
+        import_executorch()
 
 
 def measure_here(bundle: Bundle, program: str, engine: Engine, packed: bool) -> dict[str, int]:
