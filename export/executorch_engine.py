@@ -24,8 +24,10 @@ from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir.backend.canonical_partitioners.pattern_op_partitioner import (
     generate_grouped_partitions_from_list_of_nodes,
 )
+from executorch.exir.backend.utils import WhyNoPartition, is_same_node
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx.passes.infra.partitioner import Partition
@@ -80,6 +82,9 @@ def compile_programs(
                 memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
             )
         )
+    # What they remember holds every graph that they have seen, with all weights.
+    is_same_node.cache_clear()
+    FakeTensorMode.cache_clear()
     with file.open("wb") as out:
         program.write_to_file(out)
     return {
@@ -177,6 +182,8 @@ def _shortened():  # type: ignore[no-untyped-def]
         patch.object(xnnpack_preprocess, "XNNPACKPassManager", _Passes),
         # Modules that an operator comes from: here it comes from none.
         patch.object(gemm_configs, "get_source_partitions", lambda graph, modules: {}),
+        # To say why an operator stays outside, they keep it, its graph and all weights.
+        patch.object(WhyNoPartition, "__call__", lambda *_, **__: None),
         patch.object(delegates, "call_delegate_cpu", _results),
         patch.object(_dataclass, "get_type_hints", cache(get_type_hints)),
         patch.object(xnnpack_preprocess, "NamedDataStore", partial(_Store, {})),

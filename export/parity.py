@@ -19,6 +19,7 @@ from edge_runtime.adapters import ROUTER, Stacks, views
 from edge_runtime.bundle import Bundle
 from edge_runtime.engines import Array, Engine, Program, allocate_outputs
 from edge_runtime.errors import ParityError
+from edge_runtime.memory import return_freed_memory
 from export import mixture
 from export.programs import BLOCKS, Specification
 from protos import manifest_pb2 as pb
@@ -162,6 +163,7 @@ def check(
         (values, dict(zip(specification.outputs, specification.call(*values), strict=True)))
         for values in variants(specification, arguments)
     ]
+    return_freed_memory()
     program = engine.load(bundle, specification.name)
     errors: dict[str, float] = {}
     allowed: dict[str, float] = {}
