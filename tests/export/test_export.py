@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ import onnxruntime
 import pytest
 import torch
 from executorch.exir._serialize._program import deserialize_pte_binary
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import TIER, ExportTiny
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -823,6 +825,20 @@ def test_a_program_is_one_delegate_and_valid_onnx(
         plans = deserialize_pte_binary(file.read_bytes()).program.execution_plan
         (plan,) = (plan for plan in plans if plan.name == program.method)
         assert len(plan.delegates) == 1
+
+
+def test_lowering_leaves_no_graph_in_memory(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """Each holds all weights, and the gate needs memory for a step of PyTorch's."""
+    export_bundle(
+        load_base(str(tiny_base_dir)),
+        Mixture(rank=4),
+        TIER,
+        engines=("executorch",),
+        out=tmp_path / "bundle",
+        programs=("eval_loss", "decode"),
+    )
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is LoweredBackendModule]
 
 
 def test_an_operator_without_a_translation_is_refused_by_name() -> None:
