@@ -219,7 +219,7 @@ def bench_profile(
     cache: CacheOption = None,
     output: TableFormatOption = TableFormat.TEXT,
 ) -> None:
-    """Tell by operator where the time of a training step and of a decoded token goes."""
+    """Tell by operator where the time of a training step, a prompt and a decoded token goes."""
     check_weights(weights)
     contestants = _contestants(engines)
     from benchmarks import profile

@@ -1,4 +1,4 @@
-"""`comigs bench profile`: where the time of a training step and of a decoded token goes.
+"""`comigs bench profile`: where the time goes of a training step, a prompt and a decoded token.
 
 ONNX Runtime's own profiler, summed by operator, in a process of its own. ExecuTorch's wheel is
 built without its event tracer, so of its programs there is only what is called how often.
@@ -29,7 +29,7 @@ from benchmarks.machine import Machine, machine
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.engines import allocate, allocate_outputs, load_engine, shortened
 
-FILLED = 128  # tokens in the cache that a decoded one attends to
+PROMPT = 128  # tokens, before the decoded one
 SHOWN = 12  # operators; the rest is one row
 
 
@@ -67,7 +67,7 @@ def run(
     cache: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Result:
-    """Profiles `train_step.b1` and `decode` of each (engine, precision) of `contestants`.
+    """Profiles `train_step.b1`, `prefill` and `decode` of each (engine, precision).
 
     Raises:
         BaseModelError: the base is not available.
@@ -89,6 +89,7 @@ def run(
         for engine, precision in contestants:
             for program, tier, kinds in (
                 ("train_step.b1", one, ("train_step",)),
+                ("prefill", laptop, ("prefill", "decode")),
                 ("decode", laptop, ("prefill", "decode")),
             ):
                 bundle = compiler.bundle(tier, engine=engine, precision=precision, programs=kinds)
@@ -141,14 +142,16 @@ def onnx_operators(bundle: Bundle, threads: int, program: str, calls: int) -> li
             self.enable_profiling = True
 
     onnxruntime.SessionOptions = Profiled
-    entry = shortened(bundle.program(program, "onnxruntime"), 1)
+    prompt = min(PROMPT, bundle.manifest.tier.context // 2)
+    length, position = (1, prompt) if program == "decode" else (prompt, 0)
+    entry = shortened(bundle.program(program, "onnxruntime"), length)
     inputs = allocate(entry.inputs)
     rng = np.random.default_rng(0)
     for name, array in inputs.items():
         if array.dtype == np.float32:
             array[...] = rng.normal(0.0, 0.02, array.shape)
         elif name == "position":
-            array[...] = min(FILLED, bundle.manifest.tier.context // 2)
+            array[...] = position
     outputs = allocate_outputs(entry, inputs)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # where the profiler writes

@@ -24,7 +24,7 @@ def test_time_is_told_by_operator(tiny_base_dir: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    for program in ("train_step.b1", "decode"):
+    for program in ("train_step.b1", "prefill", "decode"):
         onnx = [r for r in rows if (r["engine"], r["program"]) == ("onnxruntime", program)]
         timed = [r for r in onnx if r["operator"] != "between operators"]
         assert sum(r["share"] for r in timed) == pytest.approx(1)
