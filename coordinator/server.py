@@ -201,13 +201,11 @@ async def _check(group: Group, state: State, new: bool, options: Options, report
 
 async def _came_to_its_end(work: Coroutine[Any, Any, None], stopped: asyncio.Event) -> bool:
     """Whether `work` did, before the coordinator was told to stop; raises what that raises."""
-    tasks = [asyncio.create_task(work), asyncio.create_task(stopped.wait())]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    if not stopped.is_set():  # else an error is of no interest: Ctrl-C ends a measurement, too
-        tasks[0].result()
+    try:
+        await _until_one_ends(work, stopped.wait())
+    except Exception:  # of no interest then: Ctrl-C ends a measurement, too
+        if not stopped.is_set():
+            raise
     return not stopped.is_set()
 
 
@@ -521,9 +519,13 @@ async def _course(parts: _Parts) -> None:
             await cohort.rounds.reopened()
             running.add(cohort.name)
 
-    tasks = [asyncio.create_task(run(cohort)) for cohort in parts.cohorts.all]
-    if parts.options.exit_when_done:
-        tasks.append(asyncio.create_task(_until(over)))
+    rounds = (run(cohort) for cohort in parts.cohorts.all)
+    await _until_one_ends(*rounds, *([over.wait()] if parts.options.exit_when_done else []))
+
+
+async def _until_one_ends(*work: Coroutine[Any, Any, object]) -> None:
+    """Runs them all; when one has ended, raises what it raised, and cancels the others."""
+    tasks = [asyncio.create_task(each) for each in work]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -532,7 +534,3 @@ async def _course(parts: _Parts) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _until(event: asyncio.Event) -> None:
-    await event.wait()

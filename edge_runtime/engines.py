@@ -46,6 +46,9 @@ class Engine(Protocol):
 
     name: str
 
+    def library(self) -> Any:
+        """What loads programs, imported if it was not yet."""
+
     def load(self, bundle: Bundle, program: str, *, packed: bool = True) -> Program:
         """Checks the files of `program` against the manifest and loads it.
 
@@ -135,9 +138,13 @@ class OnnxRuntime:
         # Programs that are one file share what is loaded of it, for as long as one of them is used.
         self._sessions: WeakValueDictionary[tuple[str, bool], Any] = WeakValueDictionary()
 
-    def load(self, bundle: Bundle, program: str, *, packed: bool = True) -> Program:
+    def library(self) -> Any:
         import onnxruntime
 
+        return onnxruntime
+
+    def load(self, bundle: Bundle, program: str, *, packed: bool = True) -> Program:
+        onnxruntime = self.library()
         entry = bundle.program(program, self.name)
         key = (str(bundle.path / entry.file), packed)
         loaded = self._sessions.get(key)
@@ -149,7 +156,7 @@ class OnnxRuntime:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # What is planned in advance is larger than what allocating as one goes needs, and no
-        # faster; planning is a fifth of the time that `decode` takes to load.
+        # faster; and planning takes time.
         options.enable_mem_pattern = False
         options.enable_mem_reuse = False
         # As written: the default leaves gradients, and what they are computed from, for the end.
@@ -195,15 +202,6 @@ class _OnnxProgram:
         return call
 
 
-def import_executorch() -> Any:
-    """What `executorch.runtime` wraps. That would import all that lowers programs, too: 4 s and
-    134 MiB."""
-    import torch  # noqa: F401 - the library needs torch's
-    from executorch.extension.pybindings import _portable_lib
-
-    return _portable_lib
-
-
 class ExecuTorch:
     """ExecuTorch with XNNPACK. Its Python runtime brings torch along; the programs need none."""
 
@@ -212,11 +210,18 @@ class ExecuTorch:
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
+    def library(self) -> Any:
+        """What `executorch.runtime` wraps, which would import all that lowers programs, too."""
+        import torch  # noqa: F401 - whose libraries it needs
+        from executorch.extension.pybindings import _portable_lib
+
+        return _portable_lib
+
     def load(self, bundle: Bundle, program: str, *, packed: bool = True) -> Program:
         """XNNPACK makes its own copies of weights or not when a program is compiled."""
         import torch
 
-        runtime = import_executorch()
+        runtime = self.library()
         # One pool for the whole process: it must not be replaced while a program runs.
         if runtime._threadpool_get_thread_count() != self.threads:
             runtime._unsafe_reset_threadpool(self.threads)

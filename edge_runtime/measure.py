@@ -19,22 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.bundle import Bundle, open_bundle
-from edge_runtime.engines import (
-    Engine,
-    allocate,
-    allocate_outputs,
-    import_executorch,
-    load_engine,
-)
+from edge_runtime.engines import Engine, allocate, allocate_outputs, load_engine
 from edge_runtime.memory import peak_bytes
-
-
-def import_engine(engine: Engine) -> None:
-    """Imports what `engine` imports when it loads its first program."""
-    if engine.name == "onnxruntime":
-        import onnxruntime  # noqa: F401
-    else:
-        import_executorch()
 
 
 def measure_here(bundle: Bundle, program: str, engine: Engine, packed: bool) -> dict[str, int]:
@@ -77,7 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bundle = open_bundle(arguments.bundle)
     engine = load_engine(arguments.engine, threads=1)
-    import_engine(engine)
+    engine.library()
     for program in arguments.programs:
         child = os.fork()  # no thread runs yet
         if child == 0:

@@ -186,7 +186,7 @@ def test_a_device_needs_no_torch(
 def test_executorch_brings_nothing_that_lowers_programs(
     both: Bundle, text_dir: Path, tmp_path: Path
 ) -> None:
-    """Importing that would take 4 s and 134 MiB."""
+    """Importing that would take seconds, and memory."""
     code = (
         "import sys; sys.modules['executorch.exir'] = None\n"
         "from edge_runtime.cli import main\nmain()"
