@@ -74,25 +74,8 @@ class Closing:
         return self._state.directory / current.generalist_file
 
     def read_start(self, wanted: Round) -> bytes:
-        """What the round starts from.
-
-        Raises:
-            AdapterError: it is missing, or not what was stored.
-        """
-        path = self.start_of(wanted)
-        try:
-            payload = path.read_bytes()
-        except OSError as error:
-            raise AdapterError(
-                f"cannot read {path}, the generalist of round {wanted.number}: "
-                f"{error.strerror}; restore the state directory from a copy"
-            ) from error
-        if hashlib.sha256(payload).hexdigest() != wanted.generalist_sha256:
-            raise AdapterError(
-                f"{path}, the generalist of round {wanted.number}, is damaged: it does not match "
-                "its SHA-256; restore the state directory from a copy"
-            )
-        return payload
+        """What the round starts from; raises as `read_start`."""
+        return read_start(self._state.directory, wanted)
 
     def _memory_of(self, current: Round) -> bytes | None:
         """What the server optimizer remembers."""
@@ -128,3 +111,25 @@ class Closing:
         if manifest is None:
             raise AggregationError("an update was made with a bundle that is not served any more")
         return manifest
+
+
+def read_start(directory: Path, wanted: Round) -> bytes:
+    """The generalist that a round starts from, out of the state directory.
+
+    Raises:
+        AdapterError: it is missing, or not what was stored.
+    """
+    path = directory / wanted.generalist_file
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise AdapterError(
+            f"cannot read {path}, the generalist of round {wanted.number}: "
+            f"{error.strerror}; restore the state directory from a copy"
+        ) from error
+    if hashlib.sha256(payload).hexdigest() != wanted.generalist_sha256:
+        raise AdapterError(
+            f"{path}, the generalist of round {wanted.number}, is damaged: it does not match "
+            "its SHA-256; restore the state directory from a copy"
+        )
+    return payload

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import typer
 
@@ -49,6 +50,22 @@ def _device_names(names: list[str]) -> list[str]:
     if not all(is_name(name) for name in names):
         raise typer.BadParameter(NAMING)
     return names
+
+
+def _collector(url: str | None) -> str | None:
+    """An address of OTLP over gRPC; of anything else the exporter would complain for ever."""
+    if url is not None:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number, say
+            good = False
+        if not good or parts.path.strip("/") or parts.query:
+            raise typer.BadParameter(
+                f"{url!r} is no address of a collector: write http://HOST:PORT, or https for TLS; "
+                "its port for OTLP over gRPC is usually 4317"
+            )
+    return url
 
 
 def _cohort_names(names: list[str] | None) -> list[str] | None:
@@ -368,6 +385,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="URL",
+            callback=_collector,
             help="Send OpenTelemetry traces to a collector, such as http://127.0.0.1:4317.",
             rich_help_panel=OPERATION,
         ),

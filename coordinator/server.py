@@ -23,6 +23,7 @@ from coordinator.aggregation.updates import Layout
 from coordinator.audit import COORDINATOR, AuditLog, Auditor
 from coordinator.callers import Callers
 from coordinator.calls import Calls
+from coordinator.closing import read_start
 from coordinator.cohorts import Cohort, Cohorts, Group, group, manifests_of
 from coordinator.database import InUseError, TakenOverError
 from coordinator.enrolment import Enrolment
@@ -168,6 +169,9 @@ async def _take_state(
                 if options.database is None:
                     raise
                 if following is None:
+                    gate = options.policy.gate
+                    if gate and not await _came_to_its_end(gate.check(None), stopped):
+                        return None  # a gate that cannot measure must show now, not at the takeover
                     report("standing_by", {"state": str(options.state)})
                     following = Following(options, bundles, report)
                     stack.push_async_callback(following.close)
@@ -186,12 +190,15 @@ async def _check(group: Group, state: State, new: bool, options: Options, report
 
     Raises:
         UnsoundError: see `accounting.check`.
+        AdapterError: see `read_start`.
         ComigsError: the quality gate cannot measure.
     """
     accounting.check(state, options.policy.privacy)
+    current = None if new else state.current()
+    if current is not None:
+        read_start(state.directory, current)
     if (gate := _gate(options.policy, group)) is None:
         return
-    current = None if new else state.current()
     measured = await gate.check(
         None if current is None else state.directory / current.generalist_file
     )
@@ -199,7 +206,7 @@ async def _check(group: Group, state: State, new: bool, options: Options, report
     report("quality_measured", {"cohort": group.name, "round": number, "perplexity": measured})
 
 
-async def _came_to_its_end(work: Coroutine[Any, Any, None], stopped: asyncio.Event) -> bool:
+async def _came_to_its_end(work: Coroutine[Any, Any, object], stopped: asyncio.Event) -> bool:
     """Whether `work` did, before the coordinator was told to stop; raises what that raises."""
     try:
         await _until_one_ends(work, stopped.wait())

@@ -40,7 +40,7 @@ from edge_runtime import wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 from edge_runtime.connection import Patience, connect
-from edge_runtime.errors import RefusedError, TrustError, UnreachableError
+from edge_runtime.errors import DataError, RefusedError, TrustError, UnreachableError
 from edge_runtime.identity import Identity
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc, link_pb2, link_pb2_grpc
@@ -74,6 +74,18 @@ def at_each(fleet: Fleet, processes: tuple[Served, ...], bundle: Bundle) -> list
     names = [f"device {index}" for index in range(len(processes))]
     enrolled = fleet.enrolled(processes[0], bundle, *names)
     return [at(fleet, *pair) for pair in zip(processes, enrolled, strict=True)]
+
+
+def test_one_whose_gate_cannot_measure_does_not_stand_by(
+    fleet: Fleet, tiny_bundle: Bundle, url: str
+) -> None:
+    leader = fleet.serve(tiny_bundle, "--database", url)
+    leader.ready()
+    gate = ("--quality-gate", str(fleet.directory / "nowhere"))
+    standby = fleet.serve(tiny_bundle, "--database", url, *gate)
+    assert standby.process.wait(timeout=60) == DataError.code
+    assert "nowhere" in standby.stderr()
+    assert not standby.has_said("standing_by")
 
 
 def test_devices_at_three_coordinators_are_in_the_same_rounds(fleet: Fleet, url: str) -> None:

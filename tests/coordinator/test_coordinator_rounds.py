@@ -448,6 +448,7 @@ def test_a_flipped_bit_in_the_generalist_is_noticed(fleet: Fleet, when: str) -> 
         assert ada.upload(header(1), update).accepted
     assert served.process.wait(timeout=30) == AdapterError.code
     assert "does not match its SHA-256; restore" in served.stderr()
+    assert served.has_said("listening") == (when != "at the start"), "nobody is let in before"
 
 
 @pytest.mark.timeout(60)

@@ -83,6 +83,16 @@ def test_nobody_at_the_other_end_holds_nothing_up(fleet: Fleet) -> None:
     assert served.stop()
 
 
+@pytest.mark.parametrize(
+    "url", ["collector:4317", "ftp://collector:4317", "http://:4317", "http://a:b", "http://a/v1"]
+)
+def test_what_is_no_address_of_a_collector_is_refused(fleet: Fleet, url: str) -> None:
+    served = fleet.serve(fleet.bundle(), "--traces", url)
+    assert served.process.wait(timeout=30) == 2
+    assert "no address of a collector" in " ".join(served.stderr().split())
+    assert not fleet.state.exists()
+
+
 def test_without_its_packages_the_extra_is_named(fleet: Fleet) -> None:
     command = serve_command(fleet.bundle().path, fleet.state, "--listen", "127.0.0.1:0")
     code = (
