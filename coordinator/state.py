@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,6 +79,8 @@ class State(UpdateRows):
         else:
             rows = Postgres(url) if url else Sqlite(directory)
         super().__init__(directory, rows)
+        # Of all cohorts: held from when what a round starts from is written until a row names it.
+        self._naming = threading.Lock()
         self._lock: int | None = None
         if not following:
             self._take()
@@ -107,7 +110,8 @@ class State(UpdateRows):
         except BaseException:
             self.close()
             raise
-        self._sweep()
+        with self._naming:
+            self._sweep()
         self.clean()
         self._remove_uncounted()
         written = (directory / name for name in (GENERALISTS, MEMORIES, FITTED))
@@ -169,8 +173,8 @@ class State(UpdateRows):
                 )
             elif known.contract_sha256 != settings.contract_sha256:
                 raise BundleError(
-                    f"{self.directory} belongs to a bundle with another base or other shared "
-                    "tensors; serve that bundle, or choose another --state"
+                    f"{self.directory} began with a bundle of another base, shared tensors or "
+                    "largest rank; serve bundles like that one, or choose another --state"
                 )
             settings.cohort = self.cohort
             settings.history = secrets.token_hex(8) if known is None else known.history
@@ -284,25 +288,26 @@ class State(UpdateRows):
             reach: from how many earlier rounds updates may count in the next one.
             clipped, clipped_coordinates: for people, see Round.
         """
-        file, digest = self._write_generalist(number + 1, generalist)
-        memory_file = None if memory is None else self._write_memory(number + 1, memory)
-        with self._transaction() as session:
-            closed = self._end(session, number, Status.AGGREGATED, quality=quality)
-            closed.clipped, closed.clipped_coordinates = clipped, clipped_coordinates
-            self._spend(session, number, noise)
-            session.add(
-                Round(
-                    cohort=self.cohort,
-                    number=number + 1,
-                    status=Status.WAITING,
-                    generalist_file=file,
-                    generalist_sha256=digest,
-                    memory_file=memory_file,
-                    done=closed.done + 1,
-                    oldest=max(closed.oldest, number + 1 - reach),
+        with self._naming:
+            file, digest = self._write_generalist(number + 1, generalist)
+            memory_file = None if memory is None else self._write_memory(number + 1, memory)
+            with self._transaction() as session:
+                closed = self._end(session, number, Status.AGGREGATED, quality=quality)
+                closed.clipped, closed.clipped_coordinates = clipped, clipped_coordinates
+                self._spend(session, number, noise)
+                session.add(
+                    Round(
+                        cohort=self.cohort,
+                        number=number + 1,
+                        status=Status.WAITING,
+                        generalist_file=file,
+                        generalist_sha256=digest,
+                        memory_file=memory_file,
+                        done=closed.done + 1,
+                        oldest=max(closed.oldest, number + 1 - reach),
+                    )
                 )
-            )
-        self._sweep(number + 1)
+            self._sweep(number + 1)
 
     def abandon(
         self,
@@ -337,7 +342,8 @@ class State(UpdateRows):
                     command=command,
                 )
             )
-        self._sweep(number + 1)
+        with self._naming:
+            self._sweep(number + 1)
         self.clean()
 
     def roll_back(self, to: int, reason: str, *, command: str) -> None:
@@ -364,7 +370,8 @@ class State(UpdateRows):
                     command=command,
                 )
             )
-        self._sweep(number + 1)
+        with self._naming:
+            self._sweep(number + 1)
         self.clean()
 
     def clean(self) -> None:
@@ -496,7 +503,7 @@ class State(UpdateRows):
         from: with differential privacy that is another noise on the same sum.
 
         Args:
-            number: of the round; None: of all. No other thread may be about to write one.
+            number: of the round, in all cohorts; None: of all rounds. Call it with `_naming` held.
         """
         those = "" if number is None else f"{number}-"
         columns = {GENERALISTS: Round.generalist_file, MEMORIES: Round.memory_file}

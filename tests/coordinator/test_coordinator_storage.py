@@ -5,6 +5,7 @@ import os
 import resource
 import sqlite3
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from coordinator_help import (
 )
 
 from coordinator.state import State
-from coordinator.tables import Refusal
+from coordinator.tables import Refusal, Settings
 from edge_runtime import wire
 from edge_runtime.connection import Unproven
 from protos import coordinator_pb2 as pb
@@ -123,6 +124,29 @@ def test_a_device_that_is_refused_without_end_does_not_fill_the_disk(tmp_path: P
     with sqlite3.connect(tmp_path / "coordinator.sqlite3") as connection:
         kept = connection.execute("select count(*) from refusals group by device order by 1")
         assert kept.fetchall() == [(1,), (120,)]
+
+
+def test_cohorts_that_end_rounds_at_the_same_time_keep_their_generalists(tmp_path: Path) -> None:
+    """Each deletes what failed attempts left, and must not take the other's for that."""
+    rounds, together = 40, threading.Barrier(2)
+    with closing(State(tmp_path)) as whole:
+
+        def live(cohort: str) -> None:
+            state = whole.of(cohort)
+            settings = Settings(rounds=rounds, min_devices=1, deadline_seconds=1, recipe="mean")
+            settings.contract_sha256, settings.training = "", "{}"
+            state.begin(settings, b"start")
+            for number in range(1, rounds + 1):
+                state.open(number, deadline=None, recipe="mean", participants=[])
+                together.wait(TIMEOUT)
+                state.aggregate(number, f"{number} {cohort}".encode() * 50_000, b"memory")
+                together.wait(TIMEOUT)
+                current = state.current()
+                assert (tmp_path / current.generalist_file).exists()
+                assert current.memory_file is not None
+                assert (tmp_path / current.memory_file).exists()
+
+        in_parallel(lambda: live("one"), lambda: live("other"))
 
 
 def test_what_a_failed_attempt_to_close_a_round_left_is_deleted(fleet: Fleet) -> None:
