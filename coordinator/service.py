@@ -17,7 +17,7 @@ from coordinator.callers import Callers, common_protocol, storage_errors
 from coordinator.cohorts import Cohort, Cohorts
 from coordinator.limits import Limits, TooSlowError, Transfers
 from coordinator.policy import RefusedUpdateError, Report, TryAgainError
-from coordinator.secure_aggregation import RefusedStepError
+from coordinator.secure_aggregation import RefusedStepError, over
 from coordinator.state import State
 from coordinator.tables import Device
 from coordinator.tls import Authority, RefusedRequestError, requested_key
@@ -132,9 +132,7 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
 
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
-                    file = await self._uploads[cohort.name].receive(device, announced, parts)
-                    if file is not None:
-                        await cohort.counting.accept(device, header, file)
+                    await self._uploads[cohort.name].receive(device, announced, parts)
             except TimeoutError:
                 broken = f"the upload took longer than {UPLOAD_SECONDS:.0f} seconds"
             except (BrokenUploadError, TryAgainError) as error:
@@ -169,10 +167,8 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
     ) -> pb.AggregateReply:
         self._traffic.receive(request)
         async with self._member(context) as (device, cohort):
-            if not self._masked:
-                await context.abort(
-                    grpc.StatusCode.FAILED_PRECONDITION, "rounds are without secure aggregation"
-                )
+            if not self._masked:  # any more: the device goes on with the rounds as they are
+                return self._traffic.send(over("rounds are without secure aggregation"))
             try:
                 return self._traffic.send(await cohort.rounds.aggregate(device, request))
             except RefusedStepError as error:

@@ -30,7 +30,7 @@ from coordinator.policy import RefusedUpdateError
 from coordinator.tables import Device
 from edge_runtime import compression, wire
 from edge_runtime.connection import Traffic
-from edge_runtime.errors import AdapterError
+from edge_runtime.errors import AdapterError, StorageError
 from edge_runtime.files import storage_errors
 from protos import coordinator_pb2 as pb
 
@@ -199,6 +199,8 @@ class Uploads:
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._open: dict[str, asyncio.Timeout] = {}
         self._thread = thread
+        # Device -> round and file of the last update that is here whole, and whose caller had gone.
+        self._left: dict[str, tuple[int, str]] = {}
         self._checkers: dict[str, wire.Checker] = {}
         # Held while an update is in memory as a whole.
         self._unpacking = threading.Lock()
@@ -215,8 +217,9 @@ class Uploads:
         device: Device,
         announced: Callable[[], Awaitable[pb.UploadHeader]],
         parts: AsyncIterator[Part],
-    ) -> str | None:
-        """Takes in the data that follows a header, from its offset on, and checks the whole.
+    ) -> None:
+        """Takes in the data that follows a header, from its offset on, checks the whole, and has it
+        counted, if it is not yet.
 
         Waits for its turn before anything else: many may come at once.
 
@@ -227,12 +230,8 @@ class Uploads:
         Args:
             announced: receives the header.
 
-        Returns:
-            The file, as a path below the state directory: durable, and counted by nobody yet. None
-            if the update counts already.
-
         Raises:
-            What `announced` raises.
+            What `announced` and `Counting.accept` raise.
             RefusedUpdateError: it could not count, is not what was announced, or not this bundle's
                 shared tensors.
             BrokenUploadError: it ended early or was too slow, the bytes before the offset are not
@@ -247,23 +246,42 @@ class Uploads:
                         header = await announced()
                         path = self._state.partial(header.round, device.id, header.sha256)
                         if not await self._cohort.counting.check_update(device, header):
-                            return None
+                            return
                         kept = self._state.kept(header.round, device.id, header.sha256)
-                        if kept is not None:
-                            return kept
-                        self._state.begin_partial(path)
-                        with storage_errors(path):
-                            file = held.enter_context(_alone(path))
-                            gathered = await self._gather(file, header, parts, moved)
-                    return await to_its_end(
-                        functools.partial(self._keep, path, device, header, *gathered)
-                    )
+                        if kept is None:
+                            self._state.begin_partial(path)
+                            with storage_errors(path):
+                                file = held.enter_context(_alone(path))
+                                gathered = await self._gather(file, header, parts, moved)
+                    if kept is None:
+                        kept = await to_its_end(
+                            functools.partial(self._keep, path, device, header, *gathered)
+                        )
+                    await self._cohort.counting.accept(device, header, kept)
+            except asyncio.CancelledError:
+                if path is not None:
+                    with contextlib.suppress(StorageError):
+                        self._leave(device.id, header)
+                raise
             except TooSlowError as error:
                 raise BrokenUploadError(str(error)) from error
             except RefusedUpdateError:
                 if path is not None:
                     path.unlink(missing_ok=True)
                 raise
+
+    def _leave(self, device: str, header: pb.UploadHeader) -> None:
+        """The caller has gone. What is here whole stays for when it comes again; not what it left
+        so before: whoever hangs up again and again would fill the disk."""
+        kept = self._state.kept(header.round, device, header.sha256)
+        if kept is None:
+            return
+        number, before = self._left.get(device, (0, kept))
+        self._left[device] = header.round, kept
+        if before != kept:
+            counted = self._state.update(number, device)
+            if counted is None or counted.file != before:
+                self._state.drop_file(before)
 
     @contextlib.asynccontextmanager
     async def _turn(self, device: str) -> AsyncIterator[None]:

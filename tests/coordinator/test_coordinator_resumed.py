@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from coordinator_help import (
     PATIENCE,
@@ -26,6 +27,7 @@ from coordinator_help import (
 
 from edge_runtime import wire
 from edge_runtime.client import Client
+from edge_runtime.compression import compress
 from edge_runtime.connection import Patience, connect
 from edge_runtime.errors import UnreachableError
 from edge_runtime.identity import Identity
@@ -317,3 +319,35 @@ def test_an_update_that_is_here_whole_is_not_sent_again(fleet: Fleet) -> None:
     check_in_until(ada, pb.CheckInReply.FINISH)
     final = wire.encode(bundle.manifest, {"generalist": mean_of(bundle, [update])})
     assert ada.download(2) == final
+
+
+def test_who_hangs_up_again_and_again_does_not_fill_the_disk(fleet: Fleet) -> None:
+    """While a whole update is unpacked: it stays for when the device comes again, but only one."""
+    bundle = fleet.bundle(width=WIDTH)
+    served = fleet.serve(bundle, "--min-devices", "2", "--compression", "top-k")
+    eve, ada = fleet.enrolled(served, bundle, "eve", "ada")
+    join_round(eve, ada)
+    size = wire.decode(bundle.manifest, eve.download(1))["generalist"].size
+    stub = coordinator_pb2_grpc.CoordinatorStub(connect(eve.who, PATIENCE).channel)
+    most = 0
+    for index in range(25):
+        step = np.zeros(size, np.float32)
+        step[index] = 1
+        payload = compress(pb.COMPRESSION_TOP_K, step)
+        full = header(1, total_bytes=len(payload), sha256=sha256(payload).digest())
+        full.compression = pb.COMPRESSION_TOP_K
+        sent = threading.Event()
+
+        def all_of_it(
+            full: pb.UploadHeader = full, payload: bytes = payload, sent: threading.Event = sent
+        ) -> Iterator[pb.UploadPart]:
+            yield from parts(full, payload)
+            sent.set()
+
+        call = stub.Upload.future(all_of_it(), timeout=30)
+        assert sent.wait(30)
+        time.sleep(0.01)
+        call.cancel()
+        time.sleep(0.1)
+        most = max(most, len(list(fleet.state.glob("updates/*/*.safetensors"))))
+    assert most <= 2, "the last one, and one that is being kept"
