@@ -72,6 +72,8 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def __init__(self, auditor: Auditing) -> None:
         self._auditor = auditor
+        self.administrator: str | None = None
+        """The id in the one administrator's certificate; None: nobody is, at this coordinator."""
         self.observers: list[Callable[[Call], None]] = []
         """Are told of every call when it has ended."""
         self.open: Counter[tuple[str, str]] = Counter()
@@ -123,6 +125,8 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             and not method.startswith(READING)
             and subject is not None
             and subject.role == Role.ADMINISTRATOR
+            # One that was replaced is refused, and what is refused is limited in the log.
+            and subject.id == self.administrator
         )
         started, begun = time.time(), time.monotonic()
         error: BaseException | None = None

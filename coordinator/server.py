@@ -373,6 +373,7 @@ class _Secure:
         if before is None or before.certificate != holder.certificate:
             await parts.log("administrator_made", {"administrator": holder_id})
         callers = parts.callers(holder_id)
+        parts.live.calls.administrator = holder_id
         service = parts.service(callers, authority)
         admin = Admin(
             state=parts.state,

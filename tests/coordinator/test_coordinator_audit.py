@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,22 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path) -> None:
         assert (tmp_path / audit.LOG).read_bytes() == content
         log.append([("act", "admin", {})])
     assert checked((tmp_path / audit.LOG).read_bytes())[0] == 4
+
+
+def test_a_replaced_administrator_cannot_fill_the_log(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle)
+    copy = served.administrator()
+    served.stop()
+    (fleet.state / "admin.json").unlink()
+    again = fleet.serve(bundle)
+    with Administrator(replace(copy, coordinator=again.ready())) as administrator:
+        for _ in range(5 * audit.MOST_REFUSALS):
+            with pytest.raises(TrustError, match="was replaced"):
+                administrator.abort()
+    again.stop()
+    by = subject_of(copy.certificate.encode()).id
+    entries = [entry for entry in read(fleet.state / audit.LOG) if entry.by == by]
+    refused = [entry for entry in entries if entry.event == "call_refused"]
+    assert [entry for entry in entries if entry.event == "act"] == []
+    assert 0 < len(refused) <= 2 * audit.MOST_REFUSALS, "of two minutes at most"
