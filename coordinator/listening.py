@@ -8,6 +8,7 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -111,7 +112,7 @@ async def start(
     """Starts `server` with the standard services; it lets calls end when `stack` unwinds."""
     described = coordinator_pb2.DESCRIPTOR.services_by_name
     names = [described[service].full_name for service in services]
-    checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    checks = _Health()
     for name in ("", *names):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -120,6 +121,15 @@ async def start(
     )
     await server.start()
     stack.push_async_callback(server.stop, grace)
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
+    """Standard health checks, but that none is held open: that needs no certificate at the
+    enrolment port, and kept its connection from ever being idle."""
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        """As the protocol has it for servers that only answer."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "only Check is answered here")
 
 
 def watch(stack: contextlib.AsyncExitStack, report: Report, limits: Limits, *ports: int) -> None:

@@ -62,6 +62,9 @@ def test_health_and_reflection_answer(fleet: Fleet, served: Served) -> None:
             for service in ("", *services):
                 reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
                 assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            with pytest.raises(grpc.RpcError) as held:  # without end, and nobody is counted for it
+                next(health.Watch(health_pb2.HealthCheckRequest(), timeout=10))
+            assert held.value.code() == grpc.StatusCode.UNIMPLEMENTED
             reflection = reflection_pb2_grpc.ServerReflectionStub(connection.channel)
             request = reflection_pb2.ServerReflectionRequest(list_services="")
             (answer,) = reflection.ServerReflectionInfo(iter([request]), timeout=10)
@@ -231,7 +234,7 @@ def test_starts_that_are_refused(fleet: Fleet, served: Served) -> None:
     served.stop()
     other = fleet.serve(fleet.bundle(rank=4))
     assert other.process.wait(30) == BundleError.code
-    assert "belongs to a bundle with another base" in other.stderr()
+    assert "began with a bundle of another base" in other.stderr()
 
 
 def test_training_config(tmp_path: Path) -> None:
