@@ -735,27 +735,30 @@ def invite(
     """Let devices enrol: prints a secret for each, which works once."""
     from coordinator.administrator import Administrator
 
-    with Administrator(_administrator(admin, coordinator)) as administrator:
-        replies = [administrator.invite(name, 3600 * hours, cohort) for name in names]
-    if output is Format.JSON:
-        emit(
-            {
-                "invitations": [
-                    {"name": name, "invitation": r.invitation, "expires_at": r.expires_at}
-                    for name, r in zip(names, replies, strict=True)
-                ]
-            }
-        )
-        return
-    for name, reply in zip(names, replies, strict=True):
+    made: list[dict[str, Any]] = []
+    try:
+        with Administrator(_administrator(admin, coordinator)) as administrator:
+            for name in names:
+                reply = administrator.invite(name, 3600 * hours, cohort)
+                entry = {"invitation": reply.invitation, "expires_at": reply.expires_at}
+                made.append({"name": name, **entry})
+    finally:  # those that were made work already, and earlier ones do not any more
+        if output is Format.JSON:
+            emit({"invitations": made})
+        else:
+            _print_invitations(made, qr)
+
+
+def _print_invitations(made: list[dict[str, Any]], qr: bool) -> None:
+    for each in made:
         messages.print(
-            f"for one device, {name}, until {_moment(reply.expires_at)}:",
+            f"for one device, {each['name']}, until {_moment(each['expires_at'])}:",
             markup=False,
             highlight=False,
         )
         if qr:
-            _draw(reply.invitation)
-        _print(reply.invitation)
+            _draw(each["invitation"])
+        _print(each["invitation"])
 
 
 def revoke(
@@ -768,14 +771,26 @@ def revoke(
 ) -> None:
     """Refuse devices from now on, also on connections that are open."""
     from coordinator.administrator import Administrator
+    from edge_runtime.errors import RefusedError
 
-    with Administrator(_administrator(admin, coordinator)) as administrator:
-        for name in names:
-            administrator.revoke(name)
-            if output is Format.TEXT:
-                _print(f"{name} is revoked")
-    if output is Format.JSON:
-        emit({"revoked": names})
+    revoked: list[str] = []
+    refusals: list[str] = []
+    try:
+        with Administrator(_administrator(admin, coordinator)) as administrator:
+            for name in names:  # all of them, whatever comes of one
+                try:
+                    administrator.revoke(name)
+                except RefusedError as error:
+                    refusals.append(str(error))
+                    continue
+                revoked.append(name)
+                if output is Format.TEXT:
+                    _print(f"{name} is revoked")
+    finally:
+        if output is Format.JSON:
+            emit({"revoked": revoked})
+    if refusals:
+        raise RefusedError("; ".join(refusals))
 
 
 def devices(

@@ -586,7 +586,11 @@ def test_commands_of_the_administrator(fleet: Fleet, served: Served) -> None:
     assert 3500 < entry["expires_at"] - time.time() < 3700
 
     fleet.client(identities[0]).check_in(0)
-    assert comigs("revoke", "bén", *admin).stdout == "bén is revoked\n"
+    done = comigs("revoke", "nobody", "bén", "no-one", *admin, "--format", "json")
+    assert (done.returncode, json.loads(done.stdout)) == (RefusedError.code, {"revoked": ["bén"]})
+    assert "called nobody" in done.stderr
+    assert "called no-one" in done.stderr
+    assert comigs("revoke", "cy", *admin).stdout == "cy is revoked\n"
     ada, ben = json.loads(comigs("devices", *admin, "--format", "json").stdout)["devices"]
     assert (ada["name"], ben["name"]) == ("ada", "bén")
     assert ada["tier"] == ben["tier"] == "phone-low"
