@@ -31,13 +31,16 @@ from typing import IO, Any
 
 from coordinator import rows
 from coordinator.audit import COORDINATOR, LOG, AuditLog
-from coordinator.state import DATABASE, GENERALISTS, LOCK, MEMORIES, State
+from coordinator.state import DATABASE, GENERALISTS, MEMORIES, State
 from coordinator.tables import SCHEMA
+from coordinator.tls import ADMIN_FILE, CA_FILE, CA_KEY_FILE
 from edge_runtime.errors import BackupError, StorageError, VersionError
 from edge_runtime.files import storage_errors, sync
 
 FORMAT = 1
 MANIFEST = "backup.json"
+# Beside the database. Earlier backups may be there, too.
+KEPT = {ADMIN_FILE, CA_FILE, CA_KEY_FILE, LOG}
 # Rounds end seldom compared with the time that a backup takes.
 ATTEMPTS = 10
 
@@ -184,7 +187,7 @@ def _contents(state: Path, database: Path) -> Iterator[tuple[str, Path]]:
     """Name in the backup and path of each file."""
     yield DATABASE, database
     for path in sorted(state.iterdir()):
-        if path.is_file() and path.name != LOCK and not path.name.startswith((DATABASE, ".")):
+        if path.name in KEPT and path.is_file():
             yield path.name, path
     with contextlib.closing(sqlite3.connect(database)) as connection:
         ongoing = "status in ('waiting', 'open')"
@@ -250,6 +253,8 @@ def _extract(file: Path, directory: Path) -> Summary:
         listed, made_at = manifest["files"], str(manifest["made_at"])
     except FileNotFoundError as error:
         raise BackupError(f"there is no {file}; check the path") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise BackupError(f"{file} cannot be read: {error.strerror}; check the path") from error
     except (tarfile.TarError, ValueError, KeyError, TypeError, EOFError) as error:
         raise BackupError(f"{file} is damaged, or no backup ({error}); take another one") from error
     for name in sorted(found.keys() | listed.keys()):

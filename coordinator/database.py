@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
-from edge_runtime.errors import MissingPartError, StorageError
+from edge_runtime.errors import AdapterError, MissingPartError, StorageError
 
 FILE = "coordinator.sqlite3"
 # "comigs", as the number that PostgreSQL wants.
@@ -49,6 +49,12 @@ class TakenOverError(StorageError):
 
 class InUseError(StorageError):
     """Another coordinator uses the state."""
+
+
+class DamagedDatabaseError(StorageError):
+    """Its file is not what it was. Waiting does not mend that."""
+
+    code = AdapterError.code
 
 
 class Database(ABC):

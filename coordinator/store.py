@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -13,11 +14,13 @@ from sqlalchemy import ColumnElement, Select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from coordinator.database import Database
+from coordinator.database import DamagedDatabaseError, Database
 from coordinator.tables import Base, MaskingGroup, MaskingMember, Participant, Update
 from edge_runtime.errors import StorageError
 
 E = TypeVar("E", bound="Base")
+
+DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 class Store:
@@ -73,6 +76,11 @@ class Store:
         except DBAPIError as error:
             self._database.lost()
             reason = " ".join(str(error.orig).split())
+            if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in DAMAGED:
+                raise DamagedDatabaseError(
+                    f"{self._database.place} is damaged: {reason}; restore the state directory "
+                    "from a backup"
+                ) from error
             raise StorageError(
                 f"cannot use {self._database.place}: {reason}; free some space or check that it "
                 "is there: what was acknowledged before is intact"

@@ -19,6 +19,7 @@ from coordinator_help import TIMEOUT, Fleet, enrol_with, invited, make_bundle
 from test_coordinator_quality import refusal
 
 from coordinator.audit import LOG
+from coordinator.database import DamagedDatabaseError
 from coordinator.state import DATABASE
 from coordinator.tls import CA_KEY_FILE
 from edge_runtime.bundle import Bundle
@@ -114,8 +115,10 @@ def test_what_starting_again_cannot_mend_is_not_started_again(
     with sqlite3.connect(fleet.state / DATABASE) as connection:
         connection.execute("pragma user_version = 1")
     codes.append(ended())
+    (fleet.state / DATABASE).write_bytes(b"no database" * 1000)
+    codes.append(ended())
     kinds = (BundleError, DataError, AddressError, TrustError, AuditError, VersionError)
-    assert codes == [2, *(kind.code for kind in kinds)]
+    assert codes == [2, *(kind.code for kind in (*kinds, DamagedDatabaseError))]
     assert set(codes) <= {int(code) for code in setting("RestartPreventExitStatus").split()}
 
 
