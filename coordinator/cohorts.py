@@ -92,8 +92,8 @@ def group(
                 groups[name] = Group(name, ordered)
     if missing := sorted(known.keys() - groups.keys()):
         raise BundleError(
-            f"the state belongs to a bundle with another base or other shared tensors (cohort "
-            f"{missing[0]}); serve that bundle, or choose another --state"
+            f"cohort {missing[0]} of the state began with a bundle of another base, shared tensors "
+            "or largest rank; serve bundles like that one, or choose another --state"
         )
     return list(groups.values())
 

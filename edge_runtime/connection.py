@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from edge_runtime import protocol
 from edge_runtime.errors import (
     ComigsError,
+    GoneError,
     RefusedError,
     TrustError,
     UnreachableError,
@@ -242,7 +243,8 @@ class Connection(Closing):
                 "check the address, and update comigs on both sides"
             )
         if code not in TRANSIENT:
-            return RefusedError(f"the coordinator at {self.address} refused: {details}")
+            refused = GoneError if code == grpc.StatusCode.NOT_FOUND else RefusedError
+            return refused(f"the coordinator at {self.address} refused: {details}")
         for mark, meaning in HANDSHAKE_FAILURES.items():
             if mark in details:
                 return TrustError(f"the coordinator at {self.address} {meaning}")

@@ -23,7 +23,7 @@ from edge_runtime.client import Client
 from edge_runtime.compression import NAMES, Feedback, compress, decompress
 from edge_runtime.data import Batches, Tokens, load_tokenizer, read_splits, tokenize
 from edge_runtime.engines import Engine
-from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
+from edge_runtime.errors import AdapterError, GoneError, RefusedError, UnreachableError
 from edge_runtime.identity import Identity
 from edge_runtime.memory import peak_bytes, return_freed_memory
 from edge_runtime.planner import Plan
@@ -35,6 +35,8 @@ from protos import coordinator_pb2 as pb
 # Held-out text looked at after each round for the learning curve, in tokens.
 CURVE_TOKENS = 2048
 CHECK_IN_SECONDS = 10.0
+# Before it checks in again when the coordinator has not what it has just spoken of.
+GONE_SECONDS = 1.0
 # How long a call of secure aggregation is held open at most.
 MASKING_WAIT_SECONDS = 20.0
 
@@ -100,7 +102,10 @@ class Device:
                 self._report_compressed(client, reply.history)
             answered = self.progress.uploaded and reply.round == self.progress.round
             if reply.action == pb.CheckInReply.TRAIN and not answered:
-                self._round(client, reply)
+                try:
+                    self._round(client, reply)
+                except GoneError:  # it was restored from a backup after it had answered
+                    time.sleep(GONE_SECONDS)
             elif reply.action == pb.CheckInReply.FINISH:
                 self._finish(client, reply.round)
                 return

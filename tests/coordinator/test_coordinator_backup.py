@@ -20,6 +20,7 @@ from coordinator_help import (
     invited,
     join_round,
     train,
+    until,
 )
 
 from coordinator import backup
@@ -166,6 +167,43 @@ def test_a_device_ahead_of_a_restored_coordinator_trains_again(
     assert device() == [("uploaded", 1), ("finished", 2)]
 
 
+def test_a_device_that_was_about_to_download_goes_on_at_a_restored_coordinator(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    training = tmp_path / "training.json"
+    training.write_text('{"local_steps": 1, "batch_sequences": 2}')
+    options = ("--min-devices", "1", "--training", str(training), "--enrolment-port", "0")
+    listen = f"127.0.0.1:{free_port()}"
+    served = fleet.serve(tiny_bundle, "--rounds", "5", *options, listen=listen)
+    (ada,) = fleet.enrolled(served, tiny_bundle, "ada")
+    (invitation,) = invited(served, "ben")
+    Home(tmp_path / "home").save_identity(enrol_with(invitation, tiny_bundle))
+    backup.back_up(fleet.state, tmp_path / "backup")
+    join_round(ada)
+    assert ada.upload(header(1), train(tiny_bundle, ada.download(1), 0, 1)).accepted
+    served.wait_for("round_closed", round=1)
+    join_round(ada)
+    (second,) = fleet.state.glob("generalists/2-*")
+    second.unlink()  # ben's download of it breaks, and is tried again
+
+    home = ("--home", tmp_path / "home", "--data", text_dir, "--bundle", tiny_bundle.path)
+    run = ("device", "run", *home, "--threads", 1, "--retry", 60, "--format", "json")
+    said = tmp_path / "said"
+    with said.open("w") as out:
+        command = [sys.executable, "-m", "edge_runtime", *map(str, run)]
+        ben = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True)
+    until(lambda: "trying again" in said.read_text(), "it got the generalist")
+    assert "generalist" in said.read_text().splitlines()[-1]
+    served.kill()
+    fleet.state = tmp_path / "restored"
+    backup.restore(tmp_path / "backup", fleet.state)
+    fleet.serve(tiny_bundle, "--rounds", "1", *options, listen=listen).ready()
+    _, trouble = ben.communicate(timeout=120)
+    assert ben.returncode == 0, trouble
+    events = [json.loads(line) for line in said.read_text().splitlines()]
+    assert [e["round"] for e in events if e["event"] in ("uploaded", "finished")] == [1, 2]
+
+
 def test_damaged_backups_and_places_that_are_taken(fleet: Fleet, tmp_path: Path) -> None:
     bundle = fleet.bundle()
     fleet.serve(bundle).ready()
@@ -196,6 +234,7 @@ def test_damaged_backups_and_places_that_are_taken(fleet: Fleet, tmp_path: Path)
         (("restore", good, "--state", fleet.state), 2, "not empty"),
         (("restore", tmp_path / "bad", "--state", target), BackupError.code, "damaged"),
         (("restore", tmp_path / "none", "--state", target), BackupError.code, "there is no"),
+        (("restore", tmp_path, "--state", target), BackupError.code, f"{tmp_path} cannot be read"),
     ):
         result = comigs(*arguments)
         assert result.returncode == code, result.stderr
@@ -204,3 +243,12 @@ def test_damaged_backups_and_places_that_are_taken(fleet: Fleet, tmp_path: Path)
     start = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
     backup.restore(good, target)
     assert [file.read_bytes() for file in (target / "generalists").iterdir()] == [start]
+
+
+def test_a_backup_holds_no_earlier_ones(fleet: Fleet) -> None:
+    fleet.serve(fleet.bundle()).ready()
+    first, second = fleet.state / "first.tar", fleet.state / "second.tar"
+    backup.back_up(fleet.state, first)
+    backup.back_up(fleet.state, second)
+    with tarfile.open(first) as one, tarfile.open(second) as other:
+        assert one.getnames() == other.getnames()

@@ -218,6 +218,14 @@ def test_what_a_round_costs_a_device(fleet: Fleet, devices: int) -> None:
     print(f"\n{devices} devices: {more} bytes more sent, {got} received in {masker.calls} calls")
 
 
+def test_a_device_goes_on_when_rounds_are_without_it_from_now_on(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--min-devices", "1")
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    reply = ada.aggregate(pb.AggregateRequest(round=1))
+    assert reply.over.reason == "rounds are without secure aggregation"
+
+
 def test_two_cohorts_at_once(fleet: Fleet) -> None:
     """Each sums up its own devices, in a round of the same number, though one of each vanishes."""
     bundles = [fleet.bundle(), fleet.bundle(width=24)]
