@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -494,6 +495,9 @@ def predict(
     if text is not None:
         _answer(predictor, text, top, explain, output)
         return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text are then refused as on the command line, in any locale.
+        sys.stdin.reconfigure(errors="surrogateescape")
     for line in sys.stdin:
         _answer(predictor, line.rstrip("\n"), top, explain, output, in_a_line=True)
 

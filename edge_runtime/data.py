@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,11 @@ from edge_runtime.errors import BundleError, DataError
 Tokens = NDArray[np.int64]
 SPLITS = ("train", "valid", "test")
 SHARES = (0.8, 0.1, 0.1)
+
+# Text is encoded in pieces of about this many characters: the tokenizer takes 160 bytes for each.
+PIECE_CHARACTERS = 2**16
+# Where a tokenizer that works on words begins a new one, whatever stands around.
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
 
 # The fewest characters that make a split: about one sequence of 64 tokens.
 SHORTEST_PART = 256
@@ -153,8 +158,50 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
         raise BundleError(f"{path} is not a tokenizer: {error}; export the bundle again") from error
 
 
-def tokenize(tokenizer: Tokenizer, text: str) -> Tokens:
+def tokenize(tokenizer: Tokenizer, text: str, most: int = PIECE_CHARACTERS) -> Tokens:
+    """The tokens of `text`, (T,), exactly those of encoding it at once.
+
+    Args:
+        most: characters after which the text is cut at the next place that allows it; memory grows
+            with this, and with 8 bytes per token. 160 bytes per character of the whole text it is
+            for tokenizers that do not cut into words.
+
+    Raises:
+        DataError: `text` holds bytes that are not UTF-8, as Python reads them from a command line.
+    """
+    pieces = _pieces(text, most) if _cuts_into_words(tokenizer) else [text]
+    return np.concatenate([_encode(tokenizer, piece) for piece in pieces])
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> Tokens:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise DataError(f"the text is not UTF-8 at {around!r}; convert it") from None
     return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+
+def _pieces(text: str, most: int) -> Iterator[str]:
+    """Parts of `text`, together the whole; at least one, and no empty one beside others."""
+    start = 0
+    while cut := _BETWEEN_WORDS.search(text, start + most):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _cuts_into_words(tokenizer: Tokenizer) -> bool:
+    """Whether what stands on one side of `_BETWEEN_WORDS` has no say in the tokens of the other."""
+    if tokenizer.normalizer is not None or tokenizer.pre_tokenizer is None:
+        return False
+    words = tokenizer.pre_tokenizer.pre_tokenize_str("a b\nc")
+    # Some put a mark before whatever comes first, and would do so for every piece.
+    if words[0][0] != "a" or [span for _, span in words] != [(0, 1), (1, 3), (3, 4), (4, 5)]:
+        return False
+    # Added tokens are found before words are.
+    added = tokenizer.get_added_tokens_decoder().values()
+    return not any(t.lstrip or t.rstrip or re.search(r"\s", t.content) for t in added)
 
 
 @dataclass(frozen=True)

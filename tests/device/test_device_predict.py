@@ -24,7 +24,7 @@ import onnx
 import oracle
 import pytest
 import torch
-from device_help import TIMEOUT, comigs, command, device_run, run_alone, tokens
+from device_help import TIMEOUT, comigs, command, device_run, refusal, run_alone, tokens
 from tiny import TIER, ExportTiny
 from transformers import GPT2LMHeadModel
 
@@ -385,6 +385,18 @@ def test_lines_that_are_piped_in_are_answered(trained_home: Path) -> None:
     assert [answer["text"] for answer in answers] == lines
     assert all(len(answer["suggestions"]) == 2 for answer in answers)
     assert answers[0]["suggestions"] != answers[1]["suggestions"]
+
+
+def test_bytes_that_are_no_text_are_refused(trained_home: Path) -> None:
+    of_predict = ("predict", "--home", trained_home)
+    latin = b"caf\xe9".decode("utf-8", "surrogateescape")  # the process gets the byte
+    assert r"not UTF-8 at 'caf\udce9'" in refusal(comigs(*of_predict, latin), 12)
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in most locales
+    done = subprocess.run(
+        command(*of_predict), input=b"caf\xe9\n", capture_output=True, check=False, env=strict
+    )
+    assert done.returncode == 12
+    assert b"Traceback" not in done.stderr
 
 
 def test_the_interactive_line(terminal: Terminal, trained_home: Path, tiny_bundle: Bundle) -> None:
