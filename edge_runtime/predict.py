@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -109,15 +111,47 @@ class Predictor:
                 return output["logits"]
 
     def suggest(self, text: str, top: int = 5) -> list[Suggestion]:
-        """The `top` most probable next tokens after `text`, the best first."""
-        ids = tokenize(self.tokenizer, text).tolist() or [
+        """At most `top` of the most probable next tokens after `text`, the best first.
+
+        Most tokenizers keep the space before a word in the word's token, so a token for a space
+        alone is hardly ever followed by a word. If `text` ends in one space, these are therefore
+        the tokens after the text without it that begin with one, shown without it; probabilities
+        are among those. Tokens that are part of a character are left out, which nobody could be
+        shown; the probabilities of the rest stay what they are.
+
+        Raises:
+            DataError: `text` holds bytes that are not UTF-8.
+        """
+        space = " " if re.search(r"\S \Z", text) and self._begin_words.any() else ""
+        ids = tokenize(self.tokenizer, text.removesuffix(space)).tolist() or [
             max(0, self.bundle.manifest.tokenizer.start_id)
         ]
         logits = self.logits(ids).astype(np.float64)
+        if space:
+            logits[~self._begin_words] = -np.inf
         probabilities = np.exp(logits - logits.max())
         probabilities /= probabilities.sum()
-        best = np.argsort(-probabilities, kind="stable")[:top]
-        return [Suggestion(self._text(ids[-1], int(i)), float(probabilities[i])) for i in best]
+        suggestions: list[Suggestion] = []
+        for token in np.argsort(-probabilities, kind="stable"):
+            if len(suggestions) == top or not np.isfinite(logits[token]):
+                break
+            said = self._text(ids[-1], int(token))
+            if "\ufffd" not in said:
+                suggestions.append(
+                    Suggestion(said.removeprefix(space), float(probabilities[token]))
+                )
+        return suggestions
+
+    @functools.cached_property
+    def _begin_words(self) -> NDArray[np.bool_]:
+        """Which tokens are a space with something after it, (V,); none if words hold no space."""
+        last = self.tokenizer.encode("a b", add_special_tokens=False).tokens[-1]
+        begin = np.zeros(self.bundle.manifest.base.vocabulary, np.bool_)
+        if len(last) == 2 and last.endswith("b"):
+            mark = last[0]  # which stands for the space
+            for token, index in self.tokenizer.get_vocab().items():
+                begin[index] = token.startswith(mark) and token.strip(mark) != ""
+        return begin
 
     def explain(self, text: str) -> list[tuple[str, dict[str, float]]]:
         """For each token of `text` that is still in view: its share of each expert, over blocks."""

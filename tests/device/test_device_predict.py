@@ -26,7 +26,11 @@ import pytest
 import torch
 from device_help import TIMEOUT, comigs, command, device_run, refusal, run_alone, tokens
 from tiny import TIER, ExportTiny
-from transformers import GPT2LMHeadModel
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
+from tokenizers.trainers import BpeTrainer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from edge_runtime.adapters import Vectors, load_fresh, views
 from edge_runtime.bundle import Bundle, open_bundle
@@ -174,14 +178,69 @@ def test_of_a_long_text_the_end_counts(tiny_bundle: Bundle) -> None:
     assert "".join(token for token, _ in explained) == text[-context:]
 
 
-def test_suggestions_are_a_distribution_best_first(tiny_bundle: Bundle) -> None:
+def test_suggestions_are_characters_with_their_probabilities_best_first(
+    tiny_bundle: Bundle,
+) -> None:
+    """Its tokens are bytes, of which those above 127 are part of a character."""
     ours = predictor(tiny_bundle, mixture.random(tiny_bundle.manifest, 3))
-    for text in ("", "A", "Line 1"):
-        every = [s.probability for s in ours.suggest(text, top=256)]
-        assert len(every) == 256
-        assert sum(every) == pytest.approx(1.0, abs=1e-6)
-        assert every == sorted(every, reverse=True)
-        assert ours.suggest(text, top=3) == ours.suggest(text, top=256)[:3]
+    for text in ("A", "Line 1", "caf\u00e9"):
+        every = ours.suggest(text, top=256)
+        assert sorted(s.text for s in every) == [chr(i) for i in range(128)]
+        logits = torch.from_numpy(ours.logits(tokenize(ours.tokenizer, text).tolist()))
+        probabilities = logits.softmax(0)
+        for suggestion in every:
+            (token,) = tokenize(ours.tokenizer, suggestion.text)
+            assert suggestion.probability == pytest.approx(probabilities[token].item(), rel=1e-4)
+        found = [s.probability for s in every]
+        assert found == sorted(found, reverse=True)
+        assert [s.text for s in ours.suggest(text, top=3)] == [s.text for s in every[:3]]
+    assert len(ours.suggest("")) == 5
+
+
+WORDS = "it is as good as a sister is to a stork, plan b, b and b; "
+
+
+def byte_words() -> Tokenizer:
+    """As GPT-2's and Llama 3's."""
+    made = Tokenizer(BPE())
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def marked_words() -> Tokenizer:
+    """As Llama 2's."""
+    made = Tokenizer(BPE())
+    made.pre_tokenizer = Metaspace()
+    made.decoder = decoders.Metaspace()
+    return made
+
+
+@pytest.mark.parametrize("make", [byte_words, marked_words])
+def test_a_typed_space_leaves_the_words_that_begin_with_one(
+    export_tiny: ExportTiny, tmp_path: Path, make: Callable[[], Tokenizer]
+) -> None:
+    tokenizer = make()
+    learn = BpeTrainer(vocab_size=60, show_progress=False, special_tokens=["<end>"])
+    tokenizer.train_from_iterator([WORDS, "  two  "] * 9, learn)
+    config = GPT2Config(n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    config.vocab_size = tokenizer.get_vocab_size()
+    base = tmp_path / make.__name__
+    GPT2LMHeadModel(config).save_pretrained(base)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(base)
+    bundle = export_tiny(base=base, programs=("decode", "prefill"))
+    ours = predictor(bundle, mixture.random(bundle.manifest, 3))
+
+    without = ours.suggest("it is", top=100)
+    words = [s for s in without if s.text.startswith(" ") and s.text.strip()]
+    assert 5 < len(words) < len(without) - 5
+    share = sum(s.probability for s in words)
+    after = ours.suggest("it is ", top=100)
+    assert [s.text for s in after] == [s.text[1:] for s in words]
+    assert [s.probability for s in after] == pytest.approx([s.probability / share for s in words])
+    for text in (" ", "it is  ", "it is\n "):  # there is no word that the space may belong to
+        assert sum(s.probability for s in ours.suggest(text, top=100)) == pytest.approx(1)
+        assert len(ours.suggest(text, top=100)) == len(without)
 
 
 def test_other_adapters_leave_nothing_behind(tiny_bundle: Bundle) -> None:
