@@ -70,14 +70,17 @@ def export_bundle(
         ValueError: the mixture names other targets than the base has.
         AdapterError: `generalist` cannot be read, or has another rank or other targets.
         ParityError: a program disagrees with PyTorch; `out` is untouched.
-        StorageError: `out` exists and `overwrite` is not set, or cannot be written.
+        StorageError: `out` exists and `overwrite` is not set, or is no bundle; or the directory
+            beside it, `out` with `.partial`, is in the way; or one cannot be written.
     """
     architecture = base.architecture
     mixture = mixture.on(architecture)
     tier = tier.fitted(architecture.positions)
     if out.exists() and not overwrite:
         raise StorageError(f"{out} exists; give another --out, or --overwrite to replace it")
+    _keep_what_is_not_ours(out, MANIFEST)
     staging = out.with_name(out.name + ".partial")
+    _keep_what_is_not_ours(staging, MANIFEST, TOKENIZER_FILE)  # one was killed after either
     shutil.rmtree(staging, ignore_errors=True)
     with storage_errors(staging), _removed_on_failure(staging):
         staging.mkdir(parents=True)
@@ -118,6 +121,20 @@ def export_bundle(
         shutil.rmtree(out, ignore_errors=True)
         staging.rename(out)
     return open_bundle(out)
+
+
+def _keep_what_is_not_ours(path: Path, *signs: str) -> None:
+    """
+    Raises:
+        StorageError: to delete `path` would lose what no export wrote: it is a file, or a directory
+            with something in it, but with no file that is named in `signs`.
+    """
+    if not path.exists() or any((path / name).is_file() for name in signs):
+        return
+    if not path.is_dir() or any(path.iterdir()):
+        raise StorageError(
+            f"{path} is no bundle, and would be deleted; choose another --out, or move it away"
+        )
 
 
 def _let_others_read(manifest: pb.Manifest, directory: Path) -> None:

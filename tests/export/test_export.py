@@ -302,12 +302,11 @@ def test_the_gates_adapters_leave_no_tensor_without_effect(tiny_bundle: Bundle) 
         assert (vector != 0).all()
 
 
-def test_an_existing_directory_is_left_alone(
+def test_nothing_is_deleted_but_bundles(
     tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "bundle"
-    out.mkdir()
-    (out / "precious").write_text("mine")
+    partial = tmp_path / "bundle.partial"
 
     def export(**more: Any) -> Bundle:
         return export_bundle(
@@ -320,17 +319,44 @@ def test_an_existing_directory_is_left_alone(
             **more,
         )
 
-    with pytest.raises(StorageError, match=r"exists.*--overwrite"):
-        export()
+    def precious(directory: Path) -> Path:
+        directory.mkdir(exist_ok=True)
+        (directory / "precious").write_text("mine")
+        return directory / "precious"
+
+    with monkeypatch.context() as patch:  # what is refused is refused before anything is compiled
+        patch.setattr(onnx_engine, "translate", _broken)
+        kept = precious(out)
+        with pytest.raises(StorageError, match=r"bundle exists.*--overwrite"):
+            export()
+        with pytest.raises(StorageError, match=r"bundle is no bundle.*would be deleted.*--out"):
+            export(overwrite=True)
+        assert kept.read_text() == "mine"
+        kept.unlink()
+        out.rmdir()
+        out.write_text("mine")
+        with pytest.raises(StorageError, match=r"bundle is no bundle"):
+            export(overwrite=True)
+        assert out.read_text() == "mine"
+        out.unlink()
+        kept = precious(partial)
+        with pytest.raises(StorageError, match=r"bundle\.partial is no bundle"):
+            export()
+        assert kept.read_text() == "mine"
+    # What a killed export left goes, and an empty directory.
+    (partial / "tokenizer.json").write_text("{}")
+    out.mkdir()
+    export(overwrite=True)
+    kept = precious(out)
     # A failure while overwriting leaves the old one, too.
     with monkeypatch.context() as patch:
         patch.setattr(onnx_engine, "translate", _broken)
         with pytest.raises(RuntimeError, match="exporter"):
             export(overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    assert (out / "precious").read_text() == "mine"
+    assert kept.read_text() == "mine"
     bundle = export(overwrite=True)
-    assert not (out / "precious").exists()
+    assert not kept.exists()
     assert open_bundle(out).manifest == bundle.manifest
 
 
