@@ -13,7 +13,15 @@ from typing import Annotated, Any
 import typer
 
 from edge_runtime import training_config
-from edge_runtime.cli import Format, FormatOption, emit, messages, telling
+from edge_runtime.cli import (
+    LARGEST_SEED,
+    MOST_ROUNDS,
+    Format,
+    FormatOption,
+    emit,
+    messages,
+    telling,
+)
 from edge_runtime.engines import ENGINES
 from export import PRECISIONS
 from export.commands import check_precision, check_weights
@@ -56,9 +64,13 @@ def demo(
     base: BaseOption = "gpt2-mini",
     engine: Annotated[str, typer.Option(help=" or ".join(ENGINES))] = ENGINES[0],
     precision: Annotated[str, typer.Option(help="As for `comigs export`.")] = "float32",
-    rounds: Annotated[int, typer.Option(min=1)] = 4,
-    local_steps: Annotated[int, typer.Option(min=1, help="Expert steps per round.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of adapters and batches.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, max=MOST_ROUNDS)] = 4,
+    local_steps: Annotated[
+        int, typer.Option(min=1, max=10**6, help="Expert steps per round.")
+    ] = 10,
+    seed: Annotated[
+        int, typer.Option(help="Seed of adapters and batches.", min=0, max=LARGEST_SEED)
+    ] = 0,
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
     output: FormatOption = Format.TEXT,
 ) -> None:

@@ -48,7 +48,7 @@ from benchmarks.users import UserText, write_users
 from coordinator.administrator import Administrator
 from edge_runtime.adapters import Vectors, load_fresh
 from edge_runtime.bundle import Bundle, open_bundle
-from edge_runtime.cli import messages
+from edge_runtime.cli import LARGEST_SEED, messages
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import ComigsError, StorageError
@@ -254,7 +254,7 @@ class Demo:
                         *("--data", str(self.out / "users" / user.name)),
                         *("--bundle", str(bundle.path)),
                         *("--engine", self.engine),
-                        *("--seed", str(self.seed + index)),
+                        *("--seed", str((self.seed + index) % (LARGEST_SEED + 1))),
                         *("--threads", "1"),
                     ],
                     _shower(progress, task),

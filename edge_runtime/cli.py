@@ -40,6 +40,10 @@ FormatOption = Annotated[
     Format, typer.Option("--format", help="Output for people or for programs.")
 ]
 
+# Of options: what every generator of random numbers takes, and more than anybody waits for.
+LARGEST_SEED = 2**32 - 1
+MOST_ROUNDS = 10**6
+
 # Progress and messages go to stderr, results to stdout: `--format json | jq` must work.
 messages = Console(stderr=True)
 

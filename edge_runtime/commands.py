@@ -19,7 +19,7 @@ from rich.text import Text
 
 from edge_runtime import adapters, planner, training_config, wire
 from edge_runtime.bundle import Bundle, contract_sha256, open_bundle
-from edge_runtime.cli import Format, FormatOption, emit, messages
+from edge_runtime.cli import LARGEST_SEED, MOST_ROUNDS, Format, FormatOption, emit, messages
 from edge_runtime.client import Client
 from edge_runtime.compression import NAMES
 from edge_runtime.connection import Patience, Traffic, Unproven, connect
@@ -117,7 +117,13 @@ def run(
         str | None, typer.Option(help="The device's name; an invitation brings its own.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Order of the text; set the first time.", show_default="0")
+        int | None,
+        typer.Option(
+            help="Order of the text; set the first time.",
+            show_default="0",
+            min=0,
+            max=LARGEST_SEED,
+        ),
     ] = None,
     insecure: Annotated[
         bool,
@@ -129,7 +135,9 @@ def run(
     engine: EngineOption = None,
     memory: MemoryOption = None,
     compute: ComputeOption = None,
-    rounds: Annotated[int, typer.Option(help="With --alone: rounds to train.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(help="With --alone: rounds to train.", min=1, max=MOST_ROUNDS)
+    ] = 3,
     training: Annotated[
         Path | None, typer.Option(help="With --alone: TrainingConfig as JSON.")
     ] = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from edge_runtime.bundle import Bundle
-from edge_runtime.cli import Format, FormatOption, emit, messages, telling
+from edge_runtime.cli import LARGEST_SEED, Format, FormatOption, emit, messages, telling
 from export import PRECISIONS
 
 ENGINE_CHOICES = {
@@ -49,7 +49,9 @@ def export(
     generalist: Annotated[
         Path | None, typer.Option(help="Adapter trained with PEFT that the generalist starts as.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the fresh adapters.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the fresh adapters.", min=0, max=LARGEST_SEED)
+    ] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     output: FormatOption = Format.TEXT,
 ) -> None:

@@ -435,6 +435,30 @@ def test_nonsense_budgets(option: str, value: str, says: str) -> None:
     assert f"write for example {says}" in message
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "most"),
+    [
+        ("device run --alone --home {out} --data {text} --bundle {bundle}", "--seed", 2**32 - 1),
+        ("device run --alone --home {out} --data {text} --bundle {bundle}", "--rounds", 10**6),
+        ("export --out {out}", "--seed", 2**32 - 1),
+        ("demo --out {out}", "--seed", 2**32 - 1),
+        ("demo --out {out}", "--rounds", 10**6),
+        ("demo --out {out}", "--local-steps", 10**6),
+    ],
+)
+def test_numbers_that_cannot_be_leave_no_trace(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, command: str, option: str, most: int
+) -> None:
+    out = tmp_path / "out"
+    words = command.format(out=out, text=text_dir, bundle=tiny_bundle.path).split()
+    for value in (-1, most + 1, 5_000_000_000):
+        done = CliRunner().invoke(cli.build(), [*words, f"{option}={value}"])
+        assert done.exit_code == 2, done.output
+        message = " ".join(done.stderr.replace("│", " ").split())
+        assert f"Invalid value for '{option}'" in message
+        assert not out.exists()
+
+
 def test_a_program_that_the_bundle_lacks(tiny_bundle: Bundle) -> None:
     """What is missing is what is to be mended."""
     with pytest.raises(BundleError, match=r"only .*train_step\.b2; export .* --tier that has it"):
