@@ -77,7 +77,7 @@ ComputeOption = Annotated[
     typer.Option(
         parser=_parser(planner.parse_seconds),
         metavar="TIME",
-        help="Training time per round, such as 60s.",
+        help="Training time per round, such as 60s; one step is always made.",
     ),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Worker threads (default: all cores).")]
@@ -608,7 +608,10 @@ def plan(
         )
     print(f"  suggesting needs {planner.mebibytes(suggesting)}")
     if compute:
-        print(f"  training stops before the step that would exceed {compute:g} s in a round")
+        print(
+            f"  training stops before the step that would exceed {compute:g} s in a round, "
+            "after at least one"
+        )
 
 
 def doctor(

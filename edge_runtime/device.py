@@ -1,7 +1,8 @@
 """The device: takes part in rounds, or trains alone, and survives a kill at any moment.
 
-Training state is saved every `save_every` steps and at the end of a round, with the counters that
-fix the next batch. A device that starts again repeats the few steps since then bit for bit.
+Training state is saved every `save_every` steps, more often if they are slow, and at the end of a
+round, with the counters that fix the next batch. A device that starts again repeats the few steps
+since then bit for bit.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ CURVE_TOKENS = 2048
 CHECK_IN_SECONDS = 10.0
 # Before it checks in again when the coordinator has not what it has just spoken of.
 GONE_SECONDS = 1.0
+# Training time after which the state is saved, and its share of a budget: time since then is
+# forgotten with a kill, and a device that is killed often must not train for ever.
+SAVE_SECONDS = 30.0
+SAVE_SHARE = 0.1
 # How long a call of secure aggregation is held open at most.
 MASKING_WAIT_SECONDS = 20.0
 
@@ -51,7 +56,9 @@ class Device:
         plan: for the default batch; made again if the coordinator asks for another one.
         memory_bytes: the budget that plans must fit (None: no limit).
         compute_seconds: training time per round (None: no limit). Training stops before the step
-            that would exceed it, and the round goes on with the steps that were made.
+            that would exceed it, and the round goes on with the steps that were made. The first
+            step is always made, however long it takes: only then is known how long one takes.
+            Of what was spent before a kill, at most a tenth of the budget and a step are forgotten.
         compression: of updates, if the coordinator offers it: a name, "none", or None for what it
             prefers.
         report: told what happens, as dictionaries with an "event".
@@ -337,6 +344,8 @@ class Device:
     def _take_steps(self, config: pb.TrainingConfig) -> None:
         """The rest of the current round's steps, within the compute budget."""
         trainer = self._get_trainer(config)
+        often = SAVE_SHARE * self.compute_seconds if self.compute_seconds else SAVE_SECONDS
+        saved_seconds = self.progress.round_seconds
         while True:
             made = self.state.expert_steps - self.progress.round_start
             due = trainer.gradients(self.state.expert_steps + 1)
@@ -356,11 +365,16 @@ class Device:
                     "loss": round(loss, 4),
                 }
             )
-            if (made + 1) % self.save_every == 0 and made + 1 < config.local_steps:
+            long_ago = self.progress.round_seconds - saved_seconds >= often
+            enough = (made + 1) % self.save_every == 0 or long_ago
+            if enough and made + 1 < config.local_steps:
                 self._save()
+                saved_seconds = self.progress.round_seconds
 
     def _out_of_time(self, made: int, due: int) -> bool:
-        """Whether a next step of `due` gradients would exceed the budget, by the slowest recent."""
+        """Whether a next step of `due` gradients would exceed the budget, by the slowest recent.
+
+        Never before the first step of a round."""
         if self.compute_seconds is None or made == 0:
             return False
         recent = self._gradient_seconds[-5:]

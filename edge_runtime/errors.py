@@ -10,7 +10,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | 10 | BundleError | bundle missing, truncated, altered or newer than this program |
 | 11 | AdapterError | adapters or device state do not fit the bundle |
 | 12 | DataError | training text missing, unreadable or too short |
-| 13 | BudgetError | no plan fits the memory or compute budget |
+| 13 | BudgetError | no plan fits the memory budget |
 | 14 | UnreachableError | the coordinator could not be reached |
 | 15 | TrustError | a certificate, or an invitation, is not accepted by the other side |
 | 16 | AddressError | the port cannot be listened on |

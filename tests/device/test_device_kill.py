@@ -10,14 +10,19 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from device_help import comigs, device_run, events, run_alone, saved, training_file
 
+import edge_runtime.device
+from edge_runtime import planner, training_config
 from edge_runtime.bundle import Bundle
+from edge_runtime.device import Device
+from edge_runtime.engines import load_engine
 from edge_runtime.errors import StorageError
 from edge_runtime.files import write_atomic
-from edge_runtime.store import Home
+from edge_runtime.store import DeviceConfig, Home
 
 KILLS = 18
 ROUNDS = 4
@@ -105,6 +110,50 @@ def test_killed_again_and_again_it_ends_as_if_never_killed(
     assert got.keys() == want.keys()
     assert [key for key in want if got[key] != want[key]] == []
     assert list(home.glob(".*")) == []
+
+
+@pytest.mark.parametrize(("budget", "last"), [(0.001, "compute_budget"), (None, "step 2")])
+def test_time_spent_before_a_kill_counts(
+    tiny_bundle: Bundle,
+    text_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    budget: float | None,
+    last: str,
+) -> None:
+    """No step is as slow here as real ones: so the budget is small, or saving due at once."""
+    monkeypatch.setattr(edge_runtime.device, "SAVE_SECONDS", 0.0)
+    config = training_config.load(training_file(tmp_path / "t.json", rounds=1, local_steps=5))
+    home = Home(tmp_path / "home")
+    seen: list[str] = []
+
+    def report(event: dict[str, Any]) -> None:
+        seen.append(f"step {event['step']}" if event["event"] == "step" else event["event"])
+        if seen[-1] == last and last not in seen[:-1]:
+            raise KeyboardInterrupt
+
+    def start() -> None:
+        Device(
+            home=home,
+            config=DeviceConfig("ada", 0, str(tiny_bundle.path), "onnxruntime"),
+            bundle=tiny_bundle,
+            engine=load_engine("onnxruntime", threads=1),
+            data=text_dir,
+            plan=planner.choose(tiny_bundle, "onnxruntime", config.batch_sequences, None),
+            memory_bytes=None,
+            compute_seconds=budget,
+            report=report,
+        ).train_alone(config)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    state, progress = home.load_state(tiny_bundle)
+    assert state.expert_steps == 1
+    assert progress.round_seconds > 0.0
+    start()
+    assert seen.count("step 1") == 1
+    if budget:
+        assert "step 2" not in seen  # the budget was spent before
 
 
 def test_leftovers_of_a_killed_write_go_at_the_next_start(
