@@ -97,8 +97,8 @@ def load_users(directory: Path) -> list[UserText]:
     """One user per folder of `directory`, by name.
 
     A folder holds either `train.txt`, `valid.txt` and `test.txt`, which are taken as they are, or
-    any UTF-8 text files, also in folders, which are joined in sorted order and split. Names that
-    start with a dot are passed over, as is a file that repeats an earlier one.
+    any UTF-8 text files, also in folders, which are split as `read_splits` says. Names that start
+    with a dot are passed over, as is a file that repeats an earlier one.
 
     Raises:
         DataError: nothing there, not UTF-8 (with file and byte offset), or too short to split.

@@ -65,7 +65,7 @@ def split_text(
     """
     if min(shares) <= 0 or not math.isclose(sum(shares), 1):
         raise ValueError(f"shares must be positive and sum to one, not {shares}")
-    needed = math.ceil(2 * max(shortest, 1) / min(shares))
+    needed = _fewest(shares, shortest)
     if len(text) < needed:
         raise DataError(
             f"{len(text):,} characters are too few to split; at least {needed:,} are needed"
@@ -75,6 +75,11 @@ def split_text(
     first = _cut(text, round(len(text) * shares[0]), slack)
     second = _cut(text, round(len(text) * (shares[0] + shares[1])), slack)
     return text[:first], text[first:second], text[second:]
+
+
+def _fewest(shares: tuple[float, float, float] = SHARES, shortest: int = SHORTEST_PART) -> int:
+    """Characters that a text needs to be split."""
+    return math.ceil(2 * max(shortest, 1) / min(shares))
 
 
 def _cut(text: str, target: int, slack: int) -> int:
@@ -92,8 +97,11 @@ def read_splits(directory: Path, needed: Sequence[str] = ("train", "valid")) -> 
     """The splits of one person's text.
 
     `directory` holds either train.txt, valid.txt and test.txt (of which `needed` must be there),
-    taken as they are, or any UTF-8 text files, also in folders, which are joined in sorted order
-    and split by position. Names that start with a dot are passed over, as is a file that repeats
+    taken as they are, or any UTF-8 text files, also in folders. Of these each is split by position
+    on its own, so that another one moves nothing from a split into another: what was trained on
+    must not be held out later. That holds for files of 5,120 characters and more. Shorter ones are
+    joined in sorted order and split as one text or, while that is too short and there are longer
+    files, are for training. Names that start with a dot are passed over, as is a file that repeats
     an earlier one.
 
     Raises:
@@ -118,26 +126,36 @@ def read_splits(directory: Path, needed: Sequence[str] = ("train", "valid")) -> 
 
 
 def read_all(path: Path) -> str:
-    """The text of a file, or of all text files in a directory, joined as `read_splits` does.
+    """The text of a file, or of all text files in a directory, joined in sorted order.
 
     Raises:
         DataError: nothing there, no text, or not UTF-8.
     """
-    if not path.is_dir():
-        return read_text(path)
-    texts = [read_text(file) for file in sorted(path.rglob("*")) if _is_text(file, path)]
+    return "\n\n".join(_read_files(path)) if path.is_dir() else read_text(path)
+
+
+def _read_files(directory: Path) -> list[str]:
+    """The texts of all files in a directory, in sorted order of their names, each once."""
+    texts = [read_text(f) for f in sorted(directory.rglob("*")) if _is_text(f, directory)]
     texts = [text for text in dict.fromkeys(texts) if text.strip()]
     if not texts:
-        raise DataError(f"{path} holds no text; put UTF-8 text files into it")
-    return "\n\n".join(texts)
+        raise DataError(f"{directory} holds no text; put UTF-8 text files into it")
+    return texts
 
 
 def _split_files(directory: Path) -> tuple[str, str, str]:
-    text = read_all(directory)
-    try:
-        return split_text(text)
-    except DataError as error:
-        raise DataError(f"{directory}: {error}") from None
+    texts = _read_files(directory)
+    parts = [split_text(text) for text in texts if len(text) >= _fewest()]
+    rest = "\n\n".join(text for text in texts if len(text) < _fewest())
+    if parts and len(rest) < _fewest():
+        parts.append((rest, "", ""))
+    elif rest:
+        try:
+            parts.append(split_text(rest))
+        except DataError as error:
+            raise DataError(f"{directory}: {error}") from None
+    train, valid, test = ("\n\n".join(filter(None, split)) for split in zip(*parts, strict=True))
+    return train, valid, test
 
 
 def _is_text(path: Path, directory: Path) -> bool:

@@ -133,7 +133,7 @@ def test_written_users_are_loaded_again(tmp_path: Path) -> None:
     assert [parts(user) for user in loaded] == [parts(user) for user in written]
 
 
-def test_other_files_are_joined_in_sorted_order_and_split(tmp_path: Path) -> None:
+def test_short_files_are_joined_in_sorted_order_and_split(tmp_path: Path) -> None:
     folder = fill(tmp_path / "ann", b="second\n" * 600, a="first\n" * 600, copy="first\n" * 600)
     (folder / ".hidden").write_bytes(b"\xff")
     (folder / "sub").mkdir()

@@ -1,9 +1,10 @@
-"""Text becomes the same tokens in pieces as at once, within little memory."""
+"""A person's text: what is held out stays so; tokens are the same in pieces as at once."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,59 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 import export
-from edge_runtime.data import tokenize
+from edge_runtime.data import SPLITS, read_splits, split_text, tokenize
 from edge_runtime.errors import DataError
+
+# --- splits ------------------------------------------------------------------------------------
+
+
+def file_of(number: int, lines: int) -> str:
+    """Of 64 characters a line: 80 lines are enough to be split alone. All lines differ."""
+    return "".join(f"{f'Line {n} of file {number}':63}\n" for n in range(lines))
+
+
+def splits_of(files: dict[str, str]) -> dict[str, set[str]]:
+    """The lines of each split of a directory with such files."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name, text in files.items():
+            (Path(directory) / name).write_text(text)
+        read = read_splits(Path(directory))
+    assert tuple(read) == SPLITS
+    return {name: set(filter(None, text.split("\n"))) for name, text in read.items()}
+
+
+@given(lines=st.lists(st.integers(1, 200), min_size=1, max_size=5), more=st.integers(80, 300))
+def test_another_long_file_moves_nothing_between_splits(lines: list[int], more: int) -> None:
+    files = {f"m{i}": file_of(i, count) for i, count in enumerate(lines)}
+    if max(lines) < 80:  # else the short ones might be too short to be split
+        files["m"] = file_of(99, 80)
+    before = splits_of(files)
+    every = {line for text in files.values() for line in text.splitlines()}
+    assert set.union(*before.values()) == every
+    assert sum(map(len, before.values())) == len(every)
+    for name in ("a", "m1b", "z"):
+        new = file_of(100, more)
+        after = splits_of(files | {name: new})
+        assert {split: after[split] - set(new.splitlines()) for split in after} == before
+
+
+def test_files_that_are_too_short_alone_are_split_together(tmp_path: Path) -> None:
+    long, short = file_of(0, 100), file_of(1, 10)
+    (tmp_path / "long").write_text(long)
+    assert tuple(read_splits(tmp_path).values()) == split_text(long)
+    (tmp_path / "short").write_text(short)
+    train, valid, test = split_text(long)
+    # Too few to hold anything out of.
+    assert tuple(read_splits(tmp_path).values()) == (f"{train}\n\n{short}", valid, test)
+    (tmp_path / "another").write_text(file_of(2, 79))
+    together = split_text(f"{file_of(2, 79)}\n\n{short}")
+    want = tuple(map("\n\n".join, zip(split_text(long), together, strict=True)))
+    assert tuple(read_splits(tmp_path).values()) == want
+    (tmp_path / "long").unlink()
+    assert tuple(read_splits(tmp_path).values()) == together
+
+
+# --- tokens ------------------------------------------------------------------------------------
 
 GPT2_MINI = Path(export.__file__).parent / "gpt2_mini" / "tokenizer.json"
 PROSE = "a It is a It's 1 of a few lines, isn't it?\nNo  line\n\n is like another one;\tfew are.\n"
@@ -77,7 +129,7 @@ def test_pieces_are_the_whole(name: str, text: str, most: int) -> None:
 MEASURE = """
 import sys
 from tokenizers import Tokenizer
-from edge_runtime.data import tokenize
+from edge_runtime.data import SPLITS, read_splits, split_text, tokenize
 from edge_runtime.memory import peak_bytes
 
 tokenizer = Tokenizer.from_file(sys.argv[1])
