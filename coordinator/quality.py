@@ -94,7 +94,8 @@ class QualityGate:
                 await process.wait()
         if process.returncode:
             raise _error(process.returncode, complaint.decode(errors="replace"))
-        return [entry["perplexity"] for entry in json.loads(output)["generalists"]]
+        found = [entry["perplexity"] for entry in json.loads(output)["generalists"]]
+        return [math.inf if value is None else value for value in found]
 
 
 def _error(code: int, complaint: str) -> ComigsError:

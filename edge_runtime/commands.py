@@ -38,6 +38,8 @@ from protos import coordinator_pb2 as pb
 T = TypeVar("T")
 
 FRESH = Path("the bundle's own")
+# A perplexity of more is beyond what a float holds.
+LARGEST_LOSS = 700.0
 
 HomeOption = Annotated[Path, typer.Option(help="The device's home directory.")]
 
@@ -365,13 +367,23 @@ def evaluate(
         "name": config.name,
         "split": split,
         "tokens": len(tokens),
-        "loss": loss,
-        "perplexity": math.exp(loss),
+        "loss": _finite(loss),
+        "perplexity": _finite(_perplexity(loss)),
     }
     if output is Format.JSON:
         emit(result)
     else:
-        print(f"{config.name}: perplexity {math.exp(loss):.2f} over {len(tokens)} {split} tokens")
+        of_what = f"{len(tokens)} {split} tokens"
+        print(f"{config.name}: perplexity {_perplexity(loss):.2f} over {of_what}")
+
+
+def _perplexity(loss: float) -> float:
+    return math.inf if loss > LARGEST_LOSS else math.exp(loss)
+
+
+def _finite(value: float) -> float | None:
+    """For JSON, which has no other numbers."""
+    return value if math.isfinite(value) else None
 
 
 def experts(
@@ -434,13 +446,13 @@ def perplexity(
             for role, vector in wire.decode(opened.manifest, _payload(generalist)).items():
                 # In place: the program is bound to this memory.
                 vectors[role][...] = vector
-        value = math.exp(evaluator.loss(tokens))
-        entries.append({"generalist": str(generalist), "perplexity": value})
+        entries.append((str(generalist), _perplexity(evaluator.loss(tokens))))
     if output is Format.JSON:
-        emit({"tokens": len(tokens), "generalists": entries})
+        found = [{"generalist": name, "perplexity": _finite(value)} for name, value in entries]
+        emit({"tokens": len(tokens), "generalists": found})
         return
-    for entry in entries:
-        print(f"{entry['perplexity']:12.2f}  {entry['generalist']}")
+    for name, value in entries:
+        print(f"{value:12.2f}  {name}")
 
 
 def _engine_of(bundle: Bundle) -> str:

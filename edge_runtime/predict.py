@@ -150,7 +150,8 @@ class Predictor:
         if len(last) == 2 and last.endswith("b"):
             mark = last[0]  # which stands for the space
             for token, index in self.tokenizer.get_vocab().items():
-                begin[index] = token.startswith(mark) and token.strip(mark) != ""
+                if index < begin.size:  # the base may not know what was added to the tokenizer
+                    begin[index] = token.startswith(mark) and token.strip(mark) != ""
         return begin
 
     def explain(self, text: str) -> list[tuple[str, dict[str, float]]]:

@@ -272,5 +272,12 @@ def test_perplexity_of_any_generalist(
     result = json.loads(done.stdout)
     assert [entry["perplexity"] for entry in result["generalists"]] == pytest.approx(wanted)
     assert result["tokens"] == len(text.read_text())  # a byte is a token here
+    # Beyond what numbers can say, and JSON all the same.
+    other.write_bytes(moved(tiny_bundle, start, 1e18))
+    done = subprocess.run(
+        [*command, "--text", text, "--format", "json", other], capture_output=True, check=True
+    )
+    (entry,) = json.loads(done.stdout, parse_constant=pytest.fail)["generalists"]
+    assert entry["perplexity"] is None
     done = subprocess.run([*command, "--text", text], capture_output=True, text=True, check=True)
     assert done.stdout == f"{wanted[0]:12.2f}  the bundle's own\n"
