@@ -93,7 +93,7 @@ def group(
     if missing := sorted(known.keys() - groups.keys()):
         raise BundleError(
             f"cohort {missing[0]} of the state began with a bundle of another base, shared tensors "
-            "or largest rank; serve bundles like that one, or choose another --state"
+            "or largest rank; serve such a bundle, too, or choose another --state"
         )
     return list(groups.values())
 

@@ -174,7 +174,7 @@ class State(UpdateRows):
             elif known.contract_sha256 != settings.contract_sha256:
                 raise BundleError(
                     f"{self.directory} began with a bundle of another base, shared tensors or "
-                    "largest rank; serve bundles like that one, or choose another --state"
+                    "largest rank; serve such a bundle, or choose another --state"
                 )
             settings.cohort = self.cohort
             settings.history = secrets.token_hex(8) if known is None else known.history

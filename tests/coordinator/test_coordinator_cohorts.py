@@ -148,7 +148,7 @@ def test_a_state_keeps_its_cohorts(fleet: Fleet, tmp_path: Path) -> None:
 
     missing = serve(fleet, [second], *ROUND)
     assert missing.process.wait(TIMEOUT) == BundleError.code
-    assert "(cohort one); serve that bundle" in missing.stderr()
+    assert "cohort one of the state began with a bundle of another base" in missing.stderr()
     assert "Traceback" not in missing.stderr()
 
     address = served.listening["address"]
