@@ -116,8 +116,8 @@ class Predictor:
         Most tokenizers keep the space before a word in the word's token, so a token for a space
         alone is hardly ever followed by a word. If `text` ends in one space, these are therefore
         the tokens after the text without it that begin with one, shown without it; probabilities
-        are among those. Tokens that are part of a character are left out, which nobody could be
-        shown; the probabilities of the rest stay what they are.
+        are among those. Tokens that are part of a character, or no text at all such as the one at
+        the end of a text, are left out; the probabilities of the rest stay what they are.
 
         Raises:
             DataError: `text` holds bytes that are not UTF-8.
@@ -135,11 +135,9 @@ class Predictor:
         for token in np.argsort(-probabilities, kind="stable"):
             if len(suggestions) == top or not np.isfinite(logits[token]):
                 break
-            said = self._text(ids[-1], int(token))
-            if "\ufffd" not in said:
-                suggestions.append(
-                    Suggestion(said.removeprefix(space), float(probabilities[token]))
-                )
+            said = self._text(ids[-1], int(token)).removeprefix(space)
+            if said and "\ufffd" not in said:
+                suggestions.append(Suggestion(said, float(probabilities[token])))
         return suggestions
 
     @functools.cached_property
