@@ -10,6 +10,7 @@ from pathlib import Path
 from coordinator.aggregation import (
     AggregationError,
     Contribution,
+    DamagedUpdateError,
     Outcome,
     Recipe,
     aggregate,
@@ -102,9 +103,12 @@ class Closing:
         began = self._state.round(update.round)
         if began is None or began.generalist_sha256 == current.generalist_sha256:
             return given
-        return replace(
-            given, began=directory / began.generalist_file, staleness=current.done - began.done
-        )
+        start = directory / began.generalist_file
+        try:
+            read_start(directory, began)
+        except AdapterError as error:
+            raise DamagedUpdateError(given, start) from error
+        return replace(given, began=start, staleness=current.done - began.done)
 
     def _manifest_of(self, update: Update) -> manifest_pb2.Manifest:
         manifest = self._manifests.get(update.contract_sha256)

@@ -977,6 +977,7 @@ TEXTS = {
     ),
     "round_abandoned": "round {round}: abandoned with {updates} updates: {reason}",
     "connections_closed": "closed {connections} connections from {address}: too many from there",
+    "not_ready": "this one can neither follow nor lead for now: {reason}",
     "storage_failed": "nothing can be stored for now, and devices try again: {reason}",
     "storage_recovered": "the state can be written again",
     "paused": "paused by the administrator; updates of the open round are still accepted",

@@ -12,7 +12,7 @@ import contextlib
 import sqlite3
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,11 @@ class Database(ABC):
     """What it is, for people."""
 
     @abstractmethod
-    def take(self) -> None:
+    def take(self, check: Callable[[Connection], None] = lambda _: None) -> None:
         """Keeps other coordinators away from now on.
+
+        Args:
+            check: raises if this is not the one to lead: whoever leads goes on then.
 
         Raises:
             InUseError: one is there.
@@ -136,7 +139,7 @@ class Sqlite(Database):
             reader.close()
         super().close()
 
-    def take(self) -> None: ...
+    def take(self, check: Callable[[Connection], None] = lambda _: None) -> None: ...
 
     def schema(self) -> int | None:
         with self.engine.begin() as connection:
@@ -192,9 +195,10 @@ class Postgres(Database):
         self._doubtful = False
         self._term = 0
 
-    def take(self) -> None:
+    def take(self, check: Callable[[Connection], None] = lambda _: None) -> None:
         self._hold()
         with self.engine.begin() as connection:
+            check(connection)
             connection.execute(
                 text(
                     "create table if not exists lead "
@@ -275,7 +279,7 @@ class FollowedPostgres(Postgres):
     def __init__(self, url: str) -> None:
         super().__init__(url, READ_ONLY)
 
-    def take(self) -> None:
+    def take(self, check: Callable[[Connection], None] = lambda _: None) -> None:
         raise AssertionError("who follows does not lead")
 
     def guard(self, session: Session | Connection) -> None: ...

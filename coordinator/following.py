@@ -23,7 +23,7 @@ from coordinator.policy import Report
 from coordinator.service import Service
 from coordinator.state import State
 from coordinator.tables import Device
-from coordinator.tls import Authority
+from coordinator.tls import CA_FILE, Authority
 from edge_runtime.bundle import Bundle
 from edge_runtime.connection import Traffic
 from edge_runtime.errors import StorageError
@@ -82,6 +82,7 @@ class Following:
         self._report = report
         self._database = FollowedPostgres(options.database)
         self._leader: tuple[int, str] | None = None
+        self._told = ""
         self._serving = contextlib.AsyncExitStack()
 
     async def close(self) -> None:
@@ -102,8 +103,13 @@ class Following:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await self._begin(leader[1], stack)
-            except (StorageError, UndecidedError):
+            except StorageError as error:
+                if str(error) != self._told:
+                    self._told = str(error)
+                    self._report("not_ready", {"reason": self._told})
                 return  # it is looked again
+            except UndecidedError:
+                return
             self._serving = stack.pop_all()
         self._leader = leader
 
@@ -112,6 +118,10 @@ class Following:
         state = stack.enter_context(
             contextlib.closing(State(options.state, options.database, following=True))
         )
+        if not (options.state / CA_FILE).exists():  # opened, it would be made
+            raise StorageError(
+                f"{options.state} has no authority, so it is not the leader's; give its --state"
+            )
         authority = Authority.open(options.state, options.certificate_lifetime)
         leader = Leader(address, authority)
         stack.push_async_callback(leader.close)

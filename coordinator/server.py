@@ -161,6 +161,7 @@ async def _take_state(
     """The state, for this coordinator to lead. One in PostgreSQL is waited for, so that another
     machine or process can go on with it, and follows meanwhile; None if it is told to stop."""
     following: Following | None = None
+    told = ""
     async with contextlib.AsyncExitStack() as stack:
         while not stopped.is_set():
             try:
@@ -177,9 +178,12 @@ async def _take_state(
                     stack.push_async_callback(following.close)
                 if not options.insecure:
                     await following.look()
-            except StorageError:
+            except StorageError as error:
                 if following is None:
                     raise
+                if str(error) != told:
+                    told = str(error)
+                    report("not_ready", {"reason": told})
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopped.wait(), STANDBY_SECONDS)
     return None

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, insert, inspect, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, inspect, select, update
 from sqlalchemy.orm import Session
 
 from coordinator import database
@@ -102,11 +102,9 @@ class State(UpdateRows):
             ) from error
         try:
             with self._storage_errors():
-                self._database.take()
+                self._database.take(self._check_files)
                 self._check_schema()
                 Base.metadata.create_all(self._engine)
-            if isinstance(self._database, Postgres):
-                self._check_files()
         except BaseException:
             self.close()
             raise
@@ -131,7 +129,10 @@ class State(UpdateRows):
         """
         assert isinstance(self._database, Postgres)
         with self._storage_errors():
-            self._database.announce(f"{host or self._database.own_address()}:{port}")
+            found = host or self._database.own_address()
+            if ":" in found and not found.startswith("["):
+                found = f"[{found}]"  # of IPv6
+            self._database.announce(f"{found}:{port}")
 
     def check(self) -> None:
         """
@@ -304,7 +305,7 @@ class State(UpdateRows):
                         generalist_sha256=digest,
                         memory_file=memory_file,
                         done=closed.done + 1,
-                        oldest=max(closed.oldest, number + 1 - reach),
+                        oldest=self._oldest(session, closed, reach),
                     )
                 )
             self._sweep(number + 1)
@@ -337,7 +338,7 @@ class State(UpdateRows):
                     generalist_sha256=abandoned.generalist_sha256,
                     memory_file=abandoned.memory_file,
                     done=abandoned.done,
-                    oldest=max(abandoned.oldest, number + 1 - reach),
+                    oldest=self._oldest(session, abandoned, reach),
                     paused=abandoned.paused,
                     command=command,
                 )
@@ -454,14 +455,14 @@ class State(UpdateRows):
                 "one, or choose another --state"
             )
 
-    def _check_files(self) -> None:
+    def _check_files(self, connection: Connection) -> None:
         """Refuses a database of another directory."""
-        with self._transaction() as session:
-            for ongoing in session.scalars(select(Round).where(_ongoing())):
-                if not (self.directory / ongoing.generalist_file).exists():
+        if inspect(connection).has_table(Round.__tablename__):
+            for file in connection.scalars(select(Round.generalist_file).where(_ongoing())):
+                if not (self.directory / file).exists():
                     raise StorageError(
-                        f"{self.directory} lacks {ongoing.generalist_file}, which "
-                        f"{self._database.place} names; give the --state that belongs to it"
+                        f"{self.directory} lacks {file}, which {self._database.place} names; give "
+                        "the --state that belongs to it"
                     )
 
     def _current(self, session: Session) -> Round:
@@ -485,6 +486,16 @@ class State(UpdateRows):
             ended.incoming_perplexity = quality.incoming
             ended.candidate_perplexity = quality.candidate
         return ended
+
+    def _oldest(self, session: Session, ended: Round, reach: int) -> int:
+        """From which round on updates may count in the next one. Those that were accepted for it
+        or a later one do, whatever the settings are now."""
+        following = ended.number + 1
+        accepted = select(func.min(Update.round)).where(
+            Update.cohort == self.cohort, Update.counted >= following
+        )
+        first = min(following - reach, session.scalar(accepted) or following)
+        return max(ended.oldest, first)
 
     def _write_generalist(self, number: int, generalist: bytes) -> tuple[str, str]:
         """Path, below the state directory, and SHA-256 (hex) of what round `number` starts from."""

@@ -251,6 +251,49 @@ def test_what_is_too_stale_is_refused_and_counted(fleet: Fleet) -> None:
     assert check_in_until(ben, TRAIN).round == 3, "it goes on with the current one"
 
 
+def test_what_was_accepted_counts_after_a_start_with_other_settings(fleet: Fleet) -> None:
+    """A pause lets more come than one buffer holds."""
+    port = f"127.0.0.1:{free_port()}"
+    bundle = fleet.bundle()
+    enrolment = ("--enrolment-port", "0", "--rounds", "4", "--asynchronous", "2")
+    served = fleet.serve(bundle, *enrolment, listen=port)
+    clients = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    join_round(*clients)
+    start = clients[0].download(1)
+    with Administrator(served.administrator()) as administrator:
+        administrator.pause()
+    updates = [train(bundle, start, seed, 1) for seed in range(3)]
+    for client, update in zip(clients, updates, strict=True):
+        assert client.upload(header(1), update).accepted
+    served.stop()
+    again = fleet.serve(bundle, *enrolment, "--max-staleness", "0", listen=port)
+    with Administrator(again.administrator()) as administrator:
+        administrator.resume()
+    again.wait_for("round_closed", round=1)
+    assert check_in_until(clients[0], TRAIN).round == 2
+    assert clients[0].upload(header(2), train(bundle, clients[0].download(2), 0, 2)).accepted
+    assert again.wait_for("round_closed", round=2)["updates"] == 2
+    assert not again.has_said("update_damaged")
+
+
+def test_a_damaged_start_of_a_slow_device_is_noticed(fleet: Fleet) -> None:
+    options = ("--rounds", "9", "--asynchronous", "2")
+    bundle, served, (ada, ben, cy) = begin(fleet, *options, names="ada ben cy")
+    join_round(ada, ben, cy)
+    start = ada.download(1)
+    for seed, client in enumerate((ada, ben)):
+        assert client.upload(header(1), train(bundle, start, seed, 1)).accepted
+    served.wait_for("round_closed", round=1)
+    (first,) = fleet.state.glob("generalists/1-*")
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 8
+    first.write_bytes(content)
+    assert cy.upload(header(1), train(bundle, start, 2, 1)).accepted
+    assert check_in_until(ada, TRAIN).round == 2
+    assert ada.upload(header(2), train(bundle, ada.download(2), 0, 2)).accepted
+    assert first.name in served.wait_for("update_damaged")["reason"]
+
+
 def test_what_came_whole_and_is_refused_leaves_no_file(fleet: Fleet) -> None:
     bundle, served, (ada, ben) = begin(
         fleet, "--rounds", "1", "--asynchronous", "1", names="ada ben"

@@ -88,6 +88,23 @@ def test_one_whose_gate_cannot_measure_does_not_stand_by(
     assert not standby.has_said("standing_by")
 
 
+def test_one_with_another_directory_does_no_harm(fleet: Fleet, url: str) -> None:
+    """Mistyped, or not mounted."""
+    bundle = fleet.bundle()
+    leader = fleet.serve(bundle, "--database", url)
+    leader.ready()
+    elsewhere = fleet.directory / "elsewhere"
+    wrong = fleet.serve(bundle, "--database", url, state=elsewhere)
+    assert "has no authority" in wrong.wait_for("not_ready")["reason"]
+    assert not (elsewhere / "ca.pem").exists(), "it was made for nobody"
+    before = rows(url, "select term from lead")
+    leader.kill()
+    assert "lacks generalists/1-" in wrong.wait_for("not_ready")["reason"]
+    assert rows(url, "select term from lead") == before, "who leads would end"
+    wrong.stop()
+    fleet.serve(bundle, "--database", url).ready()
+
+
 def test_devices_at_three_coordinators_are_in_the_same_rounds(fleet: Fleet, url: str) -> None:
     bundle = fleet.bundle(width=20_000)
     options = ("--database", url, "--rounds", "3", "--min-devices", "3", "--exit-when-done")
