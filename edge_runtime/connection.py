@@ -17,7 +17,6 @@ from google.protobuf.message import Message
 from edge_runtime import protocol
 from edge_runtime.errors import (
     ComigsError,
-    GoneError,
     RefusedError,
     TrustError,
     UnreachableError,
@@ -128,6 +127,10 @@ class Closing(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class GoneError(RefusedError):
+    """The coordinator does not have what was asked for; what it has, a check-in tells."""
 
 
 class Connection(Closing):

@@ -22,9 +22,10 @@ from edge_runtime.adapters import Vector, Vectors
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 from edge_runtime.compression import NAMES, Feedback, compress, decompress
+from edge_runtime.connection import GoneError
 from edge_runtime.data import Batches, Tokens, load_tokenizer, read_splits, tokenize
 from edge_runtime.engines import Engine
-from edge_runtime.errors import AdapterError, GoneError, RefusedError, UnreachableError
+from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
 from edge_runtime.identity import Identity
 from edge_runtime.memory import peak_bytes, return_freed_memory
 from edge_runtime.planner import Plan

@@ -81,10 +81,6 @@ class RefusedError(ComigsError):
     code = 21
 
 
-class GoneError(RefusedError):
-    """The coordinator does not have what was asked for; what it has, a check-in tells."""
-
-
 class AuditError(ComigsError):
     code = 22
 
