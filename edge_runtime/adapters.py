@@ -182,6 +182,8 @@ def load_peft(manifest: pb.Manifest, role: str, path: Path) -> Vector:
     for name, view in views(manifest, vectors).items():
         if name.endswith(".lora_B.weight"):
             view[...] *= theirs / (mixture.alpha / math.sqrt(rank))
+    if not np.isfinite(vectors[role]).all():
+        raise AdapterError(f"{path} holds a NaN or an infinity, or its lora_alpha is none")
     return vectors[role]
 
 

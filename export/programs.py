@@ -97,10 +97,11 @@ def specifications(
     A training step with less memory is for the smallest batch, where it is the last resort. For
     ExecuTorch there is none, and no router's step: lowering another step takes too long.
     """
-    # ONNX Runtime's attention over a cache is for heads of whole vectors of eight.
+    # ONNX Runtime's attention over a cache is for heads of whole vectors: of 8, rotated ones of 16.
     tensors = manifest.tensors
     on_onnx = engine == "onnxruntime"
-    in_place = on_onnx and decoder.architecture.head_dim % 8 == 0
+    vectors = 16 if decoder.rotary() else 8
+    in_place = on_onnx and decoder.architecture.head_dim % vectors == 0
     four_bits = not on_onnx and manifest.base.precision == "int4"
     blocks = BLOCKS["int4"] if four_bits else None
     steps = [(size, False) for size in tier.micro_batches]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,9 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, *, scaled: bool = False) -> None:
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, more: Callable[[GGUFWriter], None] | None = None
+) -> None:
     config = model.config
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -61,9 +64,8 @@ def write_gguf(path: Path, model: LlamaForCausalLM, *, scaled: bool = False) -> 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
-    if scaled:
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(4.0)
+    if more is not None:
+        more(writer)
     writer.add_vocab_size(config.vocab_size)
     tokens = ["<|endoftext|>", *sorted(bases._bytes_tokenizer().get_vocab()), "ab"]
     writer.add_tokenizer_model("gpt2")
@@ -134,10 +136,31 @@ def test_a_gguf_file_takes_no_tokenizer_that_lies_beside_it(
 
 
 def test_gguf_files_that_hold_more_than_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "scaled.gguf"
-    write_gguf(path, small_llama(tie_word_embeddings=True), scaled=True)
-    with pytest.raises(BaseModelError, match="scaled rotary positions"):
-        load_base(str(path))
+    def linear(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(4.0)
+
+    def normed(writer: GGUFWriter) -> None:
+        writer.add_tensor("blk.0.attn_q_norm.weight", np.ones(8, np.float32))
+
+    for more, says in (
+        (linear, "scaled rotary positions"),
+        (lambda writer: writer.add_rope_scaling_factor(4.0), "scaled rotary positions"),
+        (lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0), "scaled rotary"),
+        (lambda writer: writer.add_float32("llama.attention.scale", 0.5), "attention scaled"),
+        (normed, r"tensors such as .*attn_q_norm"),
+    ):
+        path = tmp_path / "more.gguf"
+        write_gguf(path, small_llama(tie_word_embeddings=True), more)
+        with pytest.raises(BaseModelError, match=says):
+            load_base(str(path))
+    write_gguf(path, small_llama(tie_word_embeddings=True), unscaled)
+    load_base(str(path))
+
+
+def unscaled(writer: GGUFWriter) -> None:
+    writer.add_rope_scaling_type(RopeScalingType.NONE)
+    writer.add_rope_scaling_factor(1.0)
 
 
 def test_weights_that_are_not_the_models(tmp_path: Path, tiny_base_dir: Path) -> None:

@@ -23,6 +23,7 @@ import torch
 from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import TIER, ExportTiny
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -511,10 +512,11 @@ def test_a_step_that_computes_activations_twice_needs_less_memory(
     assert chosen == leanest
 
 
+@pytest.mark.parametrize("head_dim", [10, 24])
 def test_heads_that_onnxruntime_cannot_attend_to_in_place(
-    tiny_llama_dir: Path, tmp_path: Path
+    tiny_llama_dir: Path, tmp_path: Path, head_dim: int
 ) -> None:
-    config = LlamaConfig.from_pretrained(tiny_llama_dir, head_dim=10)
+    config = LlamaConfig.from_pretrained(tiny_llama_dir, head_dim=head_dim)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     copy_tokenizer(tiny_llama_dir, tmp_path / "base")
     bundle = export_bundle(
@@ -595,6 +597,11 @@ def test_adapters_of_peft_that_do_not_fit(
     broken = saved("broken")
     (broken / "adapter_config.json").write_text("{}")
     refused(broken, "not a LoRA configuration")
+    wild = saved("wild") / "adapter_model.safetensors"
+    tensors = load_file(wild)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, wild)
+    refused(wild.parent, "holds a NaN")
 
 
 # --- bases -------------------------------------------------------------------------------------
@@ -634,6 +641,52 @@ def test_a_half_precision_base_and_an_untied_head(tmp_path: Path, tiny_base_dir:
     with torch.no_grad():
         hidden, _ = decoder.hidden(fresh_tensors(base), text)
         torch.testing.assert_close(hidden @ decoder.head().T, model(text).logits[0])
+
+
+def test_a_head_of_its_own_though_the_configuration_ties_it(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """As of a checkpoint whose head was trained and whose configuration was left."""
+    path = tmp_path / "base"
+    config = LlamaConfig.from_pretrained(tiny_llama_dir, tie_word_embeddings=False)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(path)
+    copy_tokenizer(tiny_llama_dir, path)
+    said = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(said | {"tie_word_embeddings": True}))
+    assert torch.equal(load_base(str(path)).tensors["lm_head.weight"], model.lm_head.weight)
+
+    model.lm_head.weight.data[3, 4] = torch.nan
+    model.save_pretrained(path)
+    with pytest.raises(BaseModelError, match=r"NaN or an infinity in lm_head\.weight"):
+        load_base(str(path))
+    (path / "adapter_config.json").write_text("{}")
+    with pytest.raises(BaseModelError, match="adapter beside the model"):
+        load_base(str(path))
+
+
+def test_text_is_cut_as_the_saved_tokenizer_says(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """Of some classes transformers makes a tokenizer anew, and cuts as that class usually does."""
+    path = tmp_path / "base"
+    shutil.copytree(tiny_base_dir, path)
+    saved = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = saved["model"]["vocab"]
+    del vocabulary[next(token for token, index in vocabulary.items() if index == 255)]
+    vocabulary["12"] = 255
+    saved["model"]["merges"] = [["1", "2"]]
+    saved["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            saved["pre_tokenizer"],
+        ],
+    }
+    (path / "tokenizer.json").write_text(json.dumps(saved))
+    of_class = json.loads((path / "tokenizer_config.json").read_text())
+    of_class |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "!")
+    of_class["tokenizer_class"] = "GPT2Tokenizer"
+    (path / "tokenizer_config.json").write_text(json.dumps(of_class))
+    assert load_base(str(path)).tokenizer.encode("12").tokens == ["1", "2"]
 
 
 def test_a_llama_with_biases_stretched_positions_and_its_own_head(
