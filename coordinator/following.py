@@ -82,7 +82,6 @@ class Following:
         self._report = report
         self._database = FollowedPostgres(options.database)
         self._leader: tuple[int, str] | None = None
-        self._told = ""
         self._serving = contextlib.AsyncExitStack()
 
     async def close(self) -> None:
@@ -95,6 +94,7 @@ class Following:
         Raises:
             AddressError: the address cannot be listened on.
             BundleError, CohortsError: see `group`.
+            StorageError: what the leader has stored is not here; it may be looked again.
         """
         leader = self._database.leader()
         if leader is None or leader == self._leader:
@@ -103,13 +103,8 @@ class Following:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await self._begin(leader[1], stack)
-            except StorageError as error:
-                if str(error) != self._told:
-                    self._told = str(error)
-                    self._report("not_ready", {"reason": self._told})
-                return  # it is looked again
             except UndecidedError:
-                return
+                return  # it is looked again
             self._serving = stack.pop_all()
         self._leader = leader
 

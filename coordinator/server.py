@@ -165,10 +165,11 @@ async def _take_state(
     async with contextlib.AsyncExitStack() as stack:
         while not stopped.is_set():
             try:
-                return State(options.state, options.database)
-            except InUseError:
-                if options.database is None:
-                    raise
+                try:
+                    return State(options.state, options.database)
+                except InUseError:
+                    if options.database is None:
+                        raise
                 if following is None:
                     gate = options.policy.gate
                     if gate and not await _came_to_its_end(gate.check(None), stopped):

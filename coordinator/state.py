@@ -80,7 +80,7 @@ class State(UpdateRows):
             rows = Postgres(url) if url else Sqlite(directory)
         super().__init__(directory, rows)
         # Of all cohorts: held from when what a round starts from is written until a row names it.
-        self._naming = threading.Lock()
+        self._naming = threading.RLock()
         self._lock: int | None = None
         if not following:
             self._take()
@@ -108,8 +108,7 @@ class State(UpdateRows):
         except BaseException:
             self.close()
             raise
-        with self._naming:
-            self._sweep()
+        self._sweep()
         self.clean()
         self._remove_uncounted()
         written = (directory / name for name in (GENERALISTS, MEMORIES, FITTED))
@@ -162,15 +161,8 @@ class State(UpdateRows):
             known = session.get(Settings, self.cohort)
             if known is None:
                 file, digest = self._write_generalist(1, generalist)
-                session.add(
-                    Round(
-                        cohort=self.cohort,
-                        number=1,
-                        status=Status.WAITING,
-                        generalist_file=file,
-                        generalist_sha256=digest,
-                        oldest=1,
-                    )
+                self._add_round(
+                    session, 1, generalist_file=file, generalist_sha256=digest, oldest=1
                 )
             elif known.contract_sha256 != settings.contract_sha256:
                 raise BundleError(
@@ -296,17 +288,14 @@ class State(UpdateRows):
                 closed = self._end(session, number, Status.AGGREGATED, quality=quality)
                 closed.clipped, closed.clipped_coordinates = clipped, clipped_coordinates
                 self._spend(session, number, noise)
-                session.add(
-                    Round(
-                        cohort=self.cohort,
-                        number=number + 1,
-                        status=Status.WAITING,
-                        generalist_file=file,
-                        generalist_sha256=digest,
-                        memory_file=memory_file,
-                        done=closed.done + 1,
-                        oldest=self._oldest(session, closed, reach),
-                    )
+                self._add_round(
+                    session,
+                    number + 1,
+                    generalist_file=file,
+                    generalist_sha256=digest,
+                    memory_file=memory_file,
+                    done=closed.done + 1,
+                    oldest=self._oldest(session, closed, reach),
                 )
             self._sweep(number + 1)
 
@@ -329,22 +318,18 @@ class State(UpdateRows):
         with self._transaction() as session:
             abandoned = self._end(session, number, Status.ABANDONED, reason, quality)
             self._spend(session, number, noise)
-            session.add(
-                Round(
-                    cohort=self.cohort,
-                    number=number + 1,
-                    status=Status.WAITING,
-                    generalist_file=abandoned.generalist_file,
-                    generalist_sha256=abandoned.generalist_sha256,
-                    memory_file=abandoned.memory_file,
-                    done=abandoned.done,
-                    oldest=self._oldest(session, abandoned, reach),
-                    paused=abandoned.paused,
-                    command=command,
-                )
+            self._add_round(
+                session,
+                number + 1,
+                generalist_file=abandoned.generalist_file,
+                generalist_sha256=abandoned.generalist_sha256,
+                memory_file=abandoned.memory_file,
+                done=abandoned.done,
+                oldest=self._oldest(session, abandoned, reach),
+                paused=abandoned.paused,
+                command=command,
             )
-        with self._naming:
-            self._sweep(number + 1)
+        self._sweep(number + 1)
         self.clean()
 
     def roll_back(self, to: int, reason: str, *, command: str) -> None:
@@ -357,22 +342,18 @@ class State(UpdateRows):
             # Those that were to count later are dropped with it.
             later = (Update.cohort == self.cohort) & (Update.counted > number)
             session.execute(update(Update).where(later).values(counted=number))
-            session.add(
-                Round(
-                    cohort=self.cohort,
-                    number=number + 1,
-                    status=Status.WAITING,
-                    generalist_file=source.generalist_file,
-                    generalist_sha256=source.generalist_sha256,
-                    done=source.done,
-                    oldest=number + 1,
-                    paused=abandoned.paused,
-                    rolled_back_to=to,
-                    command=command,
-                )
+            self._add_round(
+                session,
+                number + 1,
+                generalist_file=source.generalist_file,
+                generalist_sha256=source.generalist_sha256,
+                done=source.done,
+                oldest=number + 1,
+                paused=abandoned.paused,
+                rolled_back_to=to,
+                command=command,
             )
-        with self._naming:
-            self._sweep(number + 1)
+        self._sweep(number + 1)
         self.clean()
 
     def clean(self) -> None:
@@ -487,6 +468,10 @@ class State(UpdateRows):
             ended.candidate_perplexity = quality.candidate
         return ended
 
+    def _add_round(self, session: Session, number: int, **start: Any) -> None:
+        """A round that waits to be opened; `start` has what it starts from and with."""
+        session.add(Round(cohort=self.cohort, number=number, status=Status.WAITING, **start))
+
     def _oldest(self, session: Session, ended: Round, reach: int) -> int:
         """From which round on updates may count in the next one. Those that were accepted for it
         or a later one do, whatever the settings are now."""
@@ -514,22 +499,23 @@ class State(UpdateRows):
         from: with differential privacy that is another noise on the same sum.
 
         Args:
-            number: of the round, in all cohorts; None: of all rounds. Call it with `_naming` held.
+            number: of the round, in all cohorts; None: of all rounds.
         """
         those = "" if number is None else f"{number}-"
         columns = {GENERALISTS: Round.generalist_file, MEMORIES: Round.memory_file}
-        for folder, column in columns.items():
-            files = (self.directory / folder).glob(f"{those}*.safetensors")
-            found = {f"{folder}/{path.name}" for path in files}
-            with contextlib.suppress(StorageError, OSError):
-                with self._transaction() as session:
-                    named = set(
-                        session.scalars(
-                            select(column).where(column.startswith(f"{folder}/{those}"))
+        with self._naming:
+            for folder, column in columns.items():
+                files = (self.directory / folder).glob(f"{those}*.safetensors")
+                found = {f"{folder}/{path.name}" for path in files}
+                with contextlib.suppress(StorageError, OSError):
+                    with self._transaction() as session:
+                        named = set(
+                            session.scalars(
+                                select(column).where(column.startswith(f"{folder}/{those}"))
+                            )
                         )
-                    )
-                for file in found - named:
-                    (self.directory / file).unlink(missing_ok=True)
+                    for file in found - named:
+                        (self.directory / file).unlink(missing_ok=True)
 
 
 def _changes(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:

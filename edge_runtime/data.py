@@ -187,7 +187,8 @@ def tokenize(tokenizer: Tokenizer, text: str, most: int = PIECE_CHARACTERS) -> T
     Raises:
         DataError: `text` holds bytes that are not UTF-8, as Python reads them from a command line.
     """
-    pieces = _pieces(text, most) if _cuts_into_words(tokenizer) else [text]
+    in_pieces = len(text) > most and _cuts_into_words(tokenizer)
+    pieces = _pieces(text, most) if in_pieces else [text]
     return np.concatenate([_encode(tokenizer, piece) for piece in pieces])
 
 
