@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -37,6 +37,11 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 # Ends of GGUF's keys; positions are stretched by these factors, the second one in older files.
 ROPE_TYPE, ATTENTION_SCALE = "rope.scaling.type", "attention.scale"
 ROPE_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
+# GGUF's names (tokenizer.ggml.pre) of the ways to cut text that transformers does not know:
+# llama.cpp cuts these between digits and then as GPT-2 does, those just as GPT-2 does.
+PRE_TOKENIZER = "tokenizer.ggml.pre"
+DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+AS_GPT2 = {"default", "gpt-2", "olmo", "mpt", "jais", "trillion", "phi-2", "roberta-bpe"}
 # All that a GPT-2 or a Llama has.
 GGUF_TENSORS = re.compile(
     r"(token_embd|position_embd|output_norm|output|rope_freqs"
@@ -145,10 +150,14 @@ def _base(name: str, config: Config, model: Any, tokenizer: Tokenizer) -> Base:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where transformers finds a model: a directory or a name, and a GGUF file in it, if any."""
+    """Where transformers finds a model: a directory or a name, and a GGUF file in it, if any.
+
+    `cut` is the file's name for the way its tokenizer cuts text.
+    """
 
     path: str
     options: dict[str, str]
+    cut: str = "default"
 
 
 @contextlib.contextmanager
@@ -171,21 +180,24 @@ def _source(name: str) -> Iterator[_Source]:
         raise BaseModelError(f"{path} does not exist; give a GGUF file or a directory")
     if importlib.util.find_spec("gguf") is None:
         raise MissingPartError("reading GGUF files needs the package gguf; pip install gguf")
-    _check_gguf(name, path)
+    cut = _check_gguf(name, path)
     # Alone in a directory: transformers would take a tokenizer that lies beside the file.
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / path.name).symlink_to(path.resolve())
-        yield _Source(directory, {"gguf_file": path.name})
+        yield _Source(directory, {"gguf_file": path.name}, cut)
 
 
-def _check_gguf(name: str, path: Path) -> None:
-    """Refuses what a GGUF file can hold and transformers leaves out without a word."""
+def _check_gguf(name: str, path: Path) -> str:
+    """Refuses what a GGUF file can hold and transformers leaves out without a word.
+
+    Returns the name of the way in which its tokenizer cuts text.
+    """
     from gguf import GGUFReader
 
     with _unavailable_errors(name):
         reader = GGUFReader(path)
         # Not of all fields: the tokenizer's hold its whole vocabulary.
-        asked = (ROPE_TYPE, *ROPE_FACTORS, ATTENTION_SCALE)
+        asked = (ROPE_TYPE, *ROPE_FACTORS, ATTENTION_SCALE, PRE_TOKENIZER)
         found = {k: field.contents() for k, field in reader.fields.items() if k.endswith(asked)}
         names = {tensor.name for tensor in reader.tensors}
     kinds = {value for key, value in found.items() if key.endswith(ROPE_TYPE)}
@@ -209,6 +221,7 @@ def _check_gguf(name: str, path: Path) -> None:
             f"{name} has {' and '.join(odd)}, which are not read from GGUF files; give the model "
             "as a directory that transformers saved"
         )
+    return str(found.get(PRE_TOKENIZER, "default"))
 
 
 def _load_weights(name: str, source: _Source, config: Config) -> Any:
@@ -286,7 +299,9 @@ def _load_tokenizer(name: str, source: _Source, vocabulary: int) -> Tokenizer:
     if not backend.encode("a").ids:
         raise BaseModelError(f"{name} has no tokenizer; save the model's beside it")
     saved = cached_file(source.path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
-    if saved and not source.options:
+    if source.options:
+        backend = _as_gguf_says(name, backend, source.cut, vocabulary)
+    elif saved:
         _cut_as_saved(backend, Tokenizer.from_file(saved))
     # A saved tokenizer may be set to cut or fill what it encodes.
     backend.no_truncation()
@@ -304,6 +319,23 @@ def _cut_as_saved(tokenizer: Tokenizer, saved: Tokenizer) -> None:
     """Some classes of transformers put others in place of what a tokenizer.json cuts text with."""
     if _parts(tokenizer) != _parts(saved):
         tokenizer.pre_tokenizer, tokenizer.normalizer = saved.pre_tokenizer, saved.normalizer
+
+
+def _as_gguf_says(name: str, tokenizer: Tokenizer, cut: str, vocabulary: int) -> Tokenizer:
+    """Without the tokens that transformers adds to a file's own, and cutting text as that says."""
+    whole = json.loads(tokenizer.to_str())
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["id"] < vocabulary]
+    tokenizer = Tokenizer.from_str(json.dumps(whole))
+    if cut in DIGITS_APART:
+        tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
+    elif isinstance(tokenizer.pre_tokenizer, ByteLevel) and cut not in AS_GPT2:
+        raise BaseModelError(
+            f"the tokenizer of {name} cuts text in a way ({cut}) that is not read from GGUF files; "
+            "give the model as a directory that transformers saved"
+        )
+    return tokenizer
 
 
 def _parts(tokenizer: Tokenizer) -> list[Any]:
@@ -326,11 +358,14 @@ def _unavailable_errors(name: str, part: str = "") -> Iterator[None]:
     """Makes one line of what transformers raises where there is no model."""
     try:
         yield
-    except Exception as error:  # for damaged files it raises whatever it ran into
+    except BaseException as error:  # for damaged files it raises whatever it ran into
+        # A panic of tokenizers, as at merges of unknown tokens, is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise _unavailable(name, part, error) from error
 
 
-def _unavailable(name: str, part: str, error: Exception) -> BaseModelError:
+def _unavailable(name: str, part: str, error: BaseException) -> BaseModelError:
     known = [*BUILT_IN, *PACKAGED]
     if Path(name).exists() or name in known:
         why = " ".join(str(error).split()) or type(error).__name__

@@ -51,7 +51,12 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(
-    path: Path, model: LlamaForCausalLM, more: Callable[[GGUFWriter], None] | None = None
+    path: Path,
+    model: LlamaForCausalLM,
+    more: Callable[[GGUFWriter], None] | None = None,
+    *,
+    end: str = "<|endoftext|>",
+    merges: tuple[str, ...] = ("a b",),
 ) -> None:
     config = model.config
     writer = GGUFWriter(path, "llama")
@@ -67,10 +72,10 @@ def write_gguf(
     if more is not None:
         more(writer)
     writer.add_vocab_size(config.vocab_size)
-    tokens = ["<|endoftext|>", *sorted(bases._bytes_tokenizer().get_vocab()), "ab"]
+    tokens = [end, *sorted(bases._bytes_tokenizer().get_vocab()), "ab"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens + [f"<{i}>" for i in range(config.vocab_size - len(tokens))])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(list(merges))
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = {
@@ -133,6 +138,39 @@ def test_a_gguf_file_takes_no_tokenizer_that_lies_beside_it(
         (tmp_path / name).write_bytes((tiny_base_dir / name).read_bytes())
     tokenizer = load_base(str(tmp_path / "tiny.gguf")).tokenizer
     assert len(tokenizer.encode("ab").ids) == 1  # a merge of the file's own
+
+
+def test_a_gguf_file_cuts_text_as_it_says(tmp_path: Path) -> None:
+    """transformers knows some of llama.cpp's ways to cut, and cuts as GPT-2 for the others."""
+    path = tmp_path / "tiny.gguf"
+
+    def pieces(cut: str, text: str) -> list[str]:
+        model = small_llama(tie_word_embeddings=True)
+        write_gguf(path, model, lambda writer: writer.add_tokenizer_pre(cut))
+        tokenizer = load_base(str(path)).tokenizer
+        return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+    assert pieces("smollm", "a  123") == ["a", "ĠĠ", "1", "2", "3"]  # tokenizer.json of SmolLM2
+    assert pieces("gpt-2", "a  123") == ["a", "Ġ", "Ġ123"]
+    assert pieces("llama-bpe", "a 1234") == ["a", "Ġ", "123", "4"]
+    with pytest.raises(BaseModelError, match=r"cuts text in a way \(a-new-one\)"):
+        pieces("a-new-one", "")
+
+
+def test_a_gguf_file_has_its_own_tokens_only(tmp_path: Path) -> None:
+    """transformers adds GPT-2's <|endoftext|>, for which the model has no row."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, small_llama(tie_word_embeddings=True), end="<|end_of_text|>")
+    tokenizer = load_base(str(path)).tokenizer
+    assert tokenizer.get_vocab_size() == 260
+    assert max(tokenizer.encode("<|endoftext|> ab").ids) < 260
+
+
+def test_a_gguf_file_with_merges_of_unknown_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, small_llama(tie_word_embeddings=True), merges=("ab ab",))
+    with pytest.raises(BaseModelError, match="the tokenizer of"):
+        load_base(str(path))
 
 
 def test_gguf_files_that_hold_more_than_is_read(tmp_path: Path) -> None:
