@@ -36,8 +36,8 @@ UNKNOWN = (
 )
 
 NO_BUNDLE = (
-    "this device's bundle has another base or other shared tensors than the coordinator's; export "
-    "both from the same base with the same rank, alpha and targets"
+    "this device's bundle has another base, mixing or other shared tensors than the coordinator's; "
+    "export both from the same base with the same rank, alpha, mixing and targets"
 )
 
 

@@ -176,7 +176,8 @@ def shared_tensors(manifest: pb.Manifest) -> list[pb.Tensor]:
 
 def contract_sha256(manifest: pb.Manifest) -> str:
     """Hash of what two sides must agree on to exchange generalists."""
-    digest = hashlib.sha256(f"{manifest.base.sha256} {manifest.mixture.alpha:g}".encode())
+    mixture = manifest.mixture
+    digest = hashlib.sha256(f"{manifest.base.sha256} {mixture.mixing} {mixture.alpha:g}".encode())
     for tensor in shared_tensors(manifest):
         digest.update(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}\n".encode())
     return digest.hexdigest()
@@ -189,7 +190,7 @@ def family_sha256(manifest: pb.Manifest) -> str:
         BundleError: the shared tensors are not all LoRA pairs of the manifest's rank and alpha.
     """
     rank = manifest.mixture.rank
-    digest = hashlib.sha256(manifest.base.sha256.encode())
+    digest = hashlib.sha256(f"{manifest.base.sha256} {manifest.mixture.mixing}".encode())
     for tensor in shared_tensors(manifest):
         shape = list(tensor.shape)
         at = 0 if tensor.name.endswith(".lora_A.weight") else 1

@@ -220,8 +220,8 @@ def _state_of(
     same_base = metadata["contract"] == contract_sha256(bundle.manifest)
     if metadata["version"] != STATE_VERSION or stored != sizes or not same_base:
         raise AdapterError(
-            f"{path} was made with another bundle than {bundle.path} (another base, rank or "
-            "number of experts); use that bundle, or another --home"
+            f"{path} was made with another bundle than {bundle.path} (another base, rank, "
+            "mixing or number of experts); use that bundle, or another --home"
         )
     writable = {key: np.array(value, np.float32) for key, value in arrays.items()}
     state = TrainingState(

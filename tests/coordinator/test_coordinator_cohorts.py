@@ -133,7 +133,7 @@ def test_an_update_of_another_cohorts_bundle_is_refused(fleet: Fleet, tmp_path: 
     reply = pair[0].upload(header(1), larger)
     assert not reply.accepted
     (invitation,) = invited(served, "eve")
-    with pytest.raises(RefusedError, match="another base or other shared tensors"):
+    with pytest.raises(RefusedError, match="another base, mixing or other shared"):
         enrol_with(invitation, wide)
     assert pair[1].upload(header(1), start).accepted
 
@@ -210,7 +210,7 @@ def test_cohorts_without_tls(fleet: Fleet, tmp_path: Path) -> None:
         ]
         report(bundle, 1, *clients)
         assert served.wait_for("round_closed")["cohort"] == name
-    with pytest.raises(RefusedError, match="another base or other shared tensors"):
+    with pytest.raises(RefusedError, match="another base, mixing or other shared"):
         fleet.client(Unproven(served.ready(), "eve", "0" * 64)).check_in(0)
 
 

@@ -224,9 +224,15 @@ def test_a_home_made_with_another_bundle(
     home = tmp_path / "home"
     run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 1)
     before = {path.name: path.read_bytes() for path in home.iterdir()}
-    message = refusal(start(home, text_dir, "--bundle", other_bundle.path), ADAPTER)
-    assert "another bundle" in message
-    assert "another --home" in message
+    # Its tensors are the same, but they do not mean the same.
+    mixing = tmp_path / "mixing"
+    shutil.copytree(tiny_bundle.path, mixing)
+    manifest = (mixing / "manifest.json").read_text()
+    (mixing / "manifest.json").write_text(manifest.replace("per_linear", "per_block"))
+    for other in (other_bundle.path, mixing):
+        message = refusal(start(home, text_dir, "--bundle", other), ADAPTER)
+        assert "another bundle" in message
+        assert "another --home" in message
     assert {path.name: path.read_bytes() for path in home.iterdir()} == before
     # It goes on with its own, without being told which that is.
     assert run_alone(home, text_dir, "--rounds", 2)[-1]["steps"] == 20
