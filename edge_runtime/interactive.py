@@ -33,7 +33,9 @@ def converse(predictor: Predictor, *, top: int, refresh: Callable[[], None]) -> 
 
     def toolbar() -> FormattedText:
         refresh()
-        shown[:] = predictor.suggest(get_app().current_buffer.text, top)
+        # A typed byte that is no UTF-8 stands there as half a surrogate pair.
+        text = get_app().current_buffer.text.encode(errors="ignore").decode()
+        shown[:] = predictor.suggest(text, top)
         parts: list[tuple[str, str]] = []
         for suggestion in shown:
             parts.append(("bold", f" {suggestion.text!r}"))

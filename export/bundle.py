@@ -76,6 +76,7 @@ def export_bundle(
     architecture = base.architecture
     mixture = mixture.on(architecture)
     tier = tier.fitted(architecture.positions)
+    out = out.resolve()  # behind a link, the bundle is replaced and not the link
     if out.exists() and not overwrite:
         raise StorageError(f"{out} exists; give another --out, or --overwrite to replace it")
     _keep_what_is_not_ours(out, MANIFEST)

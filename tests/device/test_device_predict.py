@@ -378,7 +378,7 @@ class Terminal:
         fcntl.ioctl(self.file, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
 
     def type(self, keys: str) -> None:
-        os.write(self.file, keys.encode())
+        os.write(self.file, keys.encode(errors="surrogateescape"))
 
     def shows(self, *wanted: str) -> str:
         """Redraws (Ctrl-L) until everything wanted is on the screen; the screen as plain text."""
@@ -471,6 +471,9 @@ def test_the_interactive_line(terminal: Terminal, trained_home: Path, tiny_bundl
     terminal.shows("> Line", *toolbar("Line"))
     terminal.type(" 4")
     terminal.shows("> Line 4", *toolbar("Line 4"))
+    terminal.type("\udce9")  # the byte, which is no UTF-8 and so no text
+    terminal.shows("> Line 4", *toolbar("Line 4"))
+    terminal.type("\x7f")
     taken = "Line 4" + ours.suggest("Line 4")[0].text
     terminal.type("\t")
     terminal.shows(f"> {taken}".rstrip(), *toolbar(taken))

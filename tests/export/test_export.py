@@ -359,6 +359,14 @@ def test_nothing_is_deleted_but_bundles(
     bundle = export(overwrite=True)
     assert not kept.exists()
     assert open_bundle(out).manifest == bundle.manifest
+    # Behind a link it is the bundle that is replaced.
+    kept = precious(out)
+    out = tmp_path / "link"
+    out.symlink_to("bundle")
+    export(overwrite=True)
+    assert out.is_symlink()
+    assert not kept.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "link"]
 
 
 def _broken(*_: Any, **__: Any) -> Any:
