@@ -64,7 +64,7 @@ def check(state: State, privacy: Privacy | None) -> None:
             f"{state.directory} has rounds with differential privacy, and one without would undo "
             "what they promised; give --dp-noise, or choose another --state"
         )
-    if privacy is not None and state.aggregated_without_noise():
+    if privacy is not None and state.told_without_noise():
         raise UnsoundError(
             f"{state.directory} has rounds without --dp-noise, whose updates no later noise hides; "
             "choose another --state"

@@ -188,9 +188,10 @@ class Course(Acceptance):
             if self._masked is None:
                 unfit = group is not None
             else:
-                unfit = bool(updates) if group is None else not self._masked.fits(group)
+                plain = group is None and bool(updates)
+                unfit = plain or not self._masked.fits(current.number, group)
             if unfit:
-                reason = "it began with other options of privacy than it was resumed with"
+                reason = "it began with other training or privacy than it was resumed with"
                 self._abandon(current, updates, reason)
             elif self._ledger is not None and not (
                 self._state.has_spent(current.number) or self._ledger.allows_another()

@@ -17,15 +17,11 @@ from __future__ import annotations
 import functools
 import math
 
-from edge_runtime.neighbours import Graph
+from edge_runtime.neighbours import COMPLETE_UP_TO, Graph
 
-COLLUDING_SHARE = 0.2
-SECRET_BITS = 40
 RESTORED_BITS = 20
 # Keys and certificates of as many fit one message.
 MAX_NEIGHBOURS = 300
-# Below it, all-to-all costs little.
-COMPLETE_UP_TO = 64
 
 
 @functools.lru_cache(maxsize=64)
@@ -39,17 +35,12 @@ def graph_for(devices: int, staying: float) -> Graph:
     complete = Graph(devices, devices - 1, max(least, devices // 2 + 1))
     if devices <= COMPLETE_UP_TO:
         return complete
-    colluding = math.floor(COLLUDING_SHARE * devices)
-    dropping = devices - least
     for degree in range(2, min(devices - 2, MAX_NEIGHBOURS) + 1, 2):
-        threshold = (degree + 1) // 2 + 1
-        apart = degree / 2 * math.log2(min(1.0, (colluding + dropping) / devices))
-        if (
-            math.log2(devices) + apart <= -SECRET_BITS
-            and _bits(devices, colluding, degree, range(threshold, degree + 1)) <= -SECRET_BITS
-            and _bits(devices, least, degree, range(threshold)) <= -RESTORED_BITS
-        ):
-            return Graph(devices, degree, threshold)
+        graph = Graph(devices, degree, threshold=(degree + 1) // 2 + 1)
+        if not graph.hides(least):
+            continue
+        if graph.log_probability(least, range(graph.threshold)) <= -RESTORED_BITS:
+            return graph
     if complete.degree <= MAX_NEIGHBOURS:
         return complete
     raise ValueError(
@@ -62,26 +53,3 @@ def least_devices(devices: int, staying: float) -> int:
     """Of `devices`, those that have to stay."""
     # Rounded first: 0.7 * 10 is a little more than 7.
     return math.ceil(round(devices * staying, 6))
-
-
-def _bits(devices: int, marked: int, degree: int, hits: range) -> float:
-    """log2 of (a bound of) the probability that of the neighbours of any device, drawn from the
-    others, as many as in `hits` are `marked`: hypergeometric, times the devices."""
-    others = devices - 1
-    marked = min(marked, others)
-    logs = [
-        _log_choose(marked, hit)
-        + _log_choose(others - marked, degree - hit)
-        - _log_choose(others, degree)
-        for hit in hits
-        if max(0, degree - (others - marked)) <= hit <= min(marked, degree)
-    ]
-    if not logs:
-        return -math.inf
-    largest = max(logs)
-    total = largest + math.log(sum(math.exp(log - largest) for log in logs))
-    return (total + math.log(devices)) / math.log(2)
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

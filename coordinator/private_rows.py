@@ -30,7 +30,7 @@ class PrivateRows(Roster):
     def privacy_spent(self) -> dict[float, int]:
         """Noise multiplier -> how many rounds were told of that had it."""
         counted = select(PrivacySpend.noise_multiplier, func.count()).where(
-            PrivacySpend.cohort == self.cohort
+            PrivacySpend.cohort == self.cohort, PrivacySpend.noise_multiplier > 0
         )
         with self._transaction() as session:
             rows = session.execute(counted.group_by(PrivacySpend.noise_multiplier))
@@ -41,8 +41,11 @@ class PrivateRows(Roster):
         with self._transaction() as session:
             return session.get(PrivacySpend, (self.cohort, number)) is not None
 
-    def aggregated_without_noise(self) -> bool:
-        """Whether a round was aggregated without differential privacy."""
+    def told_without_noise(self) -> bool:
+        """Whether something was told of a round without differential privacy."""
+        unmasked = select(PrivacySpend.round).where(
+            PrivacySpend.cohort == self.cohort, PrivacySpend.noise_multiplier == 0
+        )
         spent = select(PrivacySpend.round).where(PrivacySpend.cohort == self.cohort)
         plain = select(Round.number).where(
             Round.cohort == self.cohort,
@@ -51,7 +54,8 @@ class PrivateRows(Roster):
             Round.number.not_in(spent),
         )
         with self._transaction() as session:
-            return session.scalar(plain.limit(1)) is not None
+            found = [session.scalar(rounds.limit(1)) for rounds in (plain, unmasked)]
+        return any(number is not None for number in found)
 
     # Secure aggregation
 
@@ -137,7 +141,7 @@ class PrivateRows(Roster):
     ) -> None:
         """
         Args:
-            noise: as in `aggregate`, if something of the sum may be learnt from now on.
+            noise: its multiplier, 0 without, if something of the sum may be learnt from now on.
         """
         with self._transaction() as session:
             session.get_one(MaskingGroup, (self.cohort, number)).stage = stage

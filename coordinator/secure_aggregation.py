@@ -37,13 +37,16 @@ from edge_runtime.quantization import Grid, Integers, Residues, grid_for, signed
 from edge_runtime.secure_aggregation import (
     COUNTERS,
     LEAST_DEVICES,
+    LEAST_SIGMA,
     MOST_DEVICES,
     Signer,
     agreement,
     bitmap,
     noise_share,
+    pair,
     payload_numbers,
     quorum,
+    task_sha256,
     verify,
 )
 from protos import coordinator_pb2 as pb
@@ -51,10 +54,6 @@ from protos import coordinator_pb2 as pb
 # The bound of a coordinate where no norm is clipped. A generalist's numbers are smaller, and so is
 # what AdamW makes of them in a round.
 COORDINATE_BOUND = 1.0
-# The sum of discrete Gaussians of this standard deviation or more is the discrete Gaussian of their
-# variances' sum but for a factor that differs from 1 by less than 1e-100 (Kairouz, Liu, Steinke
-# 2021, arXiv 2102.06387, on sums of discrete Gaussians).
-LEAST_SIGMA = 8.0
 STAGE_SECONDS = 60.0
 STAYING = 0.75
 # In a sparse group it takes a look at all to see whether enough is revealed: after every so many.
@@ -138,15 +137,23 @@ class SecureAggregation:
     """Secure aggregation of one coordinator's rounds, of which one is open at a time."""
 
     def __init__(
-        self, *, state: State, masking: Masking, size: int, authority: x509.Certificate
+        self,
+        *,
+        state: State,
+        masking: Masking,
+        training: pb.TrainingConfig,
+        size: int,
+        authority: x509.Certificate,
     ) -> None:
         """
         Args:
+            training: as devices are told of it.
             size: D, coordinates of a step.
             authority: that certified the devices.
         """
         self._state = state
         self._masking = masking
+        self._training = training
         self._size = size
         self._authority = authority
         self._history = state.history()
@@ -186,8 +193,17 @@ class SecureAggregation:
             divisor=self._masking.divisor,
         )
 
-    def fits(self, group: MaskingGroup) -> bool:
-        """Whether the steps of a group are still to be bounded and noised as they were."""
+    def fits(self, number: int, group: MaskingGroup | None) -> bool:
+        """Whether the open round's steps are still to be made, bounded and noised as they were.
+
+        Args:
+            group: once it is settled.
+        """
+        said = (pb.KeyAdvertisement.FromString(m.keys) for m in self._state.masking_members(number))
+        if {keys.task_sha256 for keys in said} - {self._task(number)}:
+            return False
+        if group is None:
+            return True
         terms = pb.MaskingGroup.FromString(group.terms)
         try:
             now = self._masking.terms(terms.devices)[1]
@@ -268,8 +284,7 @@ class SecureAggregation:
                 )
             return False
         # From here on the sum can be known, whatever becomes of the round.
-        terms = pb.MaskingGroup.FromString(group.terms)
-        noise = terms.quantization.noise_multiplier or None
+        noise = pb.MaskingGroup.FromString(group.terms).quantization.noise_multiplier
         self._state.set_masking_stage(number, MaskingStage.UNMASK, noise=noise)
         return True
 
@@ -348,13 +363,15 @@ class SecureAggregation:
             if masking.public_key(key) != advertised.mask_key:
                 raise AggregationError("a share that was revealed is of another key")
             # What its neighbours added for it, it would have taken away.
-            public = {
-                other: pb.KeyAdvertisement.FromString(members[other].keys).mask_key
+            near = {
+                other: pb.KeyAdvertisement.FromString(members[other].keys)
                 for other in summed.intersection(graph.neighbours(index))
             }
             pairwise = {
-                other: masking.pairwise_seed(key, mask_key, number)
-                for other, mask_key in public.items()
+                other: masking.agree(
+                    key, keys.mask_key, pair(number, {index: advertised, other: keys})
+                )
+                for other, keys in near.items()
             }
             masking.add_masks(total, pairwise=pairwise, index=index)
         return self._sum(signed(total), group.divisor or len(updates), terms.quantization)
@@ -409,6 +426,7 @@ class SecureAggregation:
         group = self._state.masking_group(number)
         said = request.WhichOneof("step")
         standing = self._state.masking_standing(number, device.id)
+        request.DiscardUnknownFields()  # what is noted is told to other devices
         noted, content = False, b""
         if said == "keys" and group is None:
             self._check_keys(device, number, request.keys)
@@ -478,6 +496,16 @@ class SecureAggregation:
     def _check_keys(self, device: Device, number: int, keys: pb.KeyAdvertisement) -> None:
         if self._signer(number, keys).enrolment != device.enrolment:
             raise RefusedStepError("the keys are another device's")
+        if keys.task_sha256 != self._task(number):
+            raise RefusedStepError(
+                "this device has trained another generalist, or with other settings, than this "
+                "round is of by now"
+            )
+
+    def _task(self, number: int) -> bytes:
+        """What the round's devices were given; empty if the round is gone."""
+        row = self._state.round(number)
+        return task_sha256(bytes.fromhex(row.generalist_sha256), self._training) if row else b""
 
     def _signer(self, number: int, keys: pb.KeyAdvertisement) -> Signer:
         try:
@@ -586,7 +614,8 @@ class SecureAggregation:
             keys = self._keys_of(group.round) if _graph(group).is_complete else {}
             known = [pb.KeyAdvertisement.FromString(keys[index]) for index in sorted(keys)]
             survivors = self._survivors(group)
-            message = agreement(group.round, self._history, terms, known, survivors)
+            task = self._task(group.round)
+            message = agreement(group.round, self._history, task, terms, known, survivors)
             self._agreement = group.round, message
         return self._agreement[1]
 

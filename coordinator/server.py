@@ -281,6 +281,7 @@ def _masked(
     return SecureAggregation(
         state=state,
         masking=options.policy.masking,
+        training=options.policy.training,
         size=Layout(manifest).size,
         authority=x509.load_der_x509_certificate(authority.der),
     )

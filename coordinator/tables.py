@@ -202,7 +202,8 @@ Change = Participant | Update | Refusal | Delivery | MaskingStep
 
 
 class PrivacySpend(Base):
-    """A round with differential privacy of which something was told. Never deleted."""
+    """A round with differential privacy of which something was told, or one without of which the
+    sum could be known, whatever became of it. Never deleted."""
 
     __tablename__ = "privacy_spends"
     __table_args__ = (_of_a_round(),)
@@ -210,6 +211,7 @@ class PrivacySpend(Base):
     cohort: Mapped[str] = mapped_column(primary_key=True)
     round: Mapped[int] = mapped_column(primary_key=True)
     noise_multiplier: Mapped[float]
+    """0: without."""
 
 
 class MaskingStage(StrEnum):

@@ -29,7 +29,7 @@ from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
 from edge_runtime.identity import Identity
 from edge_runtime.memory import peak_bytes, return_freed_memory
 from edge_runtime.planner import Plan
-from edge_runtime.secure_aggregation import DistrustedError, Session
+from edge_runtime.secure_aggregation import DistrustedError, Session, task_sha256
 from edge_runtime.store import DeviceConfig, Home, Progress
 from edge_runtime.training import Evaluator, Trainer, TrainingState
 from protos import coordinator_pb2 as pb
@@ -47,6 +47,15 @@ SAVE_SHARE = 0.1
 MASKING_WAIT_SECONDS = 20.0
 
 Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The generalist that a round started from, as it was received."""
+
+    round: int
+    sha256: bytes
+    vectors: Vectors
 
 
 @dataclass
@@ -79,8 +88,8 @@ class Device:
     state: TrainingState = field(init=False)
     progress: Progress = field(init=False)
     tokens: dict[str, Tokens] = field(init=False)
-    # Round, and the generalist that it started from, if this process has received it.
-    _incoming: tuple[int, Vectors] | None = field(init=False, default=None)
+    # If this process has received it.
+    _start: _Start | None = field(init=False, default=None)
     _trainer: Trainer | None = field(init=False, default=None)
     _evaluator: Evaluator | None = field(init=False, default=None)
     _step_seconds: list[float] = field(init=False, default_factory=list)
@@ -185,7 +194,7 @@ class Device:
             return
         if reply.secure_aggregation:
             try:
-                accepted, reason = self._report_masked(client, header)
+                accepted, reason = self._report_masked(client, header, reply.training)
             except DistrustedError as error:
                 fields = {"round": reply.round, "reason": str(error)}
                 self.report({"event": "distrusted", **fields})
@@ -244,8 +253,13 @@ class Device:
         roles = wire.shared_roles(self.bundle.manifest)
         return np.concatenate([self.state.vectors[role] for role in roles])
 
-    def _report_masked(self, client: Client, header: pb.UploadHeader) -> tuple[bool, str]:
+    def _report_masked(
+        self, client: Client, header: pb.UploadHeader, training: pb.TrainingConfig
+    ) -> tuple[bool, str]:
         """Reports the round's step by secure aggregation.
+
+        Args:
+            training: as it came in the CheckInReply.
 
         Returns:
             Whether it was accepted and, if not, why.
@@ -259,12 +273,13 @@ class Device:
                 "other; enrol with an invitation instead of --insecure"
             )
         number = header.round
-        incoming = self._incoming
-        if incoming is None or incoming[0] != number:  # this process did not receive it
-            incoming = number, self._download(client, number)
+        start = self._start
+        if start is None or start.round != number:  # this process did not receive it
+            start = self._download(client, number)
         roles = wire.shared_roles(self.bundle.manifest)
-        step = np.concatenate([self.state.vectors[role] - incoming[1][role] for role in roles])
-        session = Session(client.who, number, header.history)
+        step = np.concatenate([self.state.vectors[role] - start.vectors[role] for role in roles])
+        task = task_sha256(start.sha256, training)
+        session = Session(client.who, number, header.history, task)
         request = pb.AggregateRequest(round=number, keys=session.advertisement)
         accepted = False
         while True:
@@ -299,13 +314,13 @@ class Device:
 
     def _receive(self, client: Client, number: int) -> None:
         """Takes over the generalist that round `number` starts from."""
-        received = self._download(client, number)
-        for role, vector in received.items():
+        start = self._download(client, number)
+        for role, vector in start.vectors.items():
             # In place: the programs are bound to this memory.
             self.state.vectors[role][...] = vector
-        self._incoming = number, received
+        self._start = start
 
-    def _download(self, client: Client, number: int) -> Vectors:
+    def _download(self, client: Client, number: int) -> _Start:
         payload = client.download(
             number,
             self.home.path / "download.partial",
@@ -316,7 +331,7 @@ class Device:
         except AdapterError as error:
             raise RefusedError(f"the coordinator sent an unusable generalist: {error}") from error
         self.report({"event": "downloaded", "round": number, "bytes": len(payload)})
-        return received
+        return _Start(number, hashlib.sha256(payload).digest(), received)
 
     def _start_round(
         self, number: int, config: pb.TrainingConfig, *, seconds_left: float = 0

@@ -5,8 +5,8 @@ Device u adds to its vector, modulo 2^32, a mask of its own and one for each nei
 
     y_u = x_u + PRG(b_u) + sum over v > u of PRG(s_uv) - sum over v < u of PRG(s_uv)
 
-Both ends of a pair know s_uv = s_vu, by X25519, so pairwise masks cancel in the sum over all. b_u
-protects u if its neighbours gave away its pairwise masks because its vector came too late.
+Both ends of a pair know s_uv = s_vu, by X25519 (`agree`), so pairwise masks cancel in the sum over
+all. b_u protects u if its neighbours gave away its pairwise masks because its vector came too late.
 """
 
 from __future__ import annotations
@@ -63,11 +63,6 @@ def is_usable(public: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def pairwise_seed(private: bytes, public: bytes, round_number: int) -> bytes:
-    """s_uv, the same for both ends; raises as `agree`."""
-    return agree(private, public, b"comigs pairwise mask %d" % round_number)
 
 
 def commitment(seed: bytes) -> bytes:

@@ -7,11 +7,18 @@ the size of the group and how many neighbours it has itself knows all of the gra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+# A device keeps to these, too: who has fewer neighbours than they want refuses the group.
+COLLUDING_SHARE = 0.2
+SECRET_BITS = 40
+# Below it, all-to-all costs little.
+COMPLETE_UP_TO = 64
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,42 @@ class Graph:
     @property
     def is_complete(self) -> bool:
         return self.degree == self.devices - 1
+
+    def hides(self, least: int) -> bool:
+        """Whether it is complete; or large, and but for a probability of 2^-SECRET_BITS, if a
+        COLLUDING_SHARE of all devices collude with the coordinator and numbers are dealt out at
+        random, no threshold of them are neighbours of one device, and the others hang together.
+
+        Args:
+            least: devices that stay; the others drop out.
+        """
+        if self.is_complete:
+            return True
+        if self.devices <= COMPLETE_UP_TO:
+            return False
+        colluding = math.floor(COLLUDING_SHARE * self.devices)
+        lost = min(1.0, (colluding + self.devices - least) / self.devices)
+        apart = math.log2(self.devices) + self.degree / 2 * math.log2(lost)
+        exposed = self.log_probability(colluding, range(self.threshold, self.degree + 1))
+        return max(apart, exposed) <= -SECRET_BITS
+
+    def log_probability(self, marked: int, hits: range) -> float:
+        """log2 of (a bound of) the probability that of the neighbours of any device, drawn from the
+        others, as many as in `hits` are `marked`: hypergeometric, times the devices."""
+        others = self.devices - 1
+        marked = min(marked, others)
+        logs = [
+            _log_choose(marked, hit)
+            + _log_choose(others - marked, self.degree - hit)
+            - _log_choose(others, self.degree)
+            for hit in hits
+            if max(0, self.degree - (others - marked)) <= hit <= min(marked, self.degree)
+        ]
+        if not logs:
+            return -math.inf
+        largest = max(logs)
+        total = largest + math.log(sum(math.exp(log - largest) for log in logs))
+        return (total + math.log(self.devices)) / math.log(2)
 
     def neighbours(self, number: int) -> list[int]:
         """Of device `number`, in order."""
@@ -68,6 +111,10 @@ class Graph:
         marks = np.zeros(self.devices, np.int64)
         marks[np.array(list(numbers), np.int64) - 1] = 1
         return marks
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def _numbers(marks: NDArray[np.bool_]) -> set[int]:

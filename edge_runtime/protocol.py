@@ -7,6 +7,7 @@ sizes.
 | 2 | uploads go on after a break (UploadOffset); compressed updates |
 | 3 | secure aggregation |
 | 4 | secure aggregation in which devices agree on who is summed up |
+| 5 | likewise, on what they were given, and masks bound to both ends of a pair |
 
 A device says the newest version that it speaks, the coordinator answers with the newest that both
 do. Whoever is too old for the other is told to update.
@@ -19,11 +20,12 @@ from google.protobuf.message import Message
 from edge_runtime.errors import VersionError
 from edge_runtime.wire import CHUNK_BYTES
 
-NEWEST = 4
+NEWEST = 5
 OLDEST = 1
 # The oldest that can take part in secure aggregation: before 3 devices send updates as they are,
-# and with 3 they believe what the coordinator tells them of each other.
-SECURE_AGGREGATION = 4
+# with 3 they believe what the coordinator tells them of each other, and with 4 a device's mask does
+# not depend on whom it is shared with.
+SECURE_AGGREGATION = 5
 
 KIB = 1024
 # Largest serialized message of each kind, in bytes, whoever sends it. `check` refuses what is

@@ -1,9 +1,10 @@
 """A device's part in secure aggregation; the messages are in protos/coordinator.proto.
 
 The coordinator is held to the protocol as far as a device can see it: keys of others must be signed
-by certified devices, it must take more than half of the holders of shares to restore a secret, of
-each neighbour one secret at most is revealed, and that only once a quorum of devices has signed the
-same set of survivors (Bonawitz et al. 2017, round 3 against active adversaries). All secrets are in
+by certified devices that were given the same task, the mask of a pair is bound to both ends as each
+was told of them, it must take more than half of the holders of shares to restore a secret, of each
+neighbour one secret at most is revealed, and that only once a quorum of devices has signed the same
+set of survivors (Bonawitz et al. 2017, round 3 against active adversaries). All secrets are in
 memory only and made for one round: a device that is killed has dropped out, and can reveal nothing
 after.
 """
@@ -11,10 +12,11 @@ after.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import math
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +47,10 @@ LEAST_DEVICES = 3
 """With two, each knows the other's step from the sum."""
 MOST_DEVICES = 2**13
 """More would be too much to look through for a small device."""
+LEAST_SIGMA = 8.0
+"""The sum of discrete Gaussians of this standard deviation or more is the discrete Gaussian of
+their variances' sum but for a factor that differs from 1 by less than 1e-100 (Kairouz, Liu, Steinke
+2021, arXiv 2102.06387, on sums of discrete Gaussians)."""
 COUNTERS = 2
 """Numbers behind a step's coordinates: coordinates clipped, and whether its norm was."""
 # What `cryptography` says of bytes that are none, or of another authority.
@@ -78,17 +84,32 @@ class Signer:
         return True
 
 
+def task_sha256(generalist: bytes, training: pb.TrainingConfig) -> bytes:
+    """What a device makes its step from, for others to compare with what they were given: who had
+    another generalist or another training gives steps that can be told from the sum, or none
+    (Pasquini et al. 2022, arXiv 2111.07380).
+
+    Args:
+        generalist: SHA-256 of the payload that was downloaded.
+        training: as it came in the CheckInReply.
+    """
+    return hashlib.sha256(generalist + training.SerializeToString(deterministic=True)).digest()
+
+
 def advertisement(
-    identity: Identity, number: int, history: str, encryption: bytes, mask: bytes
+    identity: Identity, number: int, history: str, task: bytes, encryption: bytes, mask: bytes
 ) -> pb.KeyAdvertisement:
-    """The public keys of a device, bound to its certificate and to round `number` of `history`."""
+    """The public keys of a device, bound to its certificate, to round `number` of `history` and to
+    its task."""
     certificate = x509.load_pem_x509_certificate(identity.certificate.encode())
-    return pb.KeyAdvertisement(
+    keys = pb.KeyAdvertisement(
         encryption_key=encryption,
         mask_key=mask,
         certificate=certificate.public_bytes(Encoding.DER),
-        signature=sign(identity.key, _signed(number, history, encryption, mask)),
+        task_sha256=task,
     )
+    keys.signature = sign(identity.key, _signed(number, history, keys))
+    return keys
 
 
 def verify(
@@ -101,9 +122,10 @@ def verify(
     """
     if not (masking.is_usable(keys.encryption_key) and masking.is_usable(keys.mask_key)):
         raise ValueError("keys have 32 bytes each, and are not of low order")
+    if len(keys.task_sha256) != hashlib.sha256().digest_size:
+        raise ValueError("keys come with the SHA-256 of a task")
     signer = certified(keys.certificate, authority)
-    message = _signed(number, history, keys.encryption_key, keys.mask_key)
-    if not signer.has_signed(message, keys.signature):
+    if not signer.has_signed(_signed(number, history, keys), keys.signature):
         raise ValueError("the keys are not signed for this round by whom they are from")
     return signer
 
@@ -130,13 +152,33 @@ def certified(der: bytes, authority: x509.Certificate) -> Signer:
     return Signer(str(enrolment.value), key)
 
 
-def _signed(number: int, history: str, encryption: bytes, mask: bytes) -> bytes:
-    return b"comigs masking keys" + number.to_bytes(4, "big") + encryption + mask + history.encode()
+def _signed(number: int, history: str, keys: pb.KeyAdvertisement) -> bytes:
+    told = keys.encryption_key + keys.mask_key + keys.task_sha256
+    return b"comigs masking keys" + struct.pack(">I", number) + told + history.encode()
+
+
+def pair(number: int, ends: Mapping[int, pb.KeyAdvertisement]) -> bytes:
+    """What the mask of a pair is for (`masking.agree`): a round, and the two devices under their
+    numbers. So a key that one device copied from another makes masks that cancel with nobody's, and
+    neither do those of devices that were told of different numbers.
+
+    Args:
+        ends: number -> keys, of two.
+    """
+    told = b"".join(
+        struct.pack(">I", index)
+        + keys.encryption_key
+        + keys.mask_key
+        + hashlib.sha256(keys.certificate).digest()
+        for index, keys in sorted(ends.items())
+    )
+    return b"comigs pairwise mask" + struct.pack(">I", number) + told
 
 
 def agreement(
     number: int,
     history: str,
+    task: bytes,
     terms: pb.MaskingGroup,
     keys: Iterable[pb.KeyAdvertisement],
     survivors: pb.Survivors,
@@ -144,6 +186,7 @@ def agreement(
     """What a device signs; protos/coordinator.proto has it byte by byte.
 
     Args:
+        task: as of `task_sha256`.
         terms: a group, whose `index` and `neighbours` are not looked at.
         keys: of all its devices in the order of their numbers, if it is complete; else none.
     """
@@ -155,7 +198,7 @@ def agreement(
     )
     told = b"".join(each.encryption_key + each.mask_key for each in keys)
     sets = survivors.summed + survivors.dropped
-    return b"comigs survivors" + numbers + told + sets + history.encode()
+    return b"comigs survivors" + numbers + task + told + sets + history.encode()
 
 
 def quorum(terms: pb.MaskingGroup, *, complete: bool) -> int:
@@ -205,19 +248,21 @@ class Session:
     then takes no further part in the round.
     """
 
-    def __init__(self, identity: Identity, number: int, history: str) -> None:
+    def __init__(self, identity: Identity, number: int, history: str, task: bytes) -> None:
         """
         Args:
             history: of the CheckInReply.
+            task: `task_sha256` of what the device was given.
         """
         self._identity = identity
         self._authority = x509.load_pem_x509_certificate(identity.ca.encode())
         self._number = number
         self._history = history
+        self._task = task
         self._secrets = _Secrets(*(os.urandom(masking.KEY_BYTES) for _ in range(3)))
         secrets = self._secrets
         public = (masking.public_key(key) for key in (secrets.encryption, secrets.mask))
-        self.advertisement = advertisement(identity, number, history, *public)
+        self.advertisement = advertisement(identity, number, history, task, *public)
         """Its public keys, the first that it says."""
         self._group: pb.MaskingGroup | None = None
         self._outgoing = pb.OutgoingShares()
@@ -237,6 +282,8 @@ class Session:
         signers[group.index] = self._verified(self.advertisement)
         enrolments = {signer.enrolment for signer in signers.values()}
         _require(len(enrolments) == len(signers), "one device is there twice")
+        tasks = {self._task, *(each.keys.task_sha256 for each in group.neighbours)}
+        _require(len(tasks) == 1, "it gave devices different generalists or trainings")
         self._group, self._signers = group, signers
         holders = [neighbour.index for neighbour in group.neighbours] + [group.index]
         seeds = shamir.split(self._secrets.own, group.threshold, holders)
@@ -272,16 +319,20 @@ class Session:
         if self._incoming is not None:
             _require(self._incoming == received, "it asked for a second masked step")
             return self._payload
-        public = {n.index: n.keys.mask_key for n in group.neighbours}
+        keys = {n.index: n.keys for n in group.neighbours}
         _require(len(received) == len(incoming.shares), "it passed on shares twice")
-        _require(received.keys() <= public.keys(), "it passed on shares of a stranger")
+        _require(received.keys() <= keys.keys(), "it passed on shares of a stranger")
         _require(len(received) + 1 >= group.threshold, "it goes on with too few devices")
         masked = residues(prepared(step, group))
         masking.add_masks(
             masked,
             own=[self._secrets.own],
             pairwise={
-                index: masking.pairwise_seed(self._secrets.mask, public[index], self._number)
+                index: masking.agree(
+                    self._secrets.mask,
+                    keys[index].mask_key,
+                    pair(self._number, {index: keys[index], group.index: self.advertisement}),
+                )
                 for index in received
             },
             index=group.index,
@@ -308,7 +359,9 @@ class Session:
         keys = {each.index: each.keys for each in group.neighbours}
         keys[group.index] = self.advertisement
         known = (keys[index] for index in sorted(keys)) if _graph(group).is_complete else ()
-        self._agreement = agreement(self._number, self._history, group, known, survivors)
+        self._agreement = agreement(
+            self._number, self._history, self._task, group, known, survivors
+        )
         signature = sign(self._identity.key, self._agreement)
         return pb.Agreement(index=group.index, signature=signature)
 
@@ -458,6 +511,10 @@ def _check(group: pb.MaskingGroup) -> None:
             "its quantization has no bound",
         ),
         (
+            not quantization.noise_multiplier or share * quantization.levels >= LEAST_SIGMA,
+            "its noise is too fine for the grid",
+        ),
+        (
             0 < quantization.levels * (group.devices + TAIL * reach) < 2**31,
             "sums on its grid could wrap",
         ),
@@ -475,6 +532,7 @@ def _check(group: pb.MaskingGroup) -> None:
     _require(
         others == _graph(group).neighbours(group.index), "its neighbours are not the next ones"
     )
+    _require(_graph(group).hides(group.least_devices), "its devices have too few neighbours")
 
 
 def _require(kept: bool, complaint: str) -> None:

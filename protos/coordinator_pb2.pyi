@@ -869,8 +869,9 @@ class AggregateRequest(_message.Message):
       SHARE   each gives its neighbours encrypted shares of its two secrets;
       MASK    each uploads its masked step, as integers modulo 2^32 (see UploadHeader);
       AGREE   each signs who is summed up, as it was told;
-      UNMASK  once it has seen that enough others signed the same: for those whose step came, neighbours reveal shares of their own masks' seeds; for those
-              who dropped out since SHARE, shares of the keys of their pairwise masks. Never both.
+      UNMASK  once it has seen that enough others signed the same: for those whose step came,
+              neighbours reveal shares of their own masks' seeds; for those who dropped out since
+              SHARE, shares of the keys of their pairwise masks. Never both.
 
     Who is late in one stage has dropped out; the sum is over those who uploaded, and exact.
     """
@@ -1014,15 +1015,25 @@ class KeyAdvertisement(_message.Message):
     MASK_KEY_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    TASK_SHA256_FIELD_NUMBER: _builtins.int
     encryption_key: _builtins.bytes
     """X25519 (RFC 7748), 32 bytes: others encrypt shares for the device with it."""
     mask_key: _builtins.bytes
-    """X25519, 32 bytes: pairwise masks come from it."""
+    """X25519, 32 bytes: pairwise masks come from it. The seed of a pair's mask is HKDF (SHA-256, no
+    salt) of what the two keys agree on, for "comigs pairwise mask", the round as 4 bytes
+    (big-endian), and of either end, the lower number first: its number as 4 bytes, its two keys, and
+    the SHA-256 of its certificate.
+    """
     certificate: _builtins.bytes
     """The device's certificate (X.509, DER), from the coordinator's authority."""
     signature: _builtins.bytes
     """By the certificate's key (ECDSA, SHA-256, DER), of "comigs masking keys", the round as 4 bytes
-    (big-endian), the two keys, and the CheckInReply's `history`.
+    (big-endian), the two keys, `task_sha256`, and the CheckInReply's `history`.
+    """
+    task_sha256: _builtins.bytes
+    """What the device was given: SHA-256 of the generalist's SHA-256 (as in Chunk) and the
+    TrainingConfig of the CheckInReply, serialized with its fields in the order of their numbers.
+    Devices take part only with those that were given the same.
     """
     def __init__(
         self,
@@ -1031,10 +1042,11 @@ class KeyAdvertisement(_message.Message):
         mask_key: _builtins.bytes = ...,
         certificate: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
+        task_sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "encryption_key", b"encryption_key", "mask_key", b"mask_key", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "encryption_key", b"encryption_key", "mask_key", b"mask_key", "signature", b"signature", "task_sha256", b"task_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1267,8 +1279,8 @@ class Agreement(_message.Message):
     signature: _builtins.bytes
     """By its certificate's key (ECDSA, SHA-256, DER), of the following, all numbers big-endian: "comigs
     survivors"; the round, `devices`, `threshold`, `least_devices` and `levels` as 4 bytes each,
-    `bound` and `noise_multiplier` as 8 each, `clip_norm` as 1; if all are neighbours of all, the two
-    keys of each in the order of their numbers; `summed`, `dropped` and the CheckInReply's `history`.
+    `bound` and `noise_multiplier` as 8 each, `clip_norm` as 1; the device's `task_sha256`; if all
+    are neighbours of all, the two keys of each in the order of their numbers; `summed`, `dropped` and the CheckInReply's `history`.
     """
     certificate: _builtins.bytes
     """Its certificate (X.509, DER). Only in Unmasking, and there only if not all are neighbours of all."""

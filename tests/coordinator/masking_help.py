@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -18,11 +19,12 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 from edge_runtime.identity import Identity, new_key, public_key_of
 from edge_runtime.quantization import grid_for
-from edge_runtime.secure_aggregation import Session, bitmap
+from edge_runtime.secure_aggregation import Session, bitmap, task_sha256
 from protos import coordinator_pb2 as pb
 
 ROUND = 7
 HISTORY = "the first"
+TASK = bytes(range(32))
 SIZE = 20
 STAGES = ("keys", "share", "mask", "agree", "unmask")
 
@@ -58,10 +60,17 @@ class Round:
     """Sessions of one round, without a network, and what an honest coordinator tells them."""
 
     def __init__(
-        self, world: World, devices: int, *, number: int = ROUND, **masking: float
+        self,
+        world: World,
+        devices: int,
+        *,
+        number: int = ROUND,
+        task: bytes = TASK,
+        **masking: float,
     ) -> None:
         self.sessions = {
-            i: Session(world.device(f"device {i}"), number, HISTORY) for i in range(1, devices + 1)
+            i: Session(world.device(f"device {i}"), number, HISTORY, task)
+            for i in range(1, devices + 1)
         }
         options = {"staying": 0.6, "clip_norm": None, "noise_multiplier": 0.0} | masking
         self.graph, self.terms = Masking(stage_seconds=60, min_devices=3, **options).terms(devices)
@@ -101,7 +110,10 @@ class Masked:
 
     def __init__(self, client: Client, number: int) -> None:
         self.client, self.number = client, number
-        self.session = Session(client.who, number, client.check_in(0).history)
+        reply = client.check_in(0)
+        start = hashlib.sha256(client.download(number)).digest()
+        task = task_sha256(start, reply.training)
+        self.session = Session(client.who, number, reply.history, task)
         self.group = pb.MaskingGroup()
         self.payload = b""
         self.revealed = False

@@ -16,11 +16,11 @@ import pytest
 from cryptography import x509
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masking_help import HISTORY, ROUND, SIZE, Round, World
+from masking_help import HISTORY, ROUND, SIZE, TASK, Round, World
 
 from coordinator.accounting import epsilon
 from coordinator.neighbours import MAX_NEIGHBOURS, graph_for
-from coordinator.secure_aggregation import Masking, SecureAggregation
+from coordinator.secure_aggregation import Masking, RefusedStepError, SecureAggregation
 from coordinator.state import State
 from coordinator.tables import MaskingGroup, Settings, Update
 from coordinator.tls import administrator
@@ -36,8 +36,10 @@ from edge_runtime.secure_aggregation import (
     advertisement,
     agreement,
     bitmap,
+    pair,
     prepared,
     quorum,
+    task_sha256,
     verify,
 )
 from protos import coordinator_pb2 as pb
@@ -116,7 +118,7 @@ def test_nothing_is_revealed_before_others_have_seen_the_same(masked: Round) -> 
             session.unmask(pb.Unmasking(agreed=agreed))
 
 
-@pytest.mark.parametrize("other", ["round", "history", "keys", "terms"])
+@pytest.mark.parametrize("other", ["round", "history", "task", "keys", "terms"])
 def test_an_agreement_is_for_one_group_of_one_round(world: World, other: str) -> None:
     """Of the same devices under the same numbers, told of the same survivors."""
     made = Round(world, 3)
@@ -125,14 +127,13 @@ def test_an_agreement_is_for_one_group_of_one_round(world: World, other: str) ->
     made.agree(made.survivors([1, 2, 3]), 1)
     group = made.group(1)
     keys = [made.sessions[index].advertisement for index in (1, 2, 3)]
-    said = {"number": ROUND, "history": HISTORY, "terms": group, "keys": keys}
+    said = {"number": ROUND, "history": HISTORY, "task": TASK, "terms": group, "keys": keys}
     survivors = made.survivors([1, 2, 3])
     changes = {
         "round": {"number": ROUND + 1},
         "history": {"history": "the second"},
-        "keys": {
-            "keys": [*keys[:2], Session(world.device("device 3"), ROUND, HISTORY).advertisement]
-        },
+        "task": {"task": bytes(32)},
+        "keys": {"keys": [*keys[:2], Round(world, 3).sessions[3].advertisement]},
         "terms": {"terms": Masking(0.6, 60, 3, 1.0, 0.0).terms(3)[1]},
     }
     assert agreement(**said, survivors=survivors) == message._agreement
@@ -225,6 +226,26 @@ def renumbered(group: pb.MaskingGroup) -> None:
     group.index = 1
 
 
+def few_neighbours(group: pb.MaskingGroup) -> None:
+    """Sparse, with the neighbours that the numbers make, of which few need collude."""
+    group.devices, group.least_devices, group.quantization.levels = 1000, 750, 1
+    for neighbour, index in zip(group.neighbours, (2, 3, 999, 1000), strict=True):
+        neighbour.index = index
+
+
+def small_and_sparse(group: pb.MaskingGroup) -> None:
+    """Whoever numbers nine devices can make rings of three."""
+    del group.neighbours[2:]
+    group.devices, group.least_devices, group.quantization.levels = 9, 9, 1
+    group.threshold, group.neighbours[1].index = 2, 9
+
+
+def noise_too_fine(group: pb.MaskingGroup) -> None:
+    """Noise that would take for ever to draw."""
+    group.quantization.clip_norm = True
+    group.quantization.noise_multiplier = 1e-300
+
+
 def no_devices(group: pb.MaskingGroup) -> None:
     group.devices = group.least_devices = 0
 
@@ -253,6 +274,9 @@ def no_certificate(group: pb.MaskingGroup) -> None:
         (no_certificate, "without a certificate"),
         (renumbered, "not the next ones"),
         (no_majority, "told of others"),
+        (few_neighbours, "too few neighbours"),
+        (small_and_sparse, "too few neighbours"),
+        (noise_too_fine, "too fine for the grid"),
         (no_devices, "not in the group"),
         (more_than_any, "more than 8192 devices"),
     ],
@@ -267,10 +291,47 @@ def test_groups_that_would_not_be_safe(
         made.sessions[1].share(group)
 
 
+def test_devices_that_were_given_something_else_are_no_company(world: World) -> None:
+    """The others' steps would be known, and the sum be one device's."""
+    made = Round(world, 5)
+    group = made.group(1)
+    elsewhere = Session(world.device("device 3"), ROUND, HISTORY, bytes(32))
+    group.neighbours[1].keys.CopyFrom(elsewhere.advertisement)
+    with pytest.raises(DistrustedError, match="different generalists or trainings"):
+        made.sessions[1].share(group)
+
+
+def test_a_copied_key_makes_no_mask_that_cancels(world: World) -> None:
+    """Device 2 adds what it shares with 3 and takes away what it shares with 1."""
+    made = Round(world, 3)
+    copied = made.sessions[1].advertisement.mask_key
+    own = made.sessions[3].advertisement.encryption_key
+    copier = advertisement(world.device("device 3"), ROUND, HISTORY, TASK, own, copied)
+    group = made.group(2)
+    group.neighbours[1].keys.CopyFrom(copier)
+    session = made.sessions[2]
+    session.share(group)
+    inbox = pb.IncomingShares(shares=[pb.EncryptedShares(index=index) for index in (1, 3)])
+    masked = np.frombuffer(session.mask(inbox, np.zeros(SIZE, np.float32)), "<u4")
+    rest = masked - masking.expand(session._secrets.own, masked.size)
+    assert rest.any(), "nothing but the mask of its own, which is revealed"
+
+
+def test_the_mask_of_a_pair_is_for_these_two_under_these_numbers(world: World) -> None:
+    a, b, c = (each.advertisement for each in Round(world, 3).sessions.values())
+    meant = pair(ROUND, {1: a, 2: b})
+    assert pair(ROUND, {2: b, 1: a}) == meant
+    renewed = pb.KeyAdvertisement()
+    renewed.CopyFrom(b)
+    renewed.certificate = c.certificate
+    others = ({2: a, 1: b}, {1: a, 3: b}, {1: a, 2: c}, {1: a, 2: renewed})
+    assert len({meant, pair(ROUND + 1, {1: a, 2: b}), *(pair(ROUND, ends) for ends in others)}) == 6
+
+
 def test_keys_are_of_devices_that_this_authority_knows(world: World, tmp_path: Path) -> None:
     authority = x509.load_der_x509_certificate(world.authority.der)
     known = world.device("known")
-    signer = verify(Session(known, ROUND, HISTORY).advertisement, ROUND, HISTORY, authority)
+    signer = verify(Session(known, ROUND, HISTORY, TASK).advertisement, ROUND, HISTORY, authority)
     assert signer.enrolment == "enrolment of known"
     stranger = World(tmp_path / "other").device("known")
     admin = administrator(world.authority, tmp_path, "nowhere:1")
@@ -282,7 +343,7 @@ def test_keys_are_of_devices_that_this_authority_knows(world: World, tmp_path: P
         (replace(known, key=new_key()), ROUND, HISTORY, "not signed for this round"),
     ):
         with pytest.raises(ValueError, match=complaint):
-            verify(Session(who, number, history).advertisement, ROUND, HISTORY, authority)
+            verify(Session(who, number, history, TASK).advertisement, ROUND, HISTORY, authority)
 
 
 @pytest.mark.parametrize("weak", [bytes(32), b"\1" + bytes(31), bytes(31)])
@@ -290,15 +351,15 @@ def test_a_key_that_nobody_can_agree_with_is_no_key(world: World, weak: bytes) -
     """One of low order, advertised to all, would end the round of every neighbour."""
     authority = x509.load_der_x509_certificate(world.authority.der)
     eve, good = world.device("eve"), masking.public_key(bytes(32))
-    for pair in ((weak, good), (good, weak)):
+    for keys in ((weak, good), (good, weak)):
         with pytest.raises(ValueError, match="low order"):
-            verify(advertisement(eve, ROUND, HISTORY, *pair), ROUND, HISTORY, authority)
-    verify(advertisement(eve, ROUND, HISTORY, good, good), ROUND, HISTORY, authority)
+            verify(advertisement(eve, ROUND, HISTORY, TASK, *keys), ROUND, HISTORY, authority)
+    verify(advertisement(eve, ROUND, HISTORY, TASK, good, good), ROUND, HISTORY, authority)
 
 
 def test_the_largest_messages_fit(world: World) -> None:
     """A device with the longest name, and as many neighbours as there may be."""
-    session = Session(world.device("n" * 64), ROUND, HISTORY)
+    session = Session(world.device("n" * 64), ROUND, HISTORY, TASK)
     group = pb.MaskingGroup(index=2**20, threshold=301, devices=2**20, least_devices=2**20)
     group.quantization.CopyFrom(pb.Quantization(bound=0.1, levels=2**31 - 1, noise_multiplier=0.1))
     for index in range(MAX_NEIGHBOURS):
@@ -349,7 +410,7 @@ def test_what_agreeing_costs_in_a_large_group(world: World) -> None:
     )
     graph, terms = masking.terms(1000)
     needed = quorum(terms, complete=graph.is_complete)
-    keys = Session(world.device("device 1000"), ROUND, HISTORY).advertisement
+    keys = Session(world.device("device 1000"), ROUND, HISTORY, TASK).advertisement
     one = pb.Agreement(index=1000, signature=keys.signature, certificate=keys.certificate)
     size = pb.AggregateReply(unmask=pb.Unmasking(agreed=[one] * needed)).ByteSize()
     print(f"\n{graph.degree} neighbours, {needed} agreements, {size} bytes")
@@ -433,37 +494,47 @@ def test_what_can_be_unmasked_is_one_part(devices: int, data: st.DataObject) -> 
 
 
 def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
-    """Twenty devices of which each knows six; three vanish before sharing, three before masking,
-    two before revealing. One is told late who is summed up, and reveals all the same."""
+    """Seventy devices of which each knows some; two vanish before sharing, two before masking, two
+    before revealing. Some are told late who is summed up, and reveal all the same."""
     state = State(tmp_path / "state").of("base")
     options = {"recipe": "mean", "selection": None, "training": "{}", "contract_sha256": "c"}
     state.begin(Settings(rounds=9, min_devices=3, deadline_seconds=1, **options), b"generalist")
     devices = {}
-    for number in range(1, 21):
+    for number in range(1, 71):
         device = state.named(f"device {number}", cohort="base", contract_sha256="c")
         device.enrolment = f"enrolment of device {number}"
         devices[number] = device
     state.open(1, deadline=0, recipe="mean", participants=[d.id for d in devices.values()])
     masking = Masking(
-        staying=0.6, stage_seconds=60, min_devices=3, clip_norm=None, noise_multiplier=0.0
+        staying=0.9, stage_seconds=60, min_devices=3, clip_norm=None, noise_multiplier=0.0
     )
     authority = x509.load_der_x509_certificate(world.authority.der)
-    secure = SecureAggregation(state=state, masking=masking, size=SIZE, authority=authority)
-    sessions = {n: Session(world.device(f"device {n}"), 1, state.history()) for n in devices}
+    training = pb.TrainingConfig(rounds=9)
+    secure = SecureAggregation(
+        state=state, masking=masking, training=training, size=SIZE, authority=authority
+    )
+    task = task_sha256(hashlib.sha256(b"generalist").digest(), training)
+    sessions = {n: Session(world.device(f"device {n}"), 1, state.history(), task) for n in devices}
 
     def say(number: int, **step: Any) -> None:
         said = secure.step(devices[number], pb.AggregateRequest(round=1, **step))
         assert said is not None
         state.commit([said])
 
+    with pytest.raises(RefusedStepError, match="another generalist, or with other settings"):
+        say(1, keys=Session(world.device("device 1"), 1, state.history(), TASK).advertisement)
     for number, session in sessions.items():
         say(number, keys=session.advertisement)
-    graph = Graph(20, 6, 4)
-    terms = masking.terms(20)[1]
-    terms.threshold, terms.least_devices = graph.threshold, 12
-    content = terms.SerializeToString()
+    # What is unknown is not passed on to the neighbours.
+    whole = sessions[1].advertisement.SerializeToString()
+    more = pb.KeyAdvertisement.FromString(whole + b"\x9a\x06\x04more")
+    said = secure.step(devices[1], pb.AggregateRequest(round=1, keys=more))
+    assert said is not None
+    assert said.content == whole
+    graph, terms = masking.terms(70)
+    assert not graph.is_complete
     numbers = {device.id: number for number, device in devices.items()}
-    state.settle(1, numbers, degree=graph.degree, terms=content)
+    state.settle(1, numbers, degree=graph.degree, terms=terms.SerializeToString())
 
     def asked(number: int) -> pb.AggregateReply:
         return secure.answer(devices[number].id, pb.AggregateRequest(round=1))
@@ -473,12 +544,12 @@ def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
         assert found is not None
         return found
 
-    absent = {2, 9, 15}
+    absent = {2, 9}
     for number in devices.keys() - absent:
         say(number, shares=sessions[number].share(asked(number).share))
     assert secure.advance(group(), {devices[n].id for n in absent})
-    absent |= {3, 10, 16}
-    steps = np.random.default_rng(1).normal(size=(21, SIZE)).astype(np.float32) * 0.1
+    absent |= {3, 10}
+    steps = np.random.default_rng(1).normal(size=(71, SIZE)).astype(np.float32) * 0.1
     for number in devices.keys() - absent:
         payload = sessions[number].mask(asked(number).mask, steps[number])
         name = f"{number}.bin"
@@ -489,34 +560,36 @@ def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
         state.commit([Update(**place, **known, file=name, sha256=digest, tokens=1)])
     assert secure.advance(group(), {devices[n].id for n in absent})
     summed = sorted(devices.keys() - absent)
-    silent, late = {1, 8}, 19
+    silent, needed = {1, 8}, quorum(terms, complete=False)
+    prompt = sorted({*summed} - {8})[:needed]
 
     def agree(number: int) -> None:
         say(number, agreed=sessions[number].agree(asked(number).agree))
 
-    for number in devices.keys() - absent - {late, 8}:
+    for number in prompt:
         assert not secure.advance(group(), set())
         agree(number)
         assert asked(number).HasField("wait")
-    assert secure.advance(group(), {devices[n].id for n in (late, 8)})
-    agree(late)
-    told, stranger = asked(4).unmask.agreed, World(tmp_path / "other").device("device 14")
-    forged = Session(stranger, 1, state.history()).advertisement.certificate
-    assert 14 in {each.index for each in told}
-    beyond = next(each for each in told if each.index == 14)
+    assert secure.advance(group(), set())
+    for number in {*summed} - {*prompt, 8}:
+        agree(number)
+    told, stranger = asked(4).unmask.agreed, World(tmp_path / "other").device("device 35")
+    forged = Session(stranger, 1, state.history(), task).advertisement.certificate
+    assert 35 not in graph.neighbours(4)
+    beyond = next(each for each in told if each.index == 35)
     for agreed, complaint in (
-        (told[:-1], "11 devices confirm who is summed up, and 12 are needed"),
-        ([*told[:-1], *([beyond] * 5)], "11 devices confirm"),
-        ([pb.Agreement(index=14, certificate=forged)], "a stranger confirms"),
-        ([pb.Agreement(index=14, certificate=beyond.certificate)], "none signed"),
+        (told[:-1], f"{needed - 1} devices confirm who is summed up, and {needed} are needed"),
+        ([*told[:-1], *([beyond] * 5)], f"{needed - 1} devices confirm"),
+        ([pb.Agreement(index=35, certificate=forged)], "a stranger confirms"),
+        ([pb.Agreement(index=35, certificate=beyond.certificate)], "none signed"),
     ):
         with pytest.raises(DistrustedError, match=complaint):
             sessions[4].unmask(pb.Unmasking(agreed=agreed))
-    for number in devices.keys() - absent - silent:
+    for number in {*summed} - silent:
         say(number, revealed=sessions[number].unmask(asked(number).unmask))
     assert secure.is_unmasked(group(), {devices[n].id for n in silent})
     got = secure.total(1, state.updates(1))
-    grid = grid_for(1.0, 20)
+    grid = grid_for(1.0, 70)
     exact = sum(quantize(steps[number], grid)[0] for number in summed)
-    assert len(summed) == 14
+    assert len(summed) == 66
     np.testing.assert_array_equal(got.total, exact * grid.unit)

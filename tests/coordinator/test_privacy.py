@@ -30,7 +30,7 @@ from coordinator.accounting import Ledger, Privacy, UnsoundError, check, epsilon
 from coordinator.aggregation import Contribution, Noise, Recipe, aggregate
 from coordinator.aggregation.private import PrivateMean
 from coordinator.state import State
-from coordinator.tables import Settings
+from coordinator.tables import MaskingStage, Settings
 from edge_runtime import wire
 from edge_runtime.cli import main
 from edge_runtime.client import Client
@@ -274,6 +274,19 @@ def test_a_round_whose_quality_was_told_is_paid_for(tmp_path: Path) -> None:
     """The gate looked at what would have come of it, and said so."""
     state = cohort_after_a_round(tmp_path, 2.0, kept=False)
     assert state.privacy_spent() == {2.0: 1}
+
+
+def test_a_sum_that_could_be_known_is_not_hidden_by_later_noise(tmp_path: Path) -> None:
+    """It was aborted after devices had been asked for shares of the masks."""
+    state = cohort_after_a_round(tmp_path, None, kept=False)
+    check(state, Privacy(noise_multiplier=1.0, delta=1e-5, budget=None))
+    state.open(2, deadline=0, recipe="mean", participants=[])
+    state.settle(2, {}, degree=4, terms=b"")
+    state.set_masking_stage(2, MaskingStage.UNMASK, noise=0.0)
+    state.abandon(2, "aborted")
+    check(state, None)
+    with pytest.raises(UnsoundError, match="no later noise hides"):
+        check(state, Privacy(noise_multiplier=1.0, delta=1e-5, budget=None))
 
 
 SECURE = ("--secure-aggregation", "--min-devices", "3")

@@ -7,11 +7,12 @@ import os
 import random
 import sqlite3
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
-from coordinator_help import Fleet, Served, free_port, in_parallel
-from masking_help import Masked, expected, joined, step_of, vector
+from coordinator_help import Fleet, Served, check_in_until, free_port, in_parallel
+from masking_help import Masked, expected, joined, say, step_of, vector
 
 from coordinator.listing import rounds, table
 from edge_runtime import wire
@@ -161,6 +162,26 @@ def test_a_coordinator_that_is_killed_in_any_stage_goes_on(fleet: Fleet) -> None
         steps = [step_of(bundle, i, number) for i in range(5) if i not in leaving]
         got = vector(bundle, clients[0].download(number + 1))
         np.testing.assert_array_equal(got, expected(start, steps, group=5))
+
+
+def test_a_round_does_not_go_on_with_another_training(fleet: Fleet, tmp_path: Path) -> None:
+    """Its devices would no longer be told the same."""
+    bundle = fleet.bundle()
+    listen = f"127.0.0.1:{free_port()}"
+    options = (*MASKED, "--rounds", "2", "--enrolment-port", "0")
+    served = fleet.serve(bundle, *options, listen=listen)
+    clients = fleet.enrolled(served, bundle, "ada", "ben", "eve")
+    number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+    keys = Masked(clients[0], number).session.advertisement
+    assert say(clients[0], number, wait=0, keys=keys).HasField("wait")
+    served.kill()
+    training = tmp_path / "training.json"
+    training.write_text('{"rounds": 2, "localSteps": 7}')
+    again = fleet.serve(bundle, *options, "--training", training, listen=listen)
+    assert "other training" in again.wait_for("round_abandoned", round=number)["reason"]
+    train = pb.CheckInReply.TRAIN
+    replies = in_parallel(*(lambda c=c: check_in_until(c, train) for c in clients))
+    assert {(reply.round, reply.training.local_steps) for reply in replies} == {(number + 1, 7)}
 
 
 def test_a_device_that_signs_something_else_is_refused_and_the_round_goes_on(fleet: Fleet) -> None:

@@ -100,11 +100,11 @@ def test_both_ends_of_a_pair_agree_and_nobody_else() -> None:
     alice = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f92ebc0992ac177fba51db92c2a")
     bob = bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")
     assert masking.public_key(bob).hex().startswith("de9edb7d7b7dc1b4d35b61c2ece43537")
-    one = masking.pairwise_seed(alice, masking.public_key(bob), 3)
-    assert one == masking.pairwise_seed(bob, masking.public_key(alice), 3)
-    assert one != masking.pairwise_seed(alice, masking.public_key(bob), 4), "not of this round"
+    one = masking.agree(alice, masking.public_key(bob), b"3")
+    assert one == masking.agree(bob, masking.public_key(alice), b"3")
+    assert one != masking.agree(alice, masking.public_key(bob), b"4"), "not for this"
     with pytest.raises(ValueError, match="key"):  # of low order
-        masking.pairwise_seed(alice, bytes(32), 3)
+        masking.agree(alice, bytes(32), b"3")
 
 
 @settings(max_examples=50, deadline=None)
@@ -118,7 +118,7 @@ def test_masks_vanish_from_the_sum_of_those_who_stay(count: int, data: st.DataOb
 
     def seeds(u: int, others: list[int]) -> dict[int, bytes]:
         public = {v: masking.public_key(keys[v]) for v in others if v != u}
-        return {v: masking.pairwise_seed(keys[u], public[v], 1) for v in public}
+        return {v: masking.agree(keys[u], public[v], b"") for v in public}
 
     everyone = list(range(count))
     sent = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import shutil
@@ -36,7 +37,7 @@ from edge_runtime import adapters, compression, invitation, training_config, wir
 from edge_runtime.bundle import contract_sha256, open_bundle
 from edge_runtime.errors import AdapterError, BundleError, TrustError
 from edge_runtime.identity import new_key, read_identity, signing_request
-from edge_runtime.secure_aggregation import DistrustedError, Session
+from edge_runtime.secure_aggregation import DistrustedError, Session, task_sha256
 from edge_runtime.store import Home, Progress, _digest
 from edge_runtime.training import new_state
 from protos import coordinator_pb2 as pb
@@ -63,7 +64,9 @@ def _summer(name: str, stage: MaskingStage | None) -> tuple[State, Device, Secur
         staying=1.0, stage_seconds=60, min_devices=3, clip_norm=None, noise_multiplier=0.0
     )
     authority = x509.load_der_x509_certificate(WORLD.authority.der)
-    secure = SecureAggregation(state=state, masking=masking, size=STEP_SIZE, authority=authority)
+    secure = SecureAggregation(
+        state=state, masking=masking, training=TRAINING, size=STEP_SIZE, authority=authority
+    )
     if stage is not None:
         for device, session in zip(devices, PLAYED.sessions.values(), strict=True):
             keys = session.advertisement.SerializeToString()
@@ -82,9 +85,11 @@ def _summer(name: str, stage: MaskingStage | None) -> tuple[State, Device, Secur
     return state, devices[0], secure
 
 
+TRAINING = pb.TrainingConfig(rounds=9)
+TASK = task_sha256(hashlib.sha256(b"generalist").digest(), TRAINING)
 WORLD = World(SCRATCH / "authority")
 # One round in which all is said, and one device of each stage of it.
-PLAYED = Round(WORLD, 3, number=1)
+PLAYED = Round(WORLD, 3, number=1, task=TASK)
 _GROUP = PLAYED.group(1)
 _INBOXES = PLAYED.share()
 _SHARED = copy.copy(PLAYED.sessions[1])
@@ -96,7 +101,7 @@ _AGREED = PLAYED.agree(_ALL, 1, 2, 3)
 _UNMASKING = pb.Unmasking(agreed=_AGREED[1:])
 SAID: list[Message] = [_GROUP, _INBOXES[1], _ALL, _UNMASKING]
 STAGES: list[tuple[type[Message], Session, Callable[..., object]]] = [
-    (pb.MaskingGroup, Session(WORLD.device("device 1"), 1, HISTORY), Session.share),
+    (pb.MaskingGroup, Session(WORLD.device("device 1"), 1, HISTORY, TASK), Session.share),
     (
         pb.IncomingShares,
         _SHARED,
