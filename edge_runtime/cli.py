@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -10,13 +11,13 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from edge_runtime.errors import ComigsError, MissingPartError
+from edge_runtime.errors import ComigsError, MissingPartError, StorageError
 
 # The commands of each entry point, and the extra that brings the packages that they need.
 COMMANDS = {
@@ -43,6 +44,9 @@ FormatOption = Annotated[
 # Of options: what every generator of random numbers takes, and more than anybody waits for.
 LARGEST_SEED = 2**32 - 1
 MOST_ROUNDS = 10**6
+
+# What is wrong with a path from the command line, wherever it is looked at first.
+NO_PLACE = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP)
 
 # Progress and messages go to stderr, results to stdout: `--format json | jq` must work.
 messages = Console(stderr=True)
@@ -131,6 +135,11 @@ def _run() -> None:
         raise _missing(package, group) from error
 
 
+def _refuse(error: ComigsError) -> NoReturn:
+    messages.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+    sys.exit(error.code)
+
+
 def main() -> None:
     # gRPC reads the first two when it is imported. It logs handshakes and the like from C; what
     # matters of it is in our own messages.
@@ -144,7 +153,10 @@ def main() -> None:
     try:
         _run()
     except ComigsError as error:
-        messages.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(error.code)
+        _refuse(error)
+    except OSError as error:
+        if error.errno not in NO_PLACE or error.filename is None:
+            raise
+        _refuse(StorageError(f"{error.filename}: {error.strerror}; give another path"))
     except KeyboardInterrupt:
         sys.exit(130)

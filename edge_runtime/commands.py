@@ -23,7 +23,7 @@ from edge_runtime.cli import LARGEST_SEED, MOST_ROUNDS, Format, FormatOption, em
 from edge_runtime.client import Client
 from edge_runtime.compression import NAMES
 from edge_runtime.connection import Patience, Traffic, Unproven, connect
-from edge_runtime.data import load_tokenizer, read_all, read_splits, tokenize
+from edge_runtime.data import SPLITS, load_tokenizer, read_all, read_splits, tokenize
 from edge_runtime.device import Device
 from edge_runtime.engines import ENGINES, load_engine
 from edge_runtime.enrolment import identity_from
@@ -82,7 +82,9 @@ ComputeOption = Annotated[
         help="Training time per round, such as 60s; one step is always made.",
     ),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="Worker threads (default: all cores).")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(help="Worker threads (default: all cores).", min=1, max=1024)
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -172,7 +174,6 @@ def run(
     if compression not in (None, "none", *NAMES):
         raise typer.BadParameter(f"--compression {compression} is not one of {', '.join(NAMES)}")
     config = _training_config(training, rounds)
-    batch = config.batch_sequences
     report = _reporter(output)
     with at.locked():
         own = None if invited else name
@@ -180,7 +181,19 @@ def run(
         if invited:
             device_config.name = invited.name
         opened = open_bundle(Path(device_config.bundle))
-        chosen = planner.choose(opened, engine or device_config.engine, batch, memory)
+        device = Device(
+            home=at,
+            config=device_config,
+            bundle=opened,
+            engine=load_engine(engine or device_config.engine, threads=threads),
+            data=data,
+            batch_sequences=config.batch_sequences,
+            memory_bytes=memory,
+            compute_seconds=compute,
+            report=report,
+            compression=compression,
+        )
+        chosen = device.plan
         report(
             {
                 "event": "plan",
@@ -190,18 +203,6 @@ def run(
                 "together": chosen.together,
                 "memory_mib": round(chosen.total_bytes / 2**20, 1),
             }
-        )
-        device = Device(
-            home=at,
-            config=device_config,
-            bundle=opened,
-            engine=load_engine(engine or device_config.engine, threads=threads),
-            data=data,
-            plan=chosen,
-            memory_bytes=memory,
-            compute_seconds=compute,
-            report=report,
-            compression=compression,
         )
         list(device.batches(config))  # too little text: say so before anything is computed
         if device_config != at.config():
@@ -355,9 +356,9 @@ def evaluate(
     opened = open_bundle(Path(config.bundle))
     state, _ = at.load_state(opened)
     vectors = adapters.load_fresh(opened) if fresh else state.vectors
-    splits = read_splits(data)
-    if split not in splits:
-        raise DataError(f"{data} has no {split} split; add {split}.txt")
+    if split not in SPLITS:
+        raise typer.BadParameter(f"choose {', '.join(SPLITS)}", param_hint="--split")
+    splits = read_splits(data, needed=(split,))
     tokens = tokenize(load_tokenizer(opened), splits[split])
     if len(tokens) < 2:
         raise DataError(f"{data}: the {split} split is empty; add text to it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import math
 import re
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 from edge_runtime.bundle import Bundle
 from edge_runtime.errors import BundleError, DataError
 
-Tokens = NDArray[np.int64]
+Tokens = NDArray[np.int32]
 SPLITS = ("train", "valid", "test")
 SHARES = (0.8, 0.1, 0.1)
 
@@ -181,24 +182,27 @@ def tokenize(tokenizer: Tokenizer, text: str, most: int = PIECE_CHARACTERS) -> T
 
     Args:
         most: characters after which the text is cut at the next place that allows it; memory grows
-            with this, and with 8 bytes per token. 160 bytes per character of the whole text it is
+            with this, and with 4 bytes per token. 160 bytes per character of the whole text it is
             for tokenizers that do not cut into words.
 
     Raises:
         DataError: `text` holds bytes that are not UTF-8, as Python reads them from a command line.
     """
     in_pieces = len(text) > most and _cuts_into_words(tokenizer)
-    pieces = _pieces(text, most) if in_pieces else [text]
-    return np.concatenate([_encode(tokenizer, piece) for piece in pieces])
+    tokens = array.array("i")  # which grows in place
+    for piece in _pieces(text, most) if in_pieces else [text]:
+        tokens.extend(_encode(tokenizer, piece))
+    return np.asarray(tokens, np.int32)
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> Tokens:
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # a lone surrogate
         around = text[max(0, error.start - 20) : error.start + 20]
         raise DataError(f"the text is not UTF-8 at {around!r}; convert it") from None
-    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def _pieces(text: str, most: int) -> Iterator[str]:
@@ -262,7 +266,7 @@ class Batches:
 
 
 @functools.lru_cache(maxsize=4)  # of two splits, each perhaps between two epochs
-def _order(seed: int, epoch: int, length: int, windows: int) -> tuple[int, Tokens]:
+def _order(seed: int, epoch: int, length: int, windows: int) -> tuple[int, NDArray[np.int64]]:
     """Of an epoch: how far the grid is shifted, and the order of its windows."""
     rng = np.random.default_rng((seed, epoch))
     return int(rng.integers(length)), rng.permutation(windows)

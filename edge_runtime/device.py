@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,7 +33,7 @@ from edge_runtime.memory import peak_bytes, return_freed_memory
 from edge_runtime.planner import Plan
 from edge_runtime.secure_aggregation import DistrustedError, Session, task_sha256
 from edge_runtime.store import DeviceConfig, Home, Progress
-from edge_runtime.training import Evaluator, Trainer, TrainingState
+from edge_runtime.training import Evaluator, Trainer, TrainingState, diverged
 from protos import coordinator_pb2 as pb
 
 # Held-out text looked at after each round for the learning curve, in tokens.
@@ -63,7 +65,7 @@ class Device:
     """One device in one process.
 
     Args:
-        plan: for the default batch; made again if the coordinator asks for another one.
+        batch_sequences: to plan for; planned again if the coordinator asks for another batch.
         memory_bytes: the budget that plans must fit (None: no limit).
         compute_seconds: training time per round (None: no limit). Training stops before the step
             that would exceed it, and the round goes on with the steps that were made. The first
@@ -79,7 +81,7 @@ class Device:
     bundle: Bundle
     engine: Engine
     data: Path
-    plan: Plan
+    batch_sequences: int
     memory_bytes: int | None
     compute_seconds: float | None
     report: Report
@@ -88,6 +90,9 @@ class Device:
     state: TrainingState = field(init=False)
     progress: Progress = field(init=False)
     tokens: dict[str, Tokens] = field(init=False)
+    plan: Plan = field(init=False)
+    # Of the text and its tokens, which are there at once while it is read.
+    _text_bytes: int = field(init=False)
     # If this process has received it.
     _start: _Start | None = field(init=False, default=None)
     _trainer: Trainer | None = field(init=False, default=None)
@@ -98,8 +103,13 @@ class Device:
     def __post_init__(self) -> None:
         tokenizer = load_tokenizer(self.bundle)
         splits = read_splits(self.data)
+        self._text_bytes = sum(map(sys.getsizeof, splits.values()))
         # The test split is not a device's business while it trains.
         self.tokens = {name: tokenize(tokenizer, splits.pop(name)) for name in ("train", "valid")}
+        self._text_bytes += sum(tokens.nbytes for tokens in self.tokens.values())
+        del splits
+        return_freed_memory()
+        self.plan = self._choose_plan(self.batch_sequences)
         self.state, self.progress = self.home.load_state(self.bundle)
 
     def take_part(self, client: Client) -> None:
@@ -438,9 +448,7 @@ class Device:
     def _get_trainer(self, config: pb.TrainingConfig) -> Trainer:
         if self._trainer is None or self._trainer.config != config:
             train, valid = self.batches(config)
-            plan = planner.choose(
-                self.bundle, self.engine.name, config.batch_sequences, self.memory_bytes
-            )
+            plan = self._choose_plan(config.batch_sequences)
             if plan != self.plan or not plan.together:
                 self._unload()
             self.plan, self._trainer = plan, None
@@ -457,6 +465,15 @@ class Device:
             )
         return self._trainer
 
+    def _choose_plan(self, batch_sequences: int) -> Plan:
+        return planner.choose(
+            self.bundle,
+            self.engine.name,
+            batch_sequences,
+            self.memory_bytes,
+            text_bytes=self._text_bytes,
+        )
+
     def _unload(self) -> None:
         self._trainer = self._evaluator = None
         return_freed_memory()
@@ -469,6 +486,8 @@ class Device:
                 self.bundle, self.engine, self.state.vectors, packed=self.plan.packed
             )
         loss = self._evaluator.loss(self.tokens["valid"], most_tokens=CURVE_TOKENS)
+        if not math.isfinite(loss):
+            raise diverged("the held-out loss is", self.state.expert_steps)
         self.progress.curve.append((self.state.expert_steps, loss))
         self.report(
             {

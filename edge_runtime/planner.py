@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from itertools import product
 
 from edge_runtime.bundle import Bundle
-from edge_runtime.errors import BudgetError
+from edge_runtime.errors import BudgetError, BundleError
 from protos import manifest_pb2 as pb
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 # Per trainable number: value, two moments, gradient and its sum over micro-batches.
 BYTES_PER_PARAMETER = 5 * 4
-# Libraries for text, network and progress, and the text itself: measured on a device, rounded up.
+# Libraries for text, network and progress, and a text of TEXT_BYTES: measured on a device, rounded
+# up.
 REST_BYTES = 96 * 2**20
+TEXT_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Plan:
     runtime_bytes: int
     program_bytes: int
     adapter_bytes: int
-    rest_bytes: int = REST_BYTES
+    rest_bytes: int
 
     @property
     def program(self) -> str:
@@ -51,7 +53,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", text.lower())
     if not match:
         raise ValueError(f"{text!r} is not a size; write for example 512MiB or 1GB")
-    return int(float(match[1]) * UNITS[match[2] or ""])
+    return int(_finite(match[1]) * UNITS[match[2] or ""])
 
 
 def parse_seconds(text: str) -> float:
@@ -63,14 +65,21 @@ def parse_seconds(text: str) -> float:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(s|m|min|h)?\s*", text.lower())
     if not match or float(match[1]) <= 0:
         raise ValueError(f"{text!r} is not a duration; write for example 60s or 5m")
-    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2] or "s"]
+    return _finite(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2] or "s"]
+
+
+def _finite(digits: str) -> float:
+    """The number, within what floats hold in any unit."""
+    if (number := float(digits)) > 1e300:
+        raise ValueError(f"{digits[:20]}... is too large")
+    return number
 
 
 def mebibytes(size: int) -> str:
     return f"{-(-size // 2**20)}MiB"
 
 
-def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
+def plans(bundle: Bundle, engine: str, batch_sequences: int, *, text_bytes: int = 0) -> list[Plan]:
     """Every way to train with this bundle that takes less memory than those before it.
 
     They come in the order of their speed. Small micro-batches, and programs that are loaded in
@@ -78,11 +87,16 @@ def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
     where they are, with GPT-2 on an int8 base; with a float32 base the two are nearly equal
     (benchmarks/RESULTS.md).
 
+    Args:
+        text_bytes: that the text to train on takes, with its tokens.
+
     Raises:
         BundleError: the bundle cannot train with this engine.
         BudgetError: no micro-batch divides `batch_sequences`.
     """
     manifest = bundle.manifest
+    if not all(manifest.tier.micro_batches):
+        raise BundleError(f"{bundle.path} has a micro-batch of 0; copy the bundle again")
     sizes = [b for b in manifest.tier.micro_batches if batch_sequences % b == 0]
     if not sizes:
         raise BudgetError(
@@ -90,7 +104,7 @@ def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
             f"divides a batch of {batch_sequences} sequences; change batch_sequences"
         )
     evaluation = bundle.program("eval_loss", engine)
-    runtime = engine_cost(manifest, engine).runtime_bytes
+    runtime = engine_cost(bundle, engine).runtime_bytes
     adapters = BYTES_PER_PARAMETER * sum(role.size for role in manifest.roles)
     found: list[Plan] = []
     ways = product((True, False), (False, True), sorted(sizes, reverse=True), (True, False))
@@ -107,31 +121,48 @@ def plans(bundle: Bundle, engine: str, batch_sequences: int) -> list[Plan]:
             runtime_bytes=runtime,
             program_bytes=sum(needs) if together else max(needs),
             adapter_bytes=adapters,
+            rest_bytes=REST_BYTES + max(0, text_bytes - TEXT_BYTES),
         )
         if all(needs) and all(plan.total_bytes < other.total_bytes for other in found):
             found.append(plan)
     return found
 
 
-def choose(bundle: Bundle, engine: str, batch_sequences: int, memory: int | None) -> Plan:
+def choose(
+    bundle: Bundle, engine: str, batch_sequences: int, memory: int | None, *, text_bytes: int = 0
+) -> Plan:
     """The fastest plan within `memory` bytes (None: no limit).
+
+    Args:
+        text_bytes: as of `plans`.
 
     Raises:
         BudgetError: nothing fits; says the smallest budget that would.
     """
-    options = plans(bundle, engine, batch_sequences)
+    options = plans(bundle, engine, batch_sequences, text_bytes=text_bytes)
     for plan in options:
         if memory is None or plan.total_bytes <= memory:
             return plan
     assert memory is not None
+    of_text = f", {mebibytes(text_bytes)} of it for the text" if text_bytes > TEXT_BYTES else ""
     raise BudgetError(
         f"training needs at least --memory {mebibytes(options[-1].total_bytes)} with this bundle "
-        f"and engine, the budget is {mebibytes(memory)}; raise it, or export for a smaller tier"
+        f"and engine{of_text}, the budget is {mebibytes(memory)}; raise it, or export for a "
+        "smaller tier"
     )
 
 
-def engine_cost(manifest: pb.Manifest, engine: str) -> pb.EngineCost:
-    return next(cost for cost in manifest.engines if cost.engine == engine)
+def engine_cost(bundle: Bundle, engine: str) -> pb.EngineCost:
+    """
+    Raises:
+        BundleError: the manifest has none.
+    """
+    for cost in bundle.manifest.engines:
+        if cost.engine == engine:
+            return cost
+    raise BundleError(
+        f"{bundle.path} does not say what engine {engine} costs; copy the bundle again"
+    )
 
 
 def _program(micro_batch: int, recompute: bool) -> str:

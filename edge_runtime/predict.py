@@ -16,7 +16,7 @@ from edge_runtime.adapters import Layout, Stacks, Vector
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import Array, Engine, allocate, allocate_outputs, shortened
-from edge_runtime.errors import ParityError
+from edge_runtime.errors import DivergedError, ParityError
 from edge_runtime.planner import engine_cost
 from protos import manifest_pb2 as pb
 
@@ -93,6 +93,7 @@ class Predictor:
 
         Raises:
             ValueError: `tokens` is empty.
+            DivergedError: the adapters are beyond what float32 holds.
         """
         if not tokens:
             raise ValueError("there must be at least one token")
@@ -108,7 +109,18 @@ class Predictor:
             name = self._program_for(len(left))
             output = self._extend(name, left[: self._longest[name]])
             if len(self._held) == len(tokens):
-                return output["logits"]
+                break
+        logits = output["logits"]
+        if not np.isfinite(logits).all():
+            # What is no number in the cache would spoil even what does not look at it.
+            for cache in self._caches.values():
+                cache[...] = 0.0
+            self._held, self._routing = [], []
+            raise DivergedError(
+                "with these adapters no prediction is a finite number; train from fresh ones in "
+                "another --home, at a lower learning rate"
+            )
+        return logits
 
     def suggest(self, text: str, top: int = 5) -> list[Suggestion]:
         """At most `top` of the most probable next tokens after `text`, the best first.
@@ -246,7 +258,7 @@ def memory_plan(bundle: Bundle, engine: str) -> tuple[bool, int]:
     decode, prefill = (bundle.program(name, engine) for name in ("decode", "prefill"))
     # Of the adapters, what was read and what the self-test puts in their place.
     adapters = 2 * 4 * sum(role.size for role in manifest.roles)
-    runtime = engine_cost(manifest, engine).runtime_bytes
+    runtime = engine_cost(bundle, engine).runtime_bytes
     alone = runtime + decode.memory_bytes + adapters + REST_BYTES
     both = alone + prefill.memory_bytes
     if not takes_any_length(decode):

@@ -30,7 +30,7 @@ from safetensors.numpy import save
 from edge_runtime.adapters import load_fresh
 from edge_runtime.bundle import Bundle, contract_sha256
 from edge_runtime.compression import Feedback
-from edge_runtime.errors import AdapterError, StorageError
+from edge_runtime.errors import AdapterError, StorageError, VersionError
 from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
 from edge_runtime.identity import Identity, read_identity, write_identity
 from edge_runtime.training import TrainingState, new_state
@@ -48,6 +48,11 @@ class DeviceConfig:
     seed: int
     bundle: str
     engine: str
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            if type(value) is not (int if key == "seed" else str):
+                raise TypeError(f"{key} is {value!r}")
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ class Home:
 
         Raises:
             AdapterError: the state is damaged or belongs to another bundle.
+            VersionError: it was written by another version of comigs.
         """
         path = self.path / "state.safetensors"
         if not path.exists():
@@ -210,7 +216,13 @@ def _state_of(
 
     Raises:
         AdapterError: it belongs to another bundle.
+        VersionError: it was written by another version of comigs.
     """
+    if metadata["version"] != STATE_VERSION:
+        raise VersionError(
+            f"{path} is of version {metadata['version']}, and {STATE_VERSION} is understood here; "
+            "use the version of comigs that wrote it, or another --home"
+        )
     sizes = {role.name: role.size for role in bundle.manifest.roles}
     stored = {
         key.removesuffix("/value"): len(value)
@@ -218,7 +230,7 @@ def _state_of(
         if key.endswith("/value")
     }
     same_base = metadata["contract"] == contract_sha256(bundle.manifest)
-    if metadata["version"] != STATE_VERSION or stored != sizes or not same_base:
+    if stored != sizes or not same_base:
         raise AdapterError(
             f"{path} was made with another bundle than {bundle.path} (another base, rank, "
             "mixing or number of experts); use that bundle, or another --home"

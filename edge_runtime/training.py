@@ -175,10 +175,10 @@ class Trainer:
                 config=self.config,
             )
             # What is not finite in a gradient stays in the second moment, in which squares
-            # overflow first; a sum of a vector shows it.
-            for vector in (state.vectors[role], state.second_moment[role]):
-                if not np.isfinite(vector.sum()):
-                    raise _diverged(f"{role} is", step)
+            # overflow first. Weights whose squares overflow leave nothing finite behind them.
+            values = state.vectors[role]
+            if not np.isfinite(values @ values) or not np.isfinite(state.second_moment[role].sum()):
+                raise diverged(f"{role} is", step)
 
     def _accumulate(
         self, split: Batches, step: int, roles: Sequence[str], call: Callable[[], None]
@@ -202,11 +202,11 @@ class Trainer:
                 for role in roles:
                     self._gradients[role] += self._program_gradients[role] / np.float32(parts)
         if not math.isfinite(loss):
-            raise _diverged("the loss is", step + 1)
+            raise diverged("the loss is", step + 1)
         return loss
 
 
-def _diverged(what: str, step: int) -> DivergedError:
+def diverged(what: str, step: int) -> DivergedError:
     return DivergedError(
         f"{what} not finite after training step {step}; lower the learning rate where --training "
         "is given: what was saved before is intact"

@@ -30,14 +30,22 @@ from device_help import (
     saved,
     training_file,
 )
+from safetensors import safe_open
+from safetensors.numpy import save
 from tiny import TIER, ExportTiny
 from typer.testing import CliRunner
 
 from edge_runtime import adapters, cli
 from edge_runtime.bundle import Bundle, open_bundle
-from edge_runtime.errors import AdapterError, BundleError, DivergedError, RefusedError
+from edge_runtime.errors import (
+    AdapterError,
+    BundleError,
+    DivergedError,
+    RefusedError,
+    VersionError,
+)
 from edge_runtime.invitation import encode
-from edge_runtime.store import Home
+from edge_runtime.store import Home, _digest
 from export import mixture
 from export.mixture import Mixture
 from protos import coordinator_pb2 as pb
@@ -89,10 +97,8 @@ def binary_manifest(bundle: Path) -> None:
 
 
 def newer_manifest(bundle: Path) -> None:
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["minimum_reader_version"] = 99
-    manifest["what_99_brought"] = {"unknown": True}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    brought = {"minimum_reader_version": 99, "what_99_brought": {"unknown": True}}
+    change_manifest(bundle, lambda manifest: manifest.update(brought))
 
 
 def cut_weights(bundle: Path) -> None:
@@ -106,6 +112,20 @@ def alter_program(bundle: Path) -> None:
         content = bytearray(program.read_bytes())
         content[len(content) // 2] ^= 1
         program.write_bytes(bytes(content))
+
+
+def no_engines(bundle: Path) -> None:
+    change_manifest(bundle, lambda manifest: manifest.pop("engines"))
+
+
+def no_micro_batch(bundle: Path) -> None:
+    change_manifest(bundle, lambda manifest: manifest["tier"].update(micro_batches=[0]))
+
+
+def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
 
 
 def remove_programs(bundle: Path) -> None:
@@ -125,6 +145,8 @@ def remove_tokenizer(bundle: Path) -> None:
         (empty_manifest, "incomplete.*export it again"),
         (binary_manifest, "copy the bundle again"),
         (newer_manifest, "99.*update comigs"),
+        (no_engines, "does not say what engine onnxruntime costs; copy the bundle again"),
+        (no_micro_batch, "a micro-batch of 0; copy the bundle again"),
         (cut_weights, r"weights\.bin has \d+ bytes instead of \d+; copy the bundle again"),
         (alter_program, "SHA-256.*copy the bundle again"),
         (remove_programs, "missing; copy the bundle again"),
@@ -375,6 +397,53 @@ def test_evaluating_a_split_that_is_not_there(
     assert "test.txt" in refusal(comigs(*options), DATA)
     (data / "test.txt").write_text("")
     refusal(comigs(*options), DATA)
+    (data / "test.txt").write_text(SENTENCES)
+    for other in ("train", "valid"):  # which are not asked for
+        (data / f"{other}.txt").unlink()
+    assert comigs(*options).returncode == 0
+    assert comigs(*options, "--split", "other").returncode == 2
+
+
+def test_a_state_of_another_version(tiny_bundle: Bundle, text_dir: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 1)
+    path = home / "state.safetensors"
+    with safe_open(path, "np") as file:
+        text = file.metadata()["comigs"]
+        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    newer = json.dumps(json.loads(text) | {"version": 99})
+    path.write_bytes(save(arrays, metadata={"comigs": newer, "sha256": _digest(newer, arrays)}))
+    message = refusal(start(home, text_dir), VersionError.code)
+    assert "is of version 99" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (("--memory", "9" * 400), 2),
+        (("--compute", "9" * 400 + "h"), 2),
+        (("--threads", "-1"), 2),
+        (("--data", "d" * 300), 17),
+        (("--home", "h" * 300), 17),
+    ],
+)
+def test_numbers_and_paths_that_nothing_holds(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, options: tuple[str, str], code: int
+) -> None:
+    at = ("--home", tmp_path / "home", "--data", text_dir, "--bundle", tiny_bundle.path)
+    done = comigs("device", "run", "--alone", *at, *options)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_configuration_of_other_kinds(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 1)
+    config = json.loads((home / "device.json").read_text())
+    (home / "device.json").write_text(json.dumps(config | {"bundle": 5}))
+    assert "bundle is 5" in refusal(start(home, text_dir), ADAPTER)
 
 
 # --- budgets -----------------------------------------------------------------------------------
@@ -406,6 +475,24 @@ def test_a_memory_budget_that_is_too_small(
     roomy = events(done.stdout)[-1]
     assert (roomy["together"], summary["together"]) == (True, False)
     np.testing.assert_allclose(summary["held_out_loss"], roomy["held_out_loss"], rtol=1e-4)
+
+
+def test_much_text_counts_towards_the_memory_budget(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    """Its tokens, and itself while it is read: with one emoji in it, four bytes a character."""
+    data = tmp_path / "data"
+    shutil.copytree(text_dir, data)
+    lines = "".join(f"word{n % 977} and line {n}.\n" for n in range(150_000))
+    (data / "train.txt").write_text(lines + "\N{GRINNING FACE}\n")
+    at = ("--bundle", tiny_bundle.path)
+    little = json.loads(comigs("plan", *at, "--format", "json").stdout)["plans"][-1]["total_bytes"]
+    message = refusal(start(tmp_path / "a", data, *at, "--memory", little), BUDGET)
+    found = re.search(r"--memory (\d+)MiB .*, (\d+)MiB of it for the text", message)
+    assert found
+    assert int(found[2]) * 2**20 > 8 * len(lines)
+    summary = events(start(tmp_path / "b", data, *at, "--memory", f"{found[1]}MiB").stdout)[-1]
+    assert summary["peak_rss_mib"] <= summary["planned_memory_mib"] <= int(found[1])
 
 
 def test_a_compute_budget_ends_a_round_early_and_says_so(
@@ -504,15 +591,16 @@ def test_nonsense_training_configurations(
     assert "--training" in done.stderr
 
 
-@pytest.mark.parametrize("rate", [1e38, 1e30])
+@pytest.mark.parametrize(("rate", "steps"), [(1e38, 2), (1e30, 2), (1e30, 1), (1e17, 1)])
 def test_training_that_diverges_leaves_the_home_as_it_was(
-    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, rate: float
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, rate: float, steps: int
 ) -> None:
-    """At the higher rate a step makes weights that are not finite; at the other one, a loss."""
+    """At the higher rates a step makes weights of which nothing finite comes; at the lowest one it
+    is the loss after the round's last step that tells."""
     home = tmp_path / "home"
     start(home, text_dir, "--bundle", tiny_bundle.path)
     before = learnt(home, tiny_bundle)
-    training = training_file(tmp_path / "wild.json", learning_rate=rate, local_steps=2)
+    training = training_file(tmp_path / "wild.json", learning_rate=rate, local_steps=steps)
     done = start(home, text_dir, "--rounds", 2, "--training", training)
     assert "lower the learning rate" in refusal(done, DivergedError.code)
     assert learnt(home, tiny_bundle) == before

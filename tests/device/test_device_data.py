@@ -122,7 +122,7 @@ TOKENIZERS = {
 def test_pieces_are_the_whole(name: str, text: str, most: int) -> None:
     tokenizer = TOKENIZERS[name]
     got = tokenize(tokenizer, text, most)
-    assert got.dtype == np.int64
+    assert got.dtype == np.int32
     assert got.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -153,8 +153,7 @@ def test_megabytes_of_text_take_little_more_than_their_tokens() -> None:
     )
     characters, tokens, grown = map(int, done.stdout.split())
     assert characters > 4_000_000
-    # Pieces and their concatenation are there at once.
-    assert grown < 2 * 8 * tokens + 24 * 2**20
+    assert grown < 1.25 * 4 * tokens + 24 * 2**20
 
 
 def test_text_that_is_not_utf8_is_refused() -> None:

@@ -15,6 +15,7 @@ from tiny import TIER, ExportTiny
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.engines import ENGINES, load_engine
+from edge_runtime.errors import DivergedError
 from edge_runtime.predict import Predictor
 from edge_runtime.training import Evaluator
 from export import mixture
@@ -48,6 +49,22 @@ def test_suggestions_and_routing_agree(both: Bundle) -> None:
     ):
         assert token == same_token
         assert shares == pytest.approx(same_shares, abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_adapters_beyond_float32_are_told_of_and_leave_nothing_behind(
+    both: Bundle, engine: str
+) -> None:
+    """What they put into the cache is no number, whatever it is multiplied with."""
+    good = mixture.random(both.manifest, 1)
+    bad = {role: np.full_like(vector, 1e20) for role, vector in good.items()}
+    predictor = Predictor(both, load_engine(engine, threads=1), good)
+    before = predictor.logits([1, 2, 3])
+    predictor.use(bad)
+    with pytest.raises(DivergedError, match="no prediction is a finite number"):
+        predictor.logits([1, 2, 3, 4, 5, 6])
+    predictor.use(good)
+    np.testing.assert_allclose(predictor.logits([1, 2, 3]), before, atol=1e-5)
 
 
 def test_evaluation_and_training_agree(both: Bundle) -> None:

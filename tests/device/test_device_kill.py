@@ -16,7 +16,7 @@ import pytest
 from device_help import comigs, device_run, events, run_alone, saved, training_file
 
 import edge_runtime.device
-from edge_runtime import planner, training_config
+from edge_runtime import training_config
 from edge_runtime.bundle import Bundle
 from edge_runtime.device import Device
 from edge_runtime.engines import load_engine
@@ -139,7 +139,7 @@ def test_time_spent_before_a_kill_counts(
             bundle=tiny_bundle,
             engine=load_engine("onnxruntime", threads=1),
             data=text_dir,
-            plan=planner.choose(tiny_bundle, "onnxruntime", config.batch_sequences, None),
+            batch_sequences=config.batch_sequences,
             memory_bytes=None,
             compute_seconds=budget,
             report=report,
