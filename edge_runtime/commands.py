@@ -155,13 +155,20 @@ def run(
             show_default="what it prefers",
         ),
     ] = None,
+    require_secure_aggregation: Annotated[
+        bool,
+        typer.Option(
+            "--require-secure-aggregation",
+            help="Send no update that the coordinator could see as it is; end with 21 instead.",
+        ),
+    ] = False,
     threads: ThreadsOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Train on this device's text, with a coordinator or alone. Safe to kill and run again."""
     at = Home(home)
     invited = decode(invitation) if invitation else None
-    if alone and (invited or coordinator or insecure):
+    if alone and (invited or coordinator or insecure or require_secure_aggregation):
         raise typer.BadParameter("--alone has no coordinator, so no option of one")
     if insecure and (invited or not coordinator):
         raise typer.BadParameter("--insecure needs --coordinator HOST:PORT and no --invitation")
@@ -192,6 +199,7 @@ def run(
             compute_seconds=compute,
             report=report,
             compression=compression,
+            only_masked=require_secure_aggregation,
         )
         chosen = device.plan
         report(

@@ -71,6 +71,7 @@ class Device:
             that would exceed it, and the round goes on with the steps that were made. The first
             step is always made, however long it takes: only then is known how long one takes.
             Of what was spent before a kill, at most a tenth of the budget and a step are forgotten.
+        only_masked: send no update but by secure aggregation.
         compression: of updates, if the coordinator offers it: a name, "none", or None for what it
             prefers.
         report: told what happens, as dictionaries with an "event".
@@ -87,6 +88,7 @@ class Device:
     report: Report
     save_every: int = 10
     compression: str | None = None
+    only_masked: bool = False
     state: TrainingState = field(init=False)
     progress: Progress = field(init=False)
     tokens: dict[str, Tokens] = field(init=False)
@@ -126,7 +128,10 @@ class Device:
             reply = client.check_in(CHECK_IN_SECONDS)
             self._take_rounds_of(hashlib.sha256(proof + reply.history.encode()).hexdigest())
             if self.progress.sending:  # killed before it knew whether its last update counts
-                self._report_compressed(client, reply.history)
+                if self.only_masked:
+                    self._answered(False, "this device sends only masked updates now")
+                else:
+                    self._report_compressed(client, reply.history)
             answered = self.progress.uploaded and reply.round == self.progress.round
             if reply.action == pb.CheckInReply.TRAIN and not answered:
                 try:
@@ -178,6 +183,11 @@ class Device:
             self.report({"event": "renewed", "valid_until": renewed.valid_until.isoformat()})
 
     def _round(self, client: Client, reply: pb.CheckInReply) -> None:
+        if self.only_masked and not reply.secure_aggregation:
+            raise RefusedError(
+                f"in round {reply.round} the coordinator wants updates as they are, and this "
+                "device has --require-secure-aggregation; nothing was sent; ask who runs it"
+            )
         try:
             training_config.check(reply.training)
         except ValueError as error:

@@ -67,6 +67,7 @@ def test_devices_that_are_killed_drop_out_or_go_on(
         return comigs(
             *("device", "run", "--home", tmp_path / name, "--data", text_dir),
             *("--bundle", tiny_bundle.path, "--threads", 1, "--invitation", invitations[name]),
+            "--require-secure-aggregation",
             log=tmp_path / f"{name}.log",
         )
 

@@ -13,7 +13,7 @@ from coordinator_help import TIMEOUT, Fleet, Served, aged, free_port, ids, invit
 
 from coordinator.administrator import Administrator
 from edge_runtime.bundle import Bundle
-from edge_runtime.errors import TrustError, UnreachableError
+from edge_runtime.errors import RefusedError, TrustError, UnreachableError
 from edge_runtime.identity import Identity
 from edge_runtime.invitation import encode
 from edge_runtime.store import Home
@@ -106,6 +106,15 @@ def test_a_device_enrols_once(site: Site, tmp_path: Path) -> None:
     events(site.run(home, "--coordinator", moved))
     assert identity(home).coordinator == moved
     events(site.run(home))
+
+
+def test_a_device_that_sends_only_masked_updates(site: Site, tmp_path: Path) -> None:
+    home, only = tmp_path / "phone", "--require-secure-aggregation"
+    done = site.run(home, "--invitation", site.invitation("ada"), only)
+    assert done.returncode == RefusedError.code, done.stderr
+    assert "wants updates as they are" in " ".join(done.stderr.split())
+    assert not list((site.fleet.state / "updates").rglob("*.*"))
+    assert "uploaded" in {event["event"] for event in events(site.run(home))}
 
 
 def test_a_device_renews_its_certificate(site: Site, tmp_path: Path) -> None:
