@@ -161,6 +161,7 @@ class Rounds(Course):
 
         Raises:
             RefusedStepError: the step is not what was asked for; the round goes on without it.
+            AnotherTaskError: the device has to check in, and train again.
         """
         assert self._masked is not None, "the service refuses it otherwise"
         end = time.monotonic() + min(max(0.0, request.wait_seconds), MAX_WAIT_SECONDS)

@@ -67,6 +67,10 @@ class RefusedStepError(Exception):
     """A device's step is not what was asked for; the message is one line that says why."""
 
 
+class AnotherTaskError(Exception):
+    """A device has trained something else than the round is of by now; a check-in tells what."""
+
+
 @dataclass(frozen=True)
 class Masking:
     """How rounds are masked."""
@@ -421,6 +425,7 @@ class SecureAggregation:
 
         Raises:
             RefusedStepError: it is not what was asked for.
+            AnotherTaskError: it is the keys of a device that was asked for something else.
         """
         number = request.round
         group = self._state.masking_group(number)
@@ -497,9 +502,8 @@ class SecureAggregation:
         if self._signer(number, keys).enrolment != device.enrolment:
             raise RefusedStepError("the keys are another device's")
         if keys.task_sha256 != self._task(number):
-            raise RefusedStepError(
-                "this device has trained another generalist, or with other settings, than this "
-                "round is of by now"
+            raise AnotherTaskError(
+                f"round {number} trains another generalist, or with other settings, by now"
             )
 
     def _task(self, number: int) -> bytes:

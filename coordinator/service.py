@@ -17,7 +17,7 @@ from coordinator.callers import Callers, common_protocol, storage_errors
 from coordinator.cohorts import Cohort, Cohorts
 from coordinator.limits import Limits, TooSlowError, Transfers
 from coordinator.policy import RefusedUpdateError, Report, TryAgainError
-from coordinator.secure_aggregation import RefusedStepError, over
+from coordinator.secure_aggregation import AnotherTaskError, RefusedStepError, over
 from coordinator.state import State
 from coordinator.tables import Device
 from coordinator.tls import Authority, RefusedRequestError, requested_key
@@ -171,6 +171,8 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                 return self._traffic.send(over("rounds are without secure aggregation"))
             try:
                 return self._traffic.send(await cohort.rounds.aggregate(device, request))
+            except AnotherTaskError as error:
+                await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
             except RefusedStepError as error:
                 await cohort.counting.refuse(device, request.round, RefusedUpdateError(str(error)))
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))

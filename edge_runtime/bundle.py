@@ -176,8 +176,7 @@ def shared_tensors(manifest: pb.Manifest) -> list[pb.Tensor]:
 
 def contract_sha256(manifest: pb.Manifest) -> str:
     """Hash of what two sides must agree on to exchange generalists."""
-    mixture = manifest.mixture
-    digest = hashlib.sha256(f"{manifest.base.sha256} {mixture.mixing} {mixture.alpha:g}".encode())
+    digest = hashlib.sha256(f"{_model(manifest)} {manifest.mixture.alpha:g}".encode())
     for tensor in shared_tensors(manifest):
         digest.update(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}\n".encode())
     return digest.hexdigest()
@@ -190,7 +189,7 @@ def family_sha256(manifest: pb.Manifest) -> str:
         BundleError: the shared tensors are not all LoRA pairs of the manifest's rank and alpha.
     """
     rank = manifest.mixture.rank
-    digest = hashlib.sha256(f"{manifest.base.sha256} {manifest.mixture.mixing}".encode())
+    digest = hashlib.sha256(_model(manifest).encode())
     for tensor in shared_tensors(manifest):
         shape = list(tensor.shape)
         at = 0 if tensor.name.endswith(".lora_A.weight") else 1
@@ -202,3 +201,9 @@ def family_sha256(manifest: pb.Manifest) -> str:
             )
         digest.update(f"{tensor.name} {tensor.dtype} {shape[1 - at]}\n".encode())
     return digest.hexdigest()
+
+
+def _model(manifest: pb.Manifest) -> str:
+    """What shared tensors mean something to; of the usual mixing, as before there was another."""
+    mixing = manifest.mixture.mixing
+    return manifest.base.sha256 + ("" if mixing == "per_linear" else f" {mixing}")

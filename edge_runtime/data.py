@@ -21,8 +21,9 @@ Tokens = NDArray[np.int32]
 SPLITS = ("train", "valid", "test")
 SHARES = (0.8, 0.1, 0.1)
 
-# Text is encoded in pieces of about this many characters: the tokenizer takes 160 bytes for each.
+# Text is encoded in pieces of about this many characters: the tokenizer takes ENCODING_BYTES each.
 PIECE_CHARACTERS = 2**16
+ENCODING_BYTES = 160
 # Where a tokenizer that works on words begins a new one, whatever stands around.
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
 
@@ -193,6 +194,13 @@ def tokenize(tokenizer: Tokenizer, text: str, most: int = PIECE_CHARACTERS) -> T
     for piece in _pieces(text, most) if in_pieces else [text]:
         tokens.extend(_encode(tokenizer, piece))
     return np.asarray(tokens, np.int32)
+
+
+def encoding_bytes(tokenizer: Tokenizer, text: str) -> int:
+    """What `tokenize` takes beside the tokens, and beside what it takes for one piece."""
+    if _cuts_into_words(tokenizer):
+        return 0
+    return ENCODING_BYTES * max(0, len(text) - PIECE_CHARACTERS)
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -25,9 +25,16 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 from edge_runtime.compression import NAMES, Feedback, compress, decompress
 from edge_runtime.connection import GoneError
-from edge_runtime.data import Batches, Tokens, load_tokenizer, read_splits, tokenize
+from edge_runtime.data import (
+    Batches,
+    Tokens,
+    encoding_bytes,
+    load_tokenizer,
+    read_splits,
+    tokenize,
+)
 from edge_runtime.engines import Engine
-from edge_runtime.errors import AdapterError, RefusedError, UnreachableError
+from edge_runtime.errors import AdapterError, DivergedError, RefusedError, UnreachableError
 from edge_runtime.identity import Identity
 from edge_runtime.memory import peak_bytes, return_freed_memory
 from edge_runtime.planner import Plan
@@ -70,7 +77,8 @@ class Device:
         compute_seconds: training time per round (None: no limit). Training stops before the step
             that would exceed it, and the round goes on with the steps that were made. The first
             step is always made, however long it takes: only then is known how long one takes.
-            Of what was spent before a kill, at most a tenth of the budget and a step are forgotten.
+            Of what was spent before a kill, at most a tenth of the budget and two steps are
+            forgotten.
         only_masked: send no update but by secure aggregation.
         compression: of updates, if the coordinator offers it: a name, "none", or None for what it
             prefers.
@@ -105,7 +113,9 @@ class Device:
     def __post_init__(self) -> None:
         tokenizer = load_tokenizer(self.bundle)
         splits = read_splits(self.data)
-        self._text_bytes = sum(map(sys.getsizeof, splits.values()))
+        self._text_bytes = sum(map(sys.getsizeof, splits.values())) + max(
+            encoding_bytes(tokenizer, text) for text in splits.values()
+        )
         # The test split is not a device's business while it trains.
         self.tokens = {name: tokenize(tokenizer, splits.pop(name)) for name in ("train", "valid")}
         self._text_bytes += sum(tokens.nbytes for tokens in self.tokens.values())
@@ -196,8 +206,12 @@ class Device:
             ) from error
         config = training_config.with_defaults(reply.training)
         resumed = reply.round == self.progress.round
+        if resumed and reply.secure_aggregation:
+            # Else it would say of a step that it was made from something else than it was.
+            resumed = self._task(client, reply) == self.progress.task
         if not resumed:
             self._receive(client, reply.round)
+            self.progress.task = self._task(client, reply)
             self._choose_compression(client, reply)
             self._start_round(reply.round, config, seconds_left=reply.seconds_left)
         self._train(config)
@@ -214,7 +228,7 @@ class Device:
             return
         if reply.secure_aggregation:
             try:
-                accepted, reason = self._report_masked(client, header, reply.training)
+                accepted, reason = self._report_masked(client, header)
             except DistrustedError as error:
                 fields = {"round": reply.round, "reason": str(error)}
                 self.report({"event": "distrusted", **fields})
@@ -273,13 +287,18 @@ class Device:
         roles = wire.shared_roles(self.bundle.manifest)
         return np.concatenate([self.state.vectors[role] for role in roles])
 
-    def _report_masked(
-        self, client: Client, header: pb.UploadHeader, training: pb.TrainingConfig
-    ) -> tuple[bool, str]:
-        """Reports the round's step by secure aggregation.
+    def _task(self, client: Client, reply: pb.CheckInReply) -> str:
+        """`task_sha256` (hex) of what the device is given for a round now."""
+        return task_sha256(self._started_from(client, reply.round).sha256, reply.training).hex()
 
-        Args:
-            training: as it came in the CheckInReply.
+    def _started_from(self, client: Client, number: int) -> _Start:
+        """The generalist that the round starts from, if need be received again."""
+        if self._start is None or self._start.round != number:
+            self._start = self._download(client, number)
+        return self._start
+
+    def _report_masked(self, client: Client, header: pb.UploadHeader) -> tuple[bool, str]:
+        """Reports the round's step by secure aggregation.
 
         Returns:
             Whether it was accepted and, if not, why.
@@ -293,12 +312,10 @@ class Device:
                 "other; enrol with an invitation instead of --insecure"
             )
         number = header.round
-        start = self._start
-        if start is None or start.round != number:  # this process did not receive it
-            start = self._download(client, number)
+        start = self._started_from(client, number)
         roles = wire.shared_roles(self.bundle.manifest)
         step = np.concatenate([self.state.vectors[role] - start.vectors[role] for role in roles])
-        task = task_sha256(start.sha256, training)
+        task = bytes.fromhex(self.progress.task)
         session = Session(client.who, number, header.history, task)
         request = pb.AggregateRequest(round=number, keys=session.advertisement)
         accepted = False
@@ -381,14 +398,15 @@ class Device:
         """The rest of the current round's steps, within the compute budget."""
         trainer = self._get_trainer(config)
         often = SAVE_SHARE * self.compute_seconds if self.compute_seconds else SAVE_SECONDS
-        saved_seconds = self.progress.round_seconds
+        saved_seconds, due_to_save = self.progress.round_seconds, False
         while True:
             made = self.state.expert_steps - self.progress.round_start
             due = trainer.gradients(self.state.expert_steps + 1)
             if made >= config.local_steps or self._out_of_time(made, due):
                 break
             started = time.monotonic()
-            loss = trainer.step()
+            # What a step made is saved once the next one's loss shows that it is of use.
+            loss = trainer.step(self._save if due_to_save else None)
             seconds = time.monotonic() - started
             self._step_seconds.append(seconds)
             self._gradient_seconds.append(seconds / trainer.gradients(self.state.expert_steps))
@@ -402,9 +420,8 @@ class Device:
                 }
             )
             long_ago = self.progress.round_seconds - saved_seconds >= often
-            enough = (made + 1) % self.save_every == 0 or long_ago
-            if enough and made + 1 < config.local_steps:
-                self._save()
+            due_to_save = (made + 1) % self.save_every == 0 or long_ago
+            if due_to_save:
                 saved_seconds = self.progress.round_seconds
 
     def _out_of_time(self, made: int, due: int) -> bool:
@@ -429,8 +446,14 @@ class Device:
 
     def _finish(self, client: Client, number: int) -> None:
         if self.progress.finished != number:
+            self.progress.task = ""  # what is there then was not made from what that says
             self._receive(client, number)
-            self._measure_curve()
+            try:
+                self._measure_curve()
+            except DivergedError as error:
+                raise RefusedError(
+                    f"the coordinator's last generalist is of no use here: {error}"
+                ) from error
             self.progress.finished = number
             self._save()
         # Only now may the coordinator go. If it has, it waited for nobody, and all is well.

@@ -9,6 +9,7 @@ from prompt_toolkit.application import get_app
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from edge_runtime.errors import DivergedError
 from edge_runtime.predict import Predictor, Suggestion
 
 
@@ -35,7 +36,12 @@ def converse(predictor: Predictor, *, top: int, refresh: Callable[[], None]) -> 
         refresh()
         # A typed byte that is no UTF-8 stands there as half a surrogate pair.
         text = get_app().current_buffer.text.encode(errors="ignore").decode()
-        shown[:] = predictor.suggest(text, top)
+        try:
+            shown[:] = predictor.suggest(text, top)
+        except DivergedError as error:
+            # Raised here, it would end nothing.
+            get_app().exit(exception=error)
+            return FormattedText()
         parts: list[tuple[str, str]] = []
         for suggestion in shown:
             parts.append(("bold", f" {suggestion.text!r}"))

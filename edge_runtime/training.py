@@ -126,8 +126,12 @@ class Trainer:
             program = self.engine.load(self.bundle, of_router, packed=self.packed)
             self._call_for_router = program.bind(self._inputs, self._outputs)
 
-    def step(self) -> float:
+    def step(self, before_update: Callable[[], None] | None = None) -> float:
         """One expert step on the training split, and the router's burst if one is due.
+
+        Args:
+            before_update: called when the loss of what the last step made is known to be finite,
+                and nothing has changed yet.
 
         Returns:
             The cross-entropy of the training batch before the step, in nats per token.
@@ -135,7 +139,7 @@ class Trainer:
         Raises:
             DivergedError: a number is not finite any more; the state is of no use then.
         """
-        loss = self._expert_step()
+        loss = self._expert_step(before_update)
         for _ in range(self.gradients(self.state.expert_steps) - 1):
             self._router_step()
         return loss
@@ -146,10 +150,12 @@ class Trainer:
         burst = tau and ROUTER in self.state.vectors and step % tau == 0
         return 1 + self.config.router_steps if burst else 1
 
-    def _expert_step(self) -> float:
+    def _expert_step(self, before_update: Callable[[], None] | None) -> float:
         state, config = self.state, self.config
         experts = [role for role in state.vectors if role != ROUTER]
         loss = self._accumulate(self.train, state.expert_steps, experts, self._call)
+        if before_update is not None:
+            before_update()
         rate = expert_learning_rate(config, state.expert_steps)
         state.expert_steps += 1
         for role in experts:

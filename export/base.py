@@ -38,7 +38,8 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 ROPE_TYPE, ATTENTION_SCALE = "rope.scaling.type", "attention.scale"
 ROPE_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
 # GGUF's names (tokenizer.ggml.pre) of the ways to cut text that transformers does not know:
-# llama.cpp cuts these between digits and then as GPT-2 does, those just as GPT-2 does.
+# llama.cpp cuts these between digits and then as GPT-2 does, those just as GPT-2 does. "default"
+# names none; GPT-2's is the likeliest then.
 PRE_TOKENIZER = "tokenizer.ggml.pre"
 DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 AS_GPT2 = {"default", "gpt-2", "olmo", "mpt", "jais", "trillion", "phi-2", "roberta-bpe"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,12 @@ from protos import coordinator_pb2 as pb
 NAMES = ("ada", "grace", "edith", "mary")
 ROUNDS = 2
 TRAINING = pb.TrainingConfig(rounds=ROUNDS, local_steps=150, batch_sequences=2, tau=50)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def comigs(*arguments: object, log: Path) -> subprocess.Popen[str]:
@@ -41,6 +48,51 @@ def wait_for(log: Path, event: str, **fields: object) -> dict[str, object]:
                 return found
         assert time.monotonic() < end, f"no {event} in {log}: {log.with_suffix('.err').read_text()}"
         time.sleep(0.02)
+
+
+def test_a_coordinator_that_comes_back_with_another_training(
+    tmp_path: Path, tiny_bundle: Bundle, text_dir: Path
+) -> None:
+    """Devices that were in the middle of the old one train again, with what all are told now."""
+    training = tmp_path / "training.json"
+    listen = f"127.0.0.1:{free_port()}"
+
+    def serve(local_steps: int, log: str) -> subprocess.Popen[str]:
+        asked = pb.TrainingConfig(rounds=1, local_steps=local_steps, batch_sequences=2, tau=50)
+        training.write_text(json_format.MessageToJson(asked))
+        return comigs(
+            *("serve", "--bundle", tiny_bundle.path, "--state", tmp_path / "state"),
+            *("--listen", listen, "--secure-aggregation", "--min-devices", 3),
+            *("--rounds", 1, "--training", training, "--exit-when-done"),
+            log=tmp_path / log,
+        )
+
+    first = serve(100, "first.log")
+    admin = wait_for(tmp_path / "first.log", "listening")["admin"]
+    assert comigs("invite", *NAMES[:3], "--admin", admin, log=tmp_path / "invite.log").wait(60) == 0
+    made = json.loads((tmp_path / "invite.log").read_text())["invitations"]
+    devices = [
+        comigs(
+            *("device", "run", "--home", tmp_path / each["name"], "--data", text_dir),
+            *("--bundle", tiny_bundle.path, "--threads", 1, "--invitation", each["invitation"]),
+            log=tmp_path / f"{each['name']}.log",
+        )
+        for each in made
+    ]
+    for each in made:
+        wait_for(tmp_path / f"{each['name']}.log", "step", round=1)
+    first.kill()
+    first.wait()
+    second = serve(7, "second.log")
+    assert wait_for(tmp_path / "second.log", "round_closed", round=1)["updates"] == 3
+    for device, each in zip(devices, made, strict=True):
+        assert device.wait(120) == 0, (tmp_path / f"{each['name']}.err").read_text()
+    assert second.wait(90) == 0
+    for each in made:
+        said = events(tmp_path / f"{each['name']}.log")
+        assert [event["event"] for event in said].count("round") == 2
+        again = max(index for index, event in enumerate(said) if event["event"] == "round")
+        assert sum(event["event"] == "step" for event in said[again:]) == 7
 
 
 def test_devices_that_are_killed_drop_out_or_go_on(

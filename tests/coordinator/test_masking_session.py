@@ -20,7 +20,7 @@ from masking_help import HISTORY, ROUND, SIZE, TASK, Round, World
 
 from coordinator.accounting import epsilon
 from coordinator.neighbours import MAX_NEIGHBOURS, graph_for
-from coordinator.secure_aggregation import Masking, RefusedStepError, SecureAggregation
+from coordinator.secure_aggregation import AnotherTaskError, Masking, SecureAggregation
 from coordinator.state import State
 from coordinator.tables import MaskingGroup, Settings, Update
 from coordinator.tls import administrator
@@ -521,7 +521,7 @@ def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
         assert said is not None
         state.commit([said])
 
-    with pytest.raises(RefusedStepError, match="another generalist, or with other settings"):
+    with pytest.raises(AnotherTaskError, match="with other settings, by now"):
         say(1, keys=Session(world.device("device 1"), 1, state.history(), TASK).advertisement)
     for number, session in sessions.items():
         say(number, keys=session.advertisement)

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -36,7 +37,7 @@ from edge_runtime.adapters import Vectors, load_fresh, views
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import tokenize
 from edge_runtime.engines import load_engine
-from edge_runtime.errors import AdapterError, ParityError
+from edge_runtime.errors import AdapterError, DivergedError, ParityError
 from edge_runtime.predict import Predictor, memory_plan
 from edge_runtime.store import Home
 from export import mixture
@@ -479,6 +480,20 @@ def test_the_interactive_line(terminal: Terminal, trained_home: Path, tiny_bundl
     terminal.shows(f"> {taken}".rstrip(), *toolbar(taken))
     terminal.type("\x04")
     assert terminal.end() == 0
+
+
+def test_the_interactive_line_ends_with_adapters_beyond_float32(
+    trained_home: Path, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(trained_home, home)
+    state, progress = Home(home).load_state(tiny_bundle)
+    for vector in state.vectors.values():
+        vector[...] = 1e20
+    Home(home).save_state(tiny_bundle, state, progress)
+    terminal = Terminal(home)
+    assert terminal.end() == DivergedError.code
+    terminal.close()
 
 
 def test_the_interactive_line_takes_up_fresher_adapters(

@@ -299,8 +299,8 @@ def test_smollm2_predicts_wikitext_as_transformers_does(
         {(key if key.startswith("lm_head") else prefix + key): v for key, v in base.tensors.items()}
         | {"lm_head.weight": base.tensors["embed_tokens.weight"]}
     )
-    windows = torch.from_numpy(tokens[:-1].reshape(32, 128))
-    targets = torch.from_numpy(tokens[1:].reshape(32, 128))
+    ids = torch.from_numpy(tokens).long()
+    windows, targets = ids[:-1].reshape(32, 128), ids[1:].reshape(32, 128)
     with torch.no_grad():
         losses = [
             torch.nn.functional.cross_entropy(model(w[None]).logits[0], t).item()
