@@ -33,10 +33,14 @@ protos: $(STAMP) ## Generate the Python of protos/*.proto again
 
 BENCH := $(BIN)/comigs bench
 KEPT := --cache build/bench --format json
+ONNX := onnxruntime,onnxruntime:int8
+PTE := executorch,executorch:int8
+DECODED := onnxruntime:int8,onnxruntime:int4,executorch:int8,executorch:int4
 results: $(STAMP) ## Measure again, for an hour and more on an idle machine, and write benchmarks/RESULTS.md
-	$(BENCH) train $(KEPT) > benchmarks/results/train-1x128.json
-	$(BENCH) train --batch 4 $(KEPT) > benchmarks/results/train-4x128.json
-	$(BENCH) decode --peers $(KEPT) > benchmarks/results/decode.json
+	$(BENCH) train --engines $(ONNX) $(KEPT) > benchmarks/results/train-1x128.json
+	$(BENCH) train --engines $(PTE) $(KEPT) > benchmarks/results/train-1x128-executorch.json
+	$(BENCH) train --batch 4 --engines $(ONNX) $(KEPT) > benchmarks/results/train-4x128.json
+	$(BENCH) decode --engines $(DECODED) --peers $(KEPT) > benchmarks/results/decode.json
 	$(BENCH) tier $(KEPT) > benchmarks/results/tier.json
 	$(BENCH) profile $(KEPT) > benchmarks/results/profile.json
 	$(BENCH) coordinator --peers --peer-devices 100 --format json > benchmarks/results/coordinator.json

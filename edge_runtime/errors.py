@@ -5,16 +5,16 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | code | class | meaning |
 |---|---|---|
 | 0 | | success |
-| 1 | | a bug: a traceback was printed |
+| 1 | | a bug, with a traceback; or a process of `demo`, `bench` or the quality gate failed |
 | 2 | | wrong usage of the command line |
 | 10 | BundleError | bundle missing, truncated, altered or newer than this program |
-| 11 | AdapterError | adapters or device state do not fit the bundle |
+| 11 | AdapterError | adapters or device state do not fit the bundle, or state is damaged |
 | 12 | DataError | training text missing, unreadable or too short |
 | 13 | BudgetError | no plan fits the memory budget |
 | 14 | UnreachableError | the coordinator could not be reached |
 | 15 | TrustError | a certificate, or an invitation, is not accepted by the other side |
 | 16 | AddressError | the port cannot be listened on |
-| 17 | StorageError | the disk is full or cannot be written |
+| 17 | StorageError | the disk is full or not writable, what is to be written exists or is in use |
 | 18 | BaseModelError | the base model is not available or not supported |
 | 19 | ParityError | a compiled program disagrees with PyTorch, or ignores its adapters |
 | 20 | MissingPartError | a needed package is not installed |

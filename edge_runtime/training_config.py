@@ -21,7 +21,7 @@ DEFAULTS = {
     "beta2": 0.95,
     "router_steps": 10,
 }
-# In these two zero is a choice of its own, so their defaults hold only where nobody chose anything.
+# In these two zero is a choice of its own, so their defaults hold only where nobody chose them.
 UNCHOSEN = pb.TrainingConfig(weight_decay=0.01, tau=30)
 
 
@@ -38,6 +38,8 @@ def with_defaults(config: pb.TrainingConfig) -> pb.TrainingConfig:
 def load(path: Path | None) -> pb.TrainingConfig:
     """Reads a TrainingConfig in proto3 JSON, or gives the default one for None.
 
+    What a file does not name has its default; weight_decay and tau can be 0 there.
+
     Raises:
         ValueError: with one line, if the file cannot be read or is not a sensible configuration.
     """
@@ -49,6 +51,9 @@ def load(path: Path | None) -> pb.TrainingConfig:
         if not isinstance(values, dict):
             raise ValueError("it is no object")
         json_format.ParseDict(values, config)
+        for field, value in UNCHOSEN.ListFields():
+            if not {field.name, field.json_name} & values.keys():
+                setattr(config, field.name, value)
     except (OSError, ValueError, json_format.ParseError) as error:
         raise ValueError(f"{path} is not a TrainingConfig in JSON: {error}") from error
     try:

@@ -23,6 +23,7 @@ from peft import PeftModel
 from tiny import ExportTiny
 from transformers import GPT2LMHeadModel
 
+from edge_runtime import training_config
 from edge_runtime.adapters import load_fresh, views, zeros
 from edge_runtime.bundle import Bundle
 from edge_runtime.engines import load_engine
@@ -210,6 +211,25 @@ def test_experts_never_learn_from_the_held_out_text(tiny_bundle: Bundle) -> None
     assert same(one, other)
     assert not same(one, start, "generalist")
     assert not same(one, start, "specialist.1")
+
+
+@pytest.mark.parametrize(
+    ("content", "tau", "decay"),
+    [
+        ('{"local_steps": 20}', 30, 0.01),
+        ('{"tau": 0, "weightDecay": 0}', 0, 0.0),
+        ('{"tau": 5, "weight_decay": 0.5}', 5, 0.5),
+    ],
+)
+def test_a_file_that_names_some_constants(
+    tmp_path: Path, content: str, tau: int, decay: float
+) -> None:
+    """Whoever asks for other steps does not mean to do without the router."""
+    path = tmp_path / "training.json"
+    path.write_text(content)
+    config = training_config.load(path)
+    assert (config.tau, config.weight_decay) == (tau, pytest.approx(decay))
+    assert (config.batch_sequences, config.router_steps) == (8, 10)
 
 
 def test_the_router_never_learns_from_the_training_text(tiny_bundle: Bundle) -> None:
