@@ -201,13 +201,14 @@ class SecureAggregation:
         """Whether the open round's steps are still to be made, bounded and noised as they were.
 
         Args:
-            group: once it is settled.
+            group: once it is settled, when all have been made.
         """
         said = (pb.KeyAdvertisement.FromString(m.keys) for m in self._state.masking_members(number))
-        if {keys.task_sha256 for keys in said} - {self._task(number)}:
-            return False
+        tasks = {keys.task_sha256 for keys in said}
         if group is None:
-            return True
+            return not tasks - {self._task(number)}
+        if b"" in tasks:  # of version 4 of the protocol, with other masks
+            return False
         terms = pb.MaskingGroup.FromString(group.terms)
         try:
             now = self._masking.terms(terms.devices)[1]
@@ -615,10 +616,11 @@ class SecureAggregation:
         """What they sign."""
         if self._agreement[0] != group.round:
             terms = pb.MaskingGroup.FromString(group.terms)
-            keys = self._keys_of(group.round) if _graph(group).is_complete else {}
-            known = [pb.KeyAdvertisement.FromString(keys[index]) for index in sorted(keys)]
+            keys = self._keys_of(group.round)
+            told = [pb.KeyAdvertisement.FromString(keys[index]) for index in sorted(keys)]
+            task = told[0].task_sha256  # all devices' in a settled group
+            known = told if _graph(group).is_complete else []
             survivors = self._survivors(group)
-            task = self._task(group.round)
             message = agreement(group.round, self._history, task, terms, known, survivors)
             self._agreement = group.round, message
         return self._agreement[1]

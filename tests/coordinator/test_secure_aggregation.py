@@ -128,9 +128,12 @@ def test_below_the_threshold_nothing_is_learnt(fleet: Fleet, stage: str) -> None
     assert not list((fleet.state / "updates").rglob("*.safetensors"))
 
 
-def test_a_coordinator_that_is_killed_in_any_stage_goes_on(fleet: Fleet) -> None:
-    """When shares are being revealed; in a soak, in every stage and while one device is gone."""
+def test_a_coordinator_that_is_killed_in_any_stage_goes_on(fleet: Fleet, tmp_path: Path) -> None:
+    """When shares are being revealed; in a soak, in every stage and while one device is gone. With
+    other settings of the training, which do not concern what is trained already."""
     bundle = fleet.bundle()
+    training = tmp_path / "training.json"
+    training.write_text('{"localSteps": 7}')
     listen = f"127.0.0.1:{free_port()}"
     rounds = "4" if SOAK else "1"
     # Long enough for devices to come back to a coordinator that was away.
@@ -149,7 +152,7 @@ def test_a_coordinator_that_is_killed_in_any_stage_goes_on(fleet: Fleet) -> None
         def killed(served: Served = served, reached: threading.Event = reached) -> Served:
             assert reached.wait(30)
             served.kill()
-            return fleet.serve(bundle, *options, listen=listen)
+            return fleet.serve(bundle, *options, "--training", training, listen=listen)
 
         *_, served = in_parallel(
             *(
