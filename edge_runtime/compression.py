@@ -61,6 +61,8 @@ def compress(kind: pb.Compression.ValueType, step: Vector) -> bytes:
         blocks = np.zeros((-(-step.size // BLOCK), BLOCK), np.float32)
         blocks.reshape(-1)[: step.size] = step
         scale = np.abs(blocks).max(axis=1) / np.float32(127)
+        with np.errstate(over="ignore"):  # of the largest number there is, it was rounded up
+            scale = np.where(np.isfinite(127 * scale), scale, np.nextafter(scale, np.float32(0)))
         # A block of zeros, or of numbers too small for a scale of their own, is sent as zeros.
         divisor = np.where(scale > 0, scale, np.float32(1))[:, None]
         levels = np.clip(np.rint(blocks / divisor), -127, 127).astype(np.int8)

@@ -6,7 +6,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load, save
@@ -29,6 +29,7 @@ def normal(size: int, seed: int = 0) -> np.ndarray:
 
 
 @given(STEPS, st.sampled_from(KINDS))
+@example(np.array([np.finfo(np.float32).max], np.float32), pb.COMPRESSION_INT8)
 def test_what_is_sent_arrives_and_is_never_larger_than_the_step(
     step: np.ndarray, kind: int
 ) -> None:

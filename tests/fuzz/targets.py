@@ -71,15 +71,18 @@ def _summer(name: str, stage: MaskingStage | None) -> tuple[State, Device, Secur
         for device, session in zip(devices, PLAYED.sessions.values(), strict=True):
             keys = session.advertisement.SerializeToString()
             state.commit([MaskingStep(1, device.id, "keys", keys)])
-        terms = masking.terms(3)[1].SerializeToString()
+        terms = PLAYED.terms.SerializeToString()
         numbers = {device.id: number for number, device in enumerate(devices, 1)}
-        state.settle(1, numbers, degree=2, terms=terms)
+        state.settle(1, numbers, degree=PLAYED.graph.degree, terms=terms)
         for device in devices if stage != MaskingStage.SHARE else ():
             shares = ASKED[1].shares.SerializeToString()
             state.commit([MaskingStep(1, device.id, "shares", shares)])
             place = {"cohort": "base", "round": 1, "device": device.id, "counted": 1}
             known = {"file": device.id, "sha256": b"", "tokens": 1, "contract_sha256": "c"}
             state.commit([Update(**place, **known)])
+        if stage == MaskingStage.UNMASK:
+            signature = ASKED[2].agreed.signature
+            state.commit([MaskingStep(1, devices[0].id, "agreed", signature)])
         state.set_masking_stage(1, stage)
     devices[0].enrolment = "enrolment of device 1"
     return state, devices[0], secure

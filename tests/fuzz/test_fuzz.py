@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 from coordinator_help import PATIENCE, Fleet, invited, join_round
-from fuzz.targets import TARGETS, seeds
+from fuzz.targets import ASKED, SAID, STAGES, SUMMERS, TARGETS, seeds
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor
 from hypothesis import HealthCheck, given, settings
@@ -35,6 +35,17 @@ SEEDS = seeds()
 def test_inputs_that_were_found_before(name: str) -> None:
     for path in sorted((CORPUS / name).glob("*")):
         TARGETS[name](path.read_bytes())
+
+
+def test_what_is_mutated_was_good_in_its_stage() -> None:
+    """Else all that is made of it is turned away at the door."""
+    for asked, (_, device, secure) in zip(ASKED, SUMMERS, strict=True):
+        request = pb.AggregateRequest()
+        request.CopyFrom(asked)
+        request.round = 1
+        secure.step(device, request)
+    for said, (_, session, act) in zip(SAID, STAGES, strict=True):
+        act(session, said)
 
 
 @st.composite
