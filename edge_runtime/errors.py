@@ -14,7 +14,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | 14 | UnreachableError | the coordinator could not be reached |
 | 15 | TrustError | a certificate, or an invitation, is not accepted by the other side |
 | 16 | AddressError | the port cannot be listened on |
-| 17 | StorageError | the disk is full or not writable, what is to be written exists or is in use |
+| 17 | StorageError | the disk is full or fails, or what is to be written exists or is in use |
 | 18 | BaseModelError | the base model is not available or not supported |
 | 19 | ParityError | a compiled program disagrees with PyTorch, or ignores its adapters |
 | 20 | MissingPartError | a needed package is not installed |
