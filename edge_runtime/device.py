@@ -146,7 +146,7 @@ class Device:
             if reply.action == pb.CheckInReply.TRAIN and not answered:
                 try:
                     self._round(client, reply)
-                except GoneError:  # it was restored from a backup after it had answered
+                except GoneError:  # it was restored from a backup, or has other settings by now
                     time.sleep(GONE_SECONDS)
             elif reply.action == pb.CheckInReply.FINISH:
                 self._finish(client, reply.round)

@@ -72,7 +72,7 @@ class Progress:
     round: int = 0  # round being trained, 0 before the first
     round_start: int = 0  # expert step at which it began
     round_seconds: float = 0.0  # training time spent in it
-    task: str = ""  # what it began with, if masks are to hide its step: see `Device.task`
+    task: str = ""  # `task_sha256` (hex) of what it began with
     uploaded: bool = False  # the coordinator has answered to its update
     finished: int = 0  # round whose generalist is in place as the final one, 0 before
     rounds_of: str = ""  # whose rounds these are: see `Device.take_part`
