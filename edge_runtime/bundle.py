@@ -204,6 +204,7 @@ def family_sha256(manifest: pb.Manifest) -> str:
 
 
 def _model(manifest: pb.Manifest) -> str:
-    """What shared tensors mean something to; of the usual mixing, as before there was another."""
+    """The base and the mixing: what shared tensors are for. The default mixing is left out, so that
+    the contract of most bundles stays what it was before mixing counted."""
     mixing = manifest.mixture.mixing
     return manifest.base.sha256 + ("" if mixing == "per_linear" else f" {mixing}")

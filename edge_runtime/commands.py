@@ -359,13 +359,13 @@ def evaluate(
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Perplexity over a whole split, each token predicted once."""
+    if split not in SPLITS:
+        raise typer.BadParameter(f"choose {', '.join(SPLITS)}", param_hint="--split")
     at = Home(home)
     config = _existing(at)
     opened = open_bundle(Path(config.bundle))
     state, _ = at.load_state(opened)
     vectors = adapters.load_fresh(opened) if fresh else state.vectors
-    if split not in SPLITS:
-        raise typer.BadParameter(f"choose {', '.join(SPLITS)}", param_hint="--split")
     splits = read_splits(data, needed=(split,))
     tokens = tokenize(load_tokenizer(opened), splits[split])
     if len(tokens) < 2:

@@ -299,10 +299,11 @@ def _load_tokenizer(name: str, source: _Source, vocabulary: int) -> Tokenizer:
     # Where there is none, transformers makes an empty one.
     if not backend.encode("a").ids:
         raise BaseModelError(f"{name} has no tokenizer; save the model's beside it")
-    saved = cached_file(source.path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
     if source.options:
         backend = _as_gguf_says(name, backend, source.cut, vocabulary)
-    elif saved:
+    elif saved := cached_file(
+        source.path, "tokenizer.json", _raise_exceptions_for_missing_entries=False
+    ):
         _cut_as_saved(backend, Tokenizer.from_file(saved))
     # A saved tokenizer may be set to cut or fill what it encodes.
     backend.no_truncation()
