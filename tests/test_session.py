@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from google.protobuf import json_format
 
+from coordinator.commands import TEXTS
 from edge_runtime import wire
 from edge_runtime.adapters import load_fresh
 from edge_runtime.bundle import Bundle
@@ -71,7 +73,8 @@ class Session:
             *("--training", self.training, "--exit-when-done", "--format", "json"),
         )
         assert process.stdout is not None
-        assert json.loads(process.stdout.readline())["event"] == "listening"
+        self.coordinator_events = [json.loads(process.stdout.readline())]
+        assert self.coordinator_events[0]["event"] == "listening"
         return process
 
     def start_device(self, name: str) -> subprocess.Popen[str]:
@@ -94,8 +97,9 @@ class Session:
             _, error = device.communicate(timeout=240)
             assert device.returncode == 0, error
             events[name] = [json.loads(line) for line in self.log(name).read_text().splitlines()]
-        _, error = self.coordinator.communicate(timeout=90)
+        lines, error = self.coordinator.communicate(timeout=90)
         assert self.coordinator.returncode == 0, error
+        self.coordinator_events += map(json.loads, lines.splitlines())
         return events
 
     def vectors(self, name: str) -> dict[str, np.ndarray]:
@@ -130,6 +134,36 @@ def test_devices_end_with_one_generalist_and_their_own_specialists(
         assert held_out[-1] < held_out[0]
         begun = [e for e in device if e["event"] == "round"]
         assert all(e["seconds_left"] > 0 for e in begun)
+
+
+def documented(command: str) -> dict[str, tuple[set[str], set[str]]]:
+    """What docs/json.md says of the events of a command: all their fields, and those that may be
+    missing."""
+    page = (Path(__file__).parents[1] / "docs" / "json.md").read_text(encoding="utf-8")
+    section = page.split(f"\n## `{command}`\n")[1].split("\n## ")[0]
+    events = {}
+    for row in section.split("|---|---|---|\n")[1].splitlines():
+        names, fields, _ = row.strip("|").split(" | ", 2)
+        optional = re.findall(r"`(\w+)` \((?:only|if) ", fields)
+        told = re.sub(r"\(.*?\)", "", fields)
+        for name in re.findall(r"`(\w+)`", names):
+            events[name] = ({"event", *re.findall(r"`(\w+)`", told)}, set(optional))
+    return events
+
+
+def test_events_are_as_documented(
+    undisturbed: tuple[Session, dict[str, list[dict[str, object]]]],
+) -> None:
+    session, devices = undisturbed
+    coordinator = documented("comigs serve")
+    assert coordinator.keys() == TEXTS.keys()
+    device = documented("comigs device run")
+    said = [(coordinator, e) for e in session.coordinator_events]
+    said += [(device, event) for events in devices.values() for event in events]
+    assert {"round_closed", "summary"} <= {str(event["event"]) for _, event in said}
+    for events, event in said:
+        fields, optional = events[str(event["event"])]
+        assert fields - optional <= event.keys() <= fields, event
 
 
 def test_only_the_generalist_crosses_the_wire(
