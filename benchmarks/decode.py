@@ -179,7 +179,8 @@ def run(
         progress("loading")
         for name in list(theirs):
             try:
-                Contestant(name, theirs[name]).close()
+                with Contestant(name, theirs[name]) as peer:
+                    peer.ask("prefill", prompt)
             except ContestError as error:
                 missing.append({**_who(name), "why": str(error)})
                 del theirs[name], commands[name]

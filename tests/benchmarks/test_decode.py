@@ -20,12 +20,21 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_ours_is_measured_and_what_is_missing_is_named(tiny_base_dir: Path, tmp_path: Path) -> None:
-    done = bench(
-        *("--base", tiny_base_dir, "--weights", "pretrained", "--prompt", 12, "--tokens", 8),
-        *("--engines", "onnxruntime", "--turns", 4, "--cache", tmp_path, "--format", "json"),
-        *("--peers", "--peers-python", tmp_path / "none" / "python"),
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def with_peers(base: Path, cache: Path, python: Path) -> subprocess.CompletedProcess[str]:
+    return bench(
+        *("--base", base, "--weights", "pretrained", "--prompt", 12, "--tokens", 8),
+        *("--engines", "onnxruntime", "--turns", 4, "--cache", cache, "--format", "json"),
+        *("--peers", "--peers-python", python),
     )
+
+
+def test_ours_is_measured_and_what_is_missing_is_named(tiny_base_dir: Path, cache: Path) -> None:
+    done = with_peers(tiny_base_dir, cache, cache / "none" / "python")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     (row,) = result["rows"]
@@ -45,6 +54,27 @@ def test_ours_is_measured_and_what_is_missing_is_named(tiny_base_dir: Path, tmp_
     assert result["peers"] == []
     assert {m["engine"] for m in result["missing"]} >= {"ctranslate2", "llama_cpp", "openvino"}
     assert all("benchmarks/peers/README.md" in m["why"] for m in result["missing"])
+
+
+def test_a_peer_that_crashes_is_named(tiny_base_dir: Path, cache: Path, tmp_path: Path) -> None:
+    """As llama.cpp does, which loads on some processors and then cannot compute."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        'case "$2 $3" in\n'
+        '*llama_cpp\\ convert) mkdir "$5" ;;\n'
+        "*llama_cpp\\ run) echo '\"ready\"'; read -r asked; kill -SEGV $$ ;;\n"
+        "*) exit 1 ;;\n"
+        "esac\n"
+    )
+    python.chmod(0o755)
+    done = with_peers(tiny_base_dir, cache, python)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    (why,) = (m["why"] for m in result["missing"] if m["engine"] == "llama_cpp")
+    assert "ended with -11" in why
+    assert result["peers"] == []
+    assert len(result["rows"]) == 1
 
 
 @pytest.mark.parametrize(
