@@ -94,7 +94,8 @@ class Stacks:
 
     `experts/<module>.lora_A.weight` is (n r, in): the A of the experts that have the module, in the
     manifest's order, each times the scale alpha / sqrt(r). `experts/<module>.lora_B.weight` is
-    (out, n r). So sum_j p_j s B_j A_j x is two products, with the p_j between them.
+    (n r, out), as B^T, which is read faster. So sum_j p_j s B_j A_j x is two products, with the p_j
+    between them.
     """
 
     def __init__(self, manifest: pb.Manifest) -> None:
@@ -104,12 +105,12 @@ class Stacks:
             if tensor.role != ROUTER:
                 pairs[f"{STACK}/{tensor.name.split('/', 1)[1]}"].append(tensor)
         self.arrays: dict[str, Vector] = {}
-        self._slots: dict[str, NDArray[Any]] = {}
+        self._slots: dict[str, Vector] = {}
         for name, tensors in pairs.items():
             n, (rows, columns) = len(tensors), tensors[0].shape
             below = name.endswith(".lora_A.weight")
-            stack = np.zeros((n * rows, columns) if below else (rows, n * columns), np.float32)
-            slots = stack.reshape(n, rows, columns) if below else _rows_as_items(stack, columns).T
+            stack = np.zeros((n * rows, columns) if below else (n * columns, rows), np.float32)
+            slots = stack.reshape(n, -1, stack.shape[1])
             self.arrays[name] = stack
             self._slots |= {t.name: slot for t, slot in zip(tensors, slots, strict=True)}
 
@@ -119,12 +120,7 @@ class Stacks:
             if name.endswith(".lora_A.weight"):
                 np.multiply(value, self._scale, out=self._slots[name])
             elif name in self._slots:
-                self._slots[name][...] = _rows_as_items(value, value.shape[1])[:, 0]
-
-
-def _rows_as_items(matrix: Vector, count: int) -> NDArray[Any]:
-    """A view (rows, columns / count) of which each item is so many numbers, copied as one."""
-    return matrix.view(np.dtype((np.void, count * matrix.itemsize)))
+                self._slots[name][...] = value.T
 
 
 def load_fresh(bundle: Bundle) -> Vectors:

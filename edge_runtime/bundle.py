@@ -17,7 +17,8 @@ from protos import manifest_pb2 as pb
 
 # 2: programs for any number of tokens, which update their cache in place.
 # 3: experts of a module as one input; the memory of a tier.
-FORMAT_VERSION = 3
+# 4: there, B transposed.
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 
 
@@ -133,7 +134,7 @@ def open_bundle(path: Path) -> Bundle:
     """Reads and checks the manifest of the bundle at `path`. Loads no program.
 
     Raises:
-        BundleError: no bundle there, not readable, or written for newer readers.
+        BundleError: no bundle there, not readable, or of another format.
     """
     file = path / MANIFEST
     try:
@@ -158,6 +159,12 @@ def open_bundle(path: Path) -> Bundle:
         )
     if manifest.format_version == 0 or not manifest.tensors:
         raise BundleError(f"{file} is not a valid manifest: it is incomplete; export it again")
+    if manifest.format_version < FORMAT_VERSION:
+        raise BundleError(
+            f"bundle {path} is of format {manifest.format_version}, this program reads "
+            f"{FORMAT_VERSION}; export it again (of the same base and options it is the same for "
+            "coordinators and homes)"
+        )
     sizes = {role.name: role.size for role in manifest.roles}
     for tensor in manifest.tensors:
         if tensor.offset + math.prod(tensor.shape) > sizes.get(tensor.role, 0):

@@ -112,8 +112,8 @@ class GPT2(Decoder):
         if pair is None:
             return q, k, v
         low = x @ pair[0].T
-        rows = [pair[1][i * width : (i + 1) * width] for i in range(3)]
-        return q + low @ rows[0].T, k + low @ rows[1].T, v + low @ rows[2].T
+        columns = [pair[1][:, i * width : (i + 1) * width] for i in range(3)]
+        return q + low @ columns[0], k + low @ columns[1], v + low @ columns[2]
 
     def rotary(self) -> tuple[()]:
         return ()

@@ -79,11 +79,11 @@ def adapted(
     if pair is None:
         return y
     low = x @ pair[0].T
-    return y + (low if shares is None else low * shares) @ pair[1].T
+    return y + (low if shares is None else low * shares) @ pair[1]
 
 
 def stacked(decoder: Decoder, stacks: Stacks, key: str) -> tuple[Tensor, Tensor] | None:
-    """A (n r, in), scaled, and B (out, n r) of the experts on a map, or None if it is no target."""
+    """A (n r, in), scaled, and B^T (n r, out) of a map's experts, or None if it is no target."""
     name = f"{STACK}/{decoder.prefix}{key}"
     if f"{name}.lora_A.weight" not in stacks:
         return None
@@ -115,7 +115,7 @@ def _mlp(
         return y
     a, b = pair
     low = torch.cat([u @ a[rows].T for u, rows in zip(inner, own, strict=True)], -1)
-    return y + (low * shares) @ b.T
+    return y + (low * shares) @ b
 
 
 def _expert_parts(
@@ -127,7 +127,7 @@ def _expert_parts(
     if pair is None:
         return [y] * len(own)
     low = x @ pair[0].T
-    return [y + low[:, ranks] @ pair[1][:, ranks].T for ranks in own]
+    return [y + low[:, ranks] @ pair[1][ranks] for ranks in own]
 
 
 @torch.library.custom_op("comigs::positions", mutates_args=())

@@ -29,7 +29,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from coordinator.administrator import Administrator
 from coordinator.tls import CA_KEY_FILE
 from edge_runtime import adapters, wire
-from edge_runtime.bundle import Bundle, contract_sha256, list_files, open_bundle, write_manifest
+from edge_runtime.bundle import (
+    FORMAT_VERSION,
+    Bundle,
+    contract_sha256,
+    list_files,
+    open_bundle,
+    write_manifest,
+)
 from edge_runtime.client import Client, connect_to_enrol, enrol
 from edge_runtime.connection import Patience, Traffic, Unproven
 from edge_runtime.identity import Identity, new_key, read_identity
@@ -45,7 +52,7 @@ PATIENCE = Patience(1200.0 if os.environ.get("COMIGS_SOAK") else 120.0, on_wait=
 
 def make_manifest(width: int = 16, rank: int = 2) -> manifest_pb2.Manifest:
     """One block, one LoRA pair per expert, one specialist and a router."""
-    manifest = manifest_pb2.Manifest(format_version=1, minimum_reader_version=1)
+    manifest = manifest_pb2.Manifest(format_version=FORMAT_VERSION)
     manifest.base.sha256 = hashlib.sha256(b"a base").hexdigest()
     manifest.base.architecture = "gpt2"
     manifest.mixture.rank, manifest.mixture.alpha = rank, 16

@@ -101,6 +101,10 @@ def newer_manifest(bundle: Path) -> None:
     change_manifest(bundle, lambda manifest: manifest.update(brought))
 
 
+def older_manifest(bundle: Path) -> None:
+    change_manifest(bundle, lambda manifest: manifest.update({"format_version": 3}))
+
+
 def cut_weights(bundle: Path) -> None:
     weights = bundle / "onnx" / "weights.bin"
     with weights.open("r+b") as file:
@@ -145,6 +149,7 @@ def remove_tokenizer(bundle: Path) -> None:
         (empty_manifest, "incomplete.*export it again"),
         (binary_manifest, "copy the bundle again"),
         (newer_manifest, "99.*update comigs"),
+        (older_manifest, "of format 3.*export it again"),
         (no_engines, "does not say what engine onnxruntime costs; copy the bundle again"),
         (no_micro_batch, "a micro-batch of 0; copy the bundle again"),
         (cut_weights, r"weights\.bin has \d+ bytes instead of \d+; copy the bundle again"),
