@@ -89,7 +89,7 @@ class Predictor:
             self._stacks.fill(named)
 
     def logits(self, tokens: list[int]) -> NDArray[np.float32]:
-        """Logits (V,) of the token after `tokens`; of a long text only the end that fits counts.
+        """Logits (V,) of the token after `tokens`; of a long text only its end counts (`_in_view`).
 
         Raises:
             ValueError: `tokens` is empty.
@@ -97,7 +97,7 @@ class Predictor:
         """
         if not tokens:
             raise ValueError("there must be at least one token")
-        tokens = tokens[-self.context :]
+        tokens = self._in_view(tokens)
         same = 0
         for old, new in zip(self._held, tokens[:-1], strict=False):
             if old != new:
@@ -166,7 +166,7 @@ class Predictor:
 
     def explain(self, text: str) -> list[tuple[str, dict[str, float]]]:
         """For each token of `text` that is still in view: its share of each expert, over blocks."""
-        ids = tokenize(self.tokenizer, text).tolist()[-self.context :]
+        ids = self._in_view(tokenize(self.tokenizer, text).tolist())
         if not ids:
             return []
         self.logits(ids)
@@ -180,6 +180,15 @@ class Predictor:
             )
             for token, row in zip(ids, shares, strict=True)
         ]
+
+    def _in_view(self, tokens: list[int]) -> list[int]:
+        """The end of `tokens` that fits into the context, and at least three quarters of that.
+
+        Where it begins moves on by a quarter at a time: if it did with each token, nothing in the
+        cache would be of use any more to a text that grows."""
+        stride = max(1, self.context // 4)
+        beyond = max(0, len(tokens) - self.context)
+        return tokens[-(-beyond // stride) * stride :]
 
     def _check_that_adapters_count(self, vectors: Mapping[str, Vector]) -> None:
         """Runs `decode` twice, the second time with other adapters.

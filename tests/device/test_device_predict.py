@@ -170,13 +170,35 @@ def test_of_a_long_text_the_end_counts(tiny_bundle: Bundle) -> None:
     vectors = mixture.random(tiny_bundle.manifest, 3)
     ours = predictor(tiny_bundle, vectors)
     text = "It is a long text, longer than the context of this little model. " * 3
+    in_view = "".join(token for token, _ in ours.explain(text))
+    assert text.endswith(in_view)
+    assert 3 * context // 4 <= len(in_view) <= context
     by_text = {s.text: s.probability for s in ours.suggest(text, top=256)}
-    end = {s.text: s.probability for s in ours.suggest(text[-context:], top=256)}
+    end = {s.text: s.probability for s in ours.suggest(in_view, top=256)}
     less = {s.text: s.probability for s in ours.suggest(text[: context - 1], top=256)}
     assert by_text == pytest.approx(end, abs=1e-6)
     assert by_text != pytest.approx(less, abs=1e-3)
-    explained = ours.explain(text)
-    assert "".join(token for token, _ in explained) == text[-context:]
+
+
+def test_beyond_the_context_most_tokens_cost_no_more_than_before_it(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typed on and on, all that is in view is computed anew only now and then."""
+    context = tiny_bundle.manifest.tier.context
+    ours = predictor(tiny_bundle, mixture.random(tiny_bundle.manifest, 3))
+    computed: list[int] = []
+    extend = Predictor._extend
+
+    def counting(self: Predictor, name: str, tokens: list[int]) -> object:
+        computed.append(len(tokens))
+        return extend(self, name, tokens)
+
+    monkeypatch.setattr(Predictor, "_extend", counting)
+    text = tokens(5, 4 * context).tolist()
+    for length in range(1, len(text) + 1):
+        ours.logits(text[:length])
+    assert max(computed) <= context
+    assert computed.count(1) >= 0.85 * len(text)
 
 
 def test_suggestions_are_characters_with_their_probabilities_best_first(
