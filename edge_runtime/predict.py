@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from protos import manifest_pb2 as pb
 
 MANY = 8
 """Tokens from which on a program that is made for many is faster, where there is one."""
+FEW = 64  # tokens that are sorted first for suggestions
 # Libraries for text and the tokenizer: measured, rounded up.
 REST_BYTES = 24 * 2**20
 
@@ -144,10 +145,10 @@ class Predictor:
         probabilities = np.exp(logits - logits.max())
         probabilities /= probabilities.sum()
         suggestions: list[Suggestion] = []
-        for token in np.argsort(-probabilities, kind="stable"):
+        for token in _best_first(probabilities):
             if len(suggestions) == top or not np.isfinite(logits[token]):
                 break
-            said = self._text(ids[-1], int(token)).removeprefix(space)
+            said = self._text(ids[-1], token).removeprefix(space)
             if said and "\ufffd" not in said:
                 suggestions.append(Suggestion(said, float(probabilities[token])))
         return suggestions
@@ -252,6 +253,17 @@ class Predictor:
             self._routing.extend(step.outputs["routing"][:, i].copy() for i in range(count))
         self._held.extend(tokens)
         return step.outputs
+
+
+def _best_first(values: NDArray[np.float64]) -> Iterator[int]:
+    """The indices of `values`, of the largest first; of equal ones the lower first.
+
+    To sort a whole vocabulary takes half as long as a token does, and the first few will do."""
+    few = min(FEW, values.size)
+    bound = np.partition(values, -few)[-few]
+    for chosen in (values >= bound, values < bound):
+        indices = np.flatnonzero(chosen)
+        yield from indices[np.argsort(-values[indices], kind="stable")].tolist()
 
 
 def memory_plan(bundle: Bundle, engine: str) -> tuple[bool, int]:
