@@ -46,7 +46,14 @@ from coordinator.cohorts import UNNAMED
 from coordinator.state import State
 from coordinator.tls import CA_FILE, Authority
 from edge_runtime import adapters, wire
-from edge_runtime.bundle import Bundle, contract_sha256, list_files, open_bundle, write_manifest
+from edge_runtime.bundle import (
+    FORMAT_VERSION,
+    Bundle,
+    contract_sha256,
+    list_files,
+    open_bundle,
+    write_manifest,
+)
 from edge_runtime.identity import Identity, new_key, public_key_of
 from protos import manifest_pb2 as pb
 
@@ -347,7 +354,7 @@ def _result(
 
 def make_bundle(path: Path) -> Bundle:
     """A bundle with the roles of GPT-2 124M at rank 8, attention included, and no programs."""
-    manifest = pb.Manifest(format_version=1, minimum_reader_version=1)
+    manifest = pb.Manifest(format_version=FORMAT_VERSION, minimum_reader_version=FORMAT_VERSION)
     manifest.base.architecture, manifest.base.sha256 = "gpt2", "0" * 64
     manifest.mixture.rank = rank = 8
     width = 768
