@@ -164,11 +164,13 @@ class Acceptance:
             number += 1
         if current.done + number - current.number >= self._policy.rounds:
             raise RefusedUpdateError("all rounds have the updates that they wanted", Reason.FULL)
-        behind = number - header.round
+        began = self._state.round(header.round)
+        # By generalists: of a round that was abandoned there is none.
+        behind = current.done + number - current.number - (0 if began is None else began.done)
         if header.round < current.oldest or behind > buffering.max_staleness:
             raise RefusedUpdateError(
                 f"it started from the generalist of round {header.round}, which is too long ago: "
-                f"{buffering.max_staleness} rounds at most, and none before a roll-back",
+                f"{buffering.max_staleness} generalists at most, and none before a roll-back",
                 Reason.STALE,
             )
         if not self._state.standing(header.round, device).participates:

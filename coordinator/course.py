@@ -487,9 +487,9 @@ class Course(Acceptance):
         buffering = self._policy.buffering
         return str(self._policy.recipe) + (f", {buffering}" if buffering else "")
 
-    def _reach(self) -> int:
-        """From how many earlier rounds updates may count in one."""
-        return 0 if self._policy.buffering is None else self._policy.buffering.max_staleness
+    def _reach(self) -> int | None:
+        """How many generalists ago an update may have started; None without asynchronous rounds."""
+        return None if self._policy.buffering is None else self._policy.buffering.max_staleness
 
     def _start_clock(self) -> float | None:
         """The deadline of a round that opens or resumes now, in seconds since the epoch."""

@@ -94,16 +94,17 @@ class Rounds(Course):
             raise RefusedCommandError(
                 f"round {number} is the current one: nothing came of it that could be undone"
             )
-        try:
-            self._ends.read_start(wanted)
-        except AdapterError as error:
-            raise RefusedCommandError(
-                f"the generalist that round {number} started from is missing or damaged; choose "
-                "another round, or restore the state directory from a copy"
-            ) from error
-        updates = self._state.updates(current.number)
-        reason = f"rolled back to the start of round {number} by the administrator"
-        self._state.roll_back(number, reason, command=command)
+        with self._state.keeping_starts():
+            try:
+                self._ends.read_start(wanted)
+            except AdapterError as error:
+                raise RefusedCommandError(
+                    f"the generalist that round {number} started from is missing or damaged; "
+                    "choose another round, or restore the state directory from a copy"
+                ) from error
+            updates = self._state.updates(current.number)
+            reason = f"rolled back to the start of round {number} by the administrator"
+            self._state.roll_back(number, reason, command=command)
         if current.status == Status.OPEN:
             self._report_abandoned(current, updates, reason)
         self._report("rolled_back", {"round": current.number + 1, "to": number})

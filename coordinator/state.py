@@ -15,7 +15,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,7 @@ class State(UpdateRows):
         memory: bytes | None,
         quality: Quality | None = None,
         noise: float | None = None,
-        reach: int = 0,
+        reach: int | None = None,
         clipped: int = 0,
         clipped_coordinates: int = 0,
     ) -> None:
@@ -278,7 +278,8 @@ class State(UpdateRows):
 
         Args:
             noise: noise multiplier of differential privacy; None without it.
-            reach: from how many earlier rounds updates may count in the next one.
+            reach: how many generalists ago an update may have started that counts in the next
+                round; None: it starts from that round's own, and in it.
             clipped, clipped_coordinates: for people, see Round.
         """
         with self._naming:
@@ -295,7 +296,7 @@ class State(UpdateRows):
                     generalist_sha256=digest,
                     memory_file=memory_file,
                     done=closed.done + 1,
-                    oldest=self._oldest(session, closed, reach),
+                    oldest=self._oldest(session, closed, closed.done + 1, reach),
                 )
             self._sweep(number + 1)
 
@@ -307,7 +308,7 @@ class State(UpdateRows):
         command: str | None = None,
         quality: Quality | None = None,
         noise: float | None = None,
-        reach: int = 0,
+        reach: int | None = None,
     ) -> None:
         """Ends the current round; the next one, now waiting, starts from the same generalist.
 
@@ -325,7 +326,7 @@ class State(UpdateRows):
                 generalist_sha256=abandoned.generalist_sha256,
                 memory_file=abandoned.memory_file,
                 done=abandoned.done,
-                oldest=self._oldest(session, abandoned, reach),
+                oldest=self._oldest(session, abandoned, abandoned.done, reach),
                 paused=abandoned.paused,
                 command=command,
             )
@@ -356,12 +357,22 @@ class State(UpdateRows):
         self._sweep(number + 1)
         self.clean()
 
+    @contextlib.contextmanager
+    def keeping_starts(self) -> Iterator[None]:
+        """Meanwhile nothing is deleted that a round starts from."""
+        with self._naming:
+            yield
+
     def clean(self) -> None:
         """Deletes the updates and the optimizer's memory of rounds that are over, and generalists
         that are beyond the number to keep; what cannot be deleted now is another time."""
         # Looked for before the rows: what another thread writes meanwhile is not in the list.
         updates = list((self.directory / UPDATES).glob("*"))
         memories = list((self.directory / MEMORIES).glob("*.safetensors"))
+        with self.keeping_starts():  # else a roll-back could name one between look and deletion
+            self._clean(updates, memories)
+
+    def _clean(self, updates: list[Path], memories: list[Path]) -> None:
         try:
             with self._transaction() as session:
                 rounds = session.scalars(select(Round).where(_ongoing())).all()
@@ -401,6 +412,7 @@ class State(UpdateRows):
         no update that may still count started from them."""
         if self.keep_generalists is None:
             return set()
+        there = {f"{GENERALISTS}/{p.name}" for p in (self.directory / GENERALISTS).glob("*")}
         named: set[str] = set()
         kept: set[str] = set()
         for current in ongoing:
@@ -413,7 +425,7 @@ class State(UpdateRows):
             named.update(latest)
             kept.update(latest[: self.keep_generalists])
             kept.update(file for number, file in starts if number >= current.oldest)
-        return named - kept
+        return (named & there) - kept
 
     def _remove_uncounted(self) -> None:
         """Deletes updates that a kill kept from being counted; their devices send them again."""
@@ -472,14 +484,22 @@ class State(UpdateRows):
         """A round that waits to be opened; `start` has what it starts from and with."""
         session.add(Round(cohort=self.cohort, number=number, status=Status.WAITING, **start))
 
-    def _oldest(self, session: Session, ended: Round, reach: int) -> int:
+    def _oldest(self, session: Session, ended: Round, done: int, reach: int | None) -> int:
         """From which round on updates may count in the next one. Those that were accepted for it
-        or a later one do, whatever the settings are now."""
+        or a later one do, whatever the settings are now.
+
+        Args:
+            done: generalists that were made before the next round.
+        """
         following = ended.number + 1
         accepted = select(func.min(Update.round)).where(
             Update.cohort == self.cohort, Update.counted >= following
         )
-        first = min(following - reach, session.scalar(accepted) or following)
+        first = session.scalar(accepted) or following
+        if reach is not None:
+            near = (Round.cohort == self.cohort) & (Round.done >= done - reach)
+            within = select(func.min(Round.number)).where(near, Round.number >= ended.oldest)
+            first = min(first, session.scalar(within) or following)
         return max(ended.oldest, first)
 
     def _write_generalist(self, number: int, generalist: bytes) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from coordinator_help import (
@@ -147,6 +148,40 @@ def test_cohorts_that_end_rounds_at_the_same_time_keep_their_generalists(tmp_pat
                 assert (tmp_path / current.memory_file).exists()
 
         in_parallel(lambda: live("one"), lambda: live("other"))
+
+
+def test_a_roll_back_beside_a_cleaning_keeps_what_it_goes_back_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is outdated is found, then deleted; a roll-back in between must not name it."""
+    found, deleted_soon = threading.Event(), threading.Event()
+    outdated = State._outdated
+
+    def slowly(*arguments: Any) -> set[str]:
+        files = outdated(*arguments)
+        found.set()
+        deleted_soon.wait(0.5)
+        return files
+
+    def roll_back(state: State) -> None:
+        found.wait(TIMEOUT)
+        with state.keeping_starts():
+            if (tmp_path / state.round(2).generalist_file).exists():
+                state.roll_back(2, "by the administrator", command="1")
+        deleted_soon.set()
+
+    with closing(State(tmp_path)) as whole:
+        state = whole.of("one")
+        state.keep_generalists = 1  # besides what an update may have started from
+        settings = Settings(rounds=9, min_devices=1, deadline_seconds=1, recipe="mean")
+        settings.contract_sha256, settings.training = "", "{}"
+        state.begin(settings, b"start")
+        for number in (1, 2, 3):
+            state.open(number, deadline=None, recipe="mean", participants=[])
+            state.aggregate(number, f"after {number}".encode(), None)
+        monkeypatch.setattr(State, "_outdated", slowly)
+        in_parallel(state.clean, lambda: roll_back(state))
+        assert (tmp_path / state.current().generalist_file).exists()
 
 
 def test_what_a_failed_attempt_to_close_a_round_left_is_deleted(fleet: Fleet) -> None:
