@@ -76,9 +76,14 @@ class QualityGate:
         command = [sys.executable, "-m", "edge_runtime", "perplexity", *map(str, generalists)]
         options = ["--bundle", str(self.bundle), "--text", str(self.text), "--format", "json"]
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            *command, *options, stdin=pipe, stdout=pipe, stderr=pipe
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, *options, stdin=pipe, stdout=pipe, stderr=pipe
+            )
+        except OSError as error:
+            raise ComigsError(
+                f"--quality-gate: the measurement cannot be started: {error.strerror}"
+            ) from error
         try:
             async with asyncio.timeout(MOST_SECONDS):
                 output, complaint = await process.communicate(payload)

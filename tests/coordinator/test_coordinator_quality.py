@@ -1,7 +1,10 @@
 """The quality gate, with a compiled bundle and the engine."""
 
+import asyncio
+import errno
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -20,7 +23,14 @@ from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
-from edge_runtime.errors import AddressError, BundleError, DataError, MissingPartError, TrustError
+from edge_runtime.errors import (
+    AddressError,
+    BundleError,
+    ComigsError,
+    DataError,
+    MissingPartError,
+    TrustError,
+)
 from edge_runtime.training import Evaluator
 from protos import coordinator_pb2 as pb
 
@@ -183,6 +193,19 @@ def refusal(bundle: Path, state: Path, *options: str, without: str = "") -> tupl
         command = ["env", f"PYTHONPATH={state}:{Path(__file__).parents[2]}", *command]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     return done.returncode, done.stderr
+
+
+def test_a_measurement_that_cannot_be_started_is_an_error_like_others(
+    tiny_bundle: Bundle, text_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = QualityGate(tiny_bundle.path, text_dir / "test.txt", 0.0)
+
+    async def no_process(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", no_process)
+    with pytest.raises(ComigsError, match="cannot be started: Resource temporarily unavailable"):
+        asyncio.run(gate.compare(Path("generalist"), b""))
 
 
 def test_a_measurement_that_is_killed_costs_no_round(
