@@ -29,6 +29,7 @@ from typing import Any
 
 from edge_runtime.errors import AuditError, StorageError
 from edge_runtime.files import storage_errors, sync
+from edge_runtime.finite import finite
 
 LOG = "audit.jsonl"
 # What the first entry holds as the hash of the one before.
@@ -307,9 +308,8 @@ def _line(number: int, event: str, by: str, fields: dict[str, Any], previous: st
     entry = {"entry": number, "time": round(time.time(), 3), "event": event, "by": by}
     entry |= {name: _short(value) for name, value in fields.items() if name not in entry}
     entry["previous"] = previous
-    return json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode(
-        errors="backslashreplace"
-    )
+    text = json.dumps(finite(entry), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode(errors="backslashreplace")
 
 
 def _without_certificate(fields: dict[str, Any]) -> dict[str, Any]:

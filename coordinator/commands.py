@@ -19,6 +19,7 @@ import typer
 
 from edge_runtime import training_config
 from edge_runtime.cli import Format, FormatOption, emit, messages
+from edge_runtime.finite import finite
 
 if TYPE_CHECKING:
     from edge_runtime.identity import Identity
@@ -942,8 +943,8 @@ def _moment(time: float) -> str:
 
 
 def _print_json(event: str, fields: dict[str, Any]) -> None:
-    line = json.dumps({"event": event, **fields}, separators=(",", ":"), ensure_ascii=False)
-    _log(line)
+    entry = finite({"event": event, **fields})
+    _log(json.dumps(entry, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
 
 
 def _print_text(event: str, fields: dict[str, Any]) -> None:

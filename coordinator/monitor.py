@@ -21,6 +21,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from edge_runtime.errors import AddressError, StorageError
+from edge_runtime.finite import finite
 
 MOST_CONNECTIONS = 32
 # A connection that says nothing for so long is closed.
@@ -72,7 +73,7 @@ class Monitor:
         answers: Answers = {
             **{path: (partial(_file, name), kind) for path, (name, kind) in PAGE.items()},
             "/metrics": (metrics, CONTENT_TYPE_LATEST),
-            "/overview.json": (lambda: json.dumps(overview()).encode(), "application/json"),
+            "/overview.json": (partial(_json, overview), "application/json"),
         }
         handler = partial(_Handler, answers, frozenset({"localhost", *names}))
         try:
@@ -166,6 +167,10 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             return name in self._hosts
         return True
+
+
+def _json(value: Callable[[], dict[str, Any]]) -> bytes:
+    return json.dumps(finite(value()), allow_nan=False).encode()
 
 
 @cache

@@ -97,7 +97,8 @@ class Overview:
                 {
                     "name": setting.cohort,
                     "rounds_wanted": setting.rounds,
-                    "min_devices": setting.min_devices,
+                    # That a round begins with.
+                    "min_devices": 1 if setting.asynchronous else setting.min_devices,
                     "ended": _ended(session, setting.cohort),
                     "privacy": self._privacy.get(setting.cohort, self._privacy.get("")),
                     "rounds": _rounds(session, setting.cohort),

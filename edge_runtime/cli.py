@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from edge_runtime.errors import ComigsError, MissingPartError, StorageError
+from edge_runtime.finite import finite
 
 # The commands of each entry point, and the extra that brings the packages that they need.
 COMMANDS = {
@@ -54,7 +55,9 @@ messages = Console(stderr=True)
 
 def emit(value: dict[str, Any], *, in_a_line: bool = False) -> None:
     """Prints a command's result, or one of several in a line each, as a JSON document."""
-    sys.stdout.write(json.dumps(value, indent=None if in_a_line else 2, ensure_ascii=False) + "\n")
+    indent = None if in_a_line else 2
+    text = json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(text + "\n")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import math
 import re
 import shutil
 import socket
@@ -29,13 +30,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator import listing
 from coordinator.administrator import Administrator
-from coordinator.audit import AuditLog, Auditor
+from coordinator.audit import LOG, AuditLog, Auditor
 from coordinator.calls import Calls
+from coordinator.commands import _print_json
 from coordinator.metrics import Metrics
 from coordinator.monitor import MOST_CONNECTIONS, Monitor
 from coordinator.overview import Live, Overview
 from coordinator.state import State
 from coordinator.tables import Settings
+from edge_runtime.cli import emit
 from edge_runtime.connection import Traffic, connect
 from edge_runtime.errors import AddressError, TrustError
 from protos import coordinator_pb2 as pb
@@ -229,6 +232,33 @@ def test_what_is_reported_is_shown_and_no_markup_is_read(tmp_path: Path) -> None
     ):
         assert shown in body, body
     assert "<script" not in body
+
+
+def test_a_perplexity_beyond_floats_is_null(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One device's update is enough for it, and `Infinity` is no JSON: no browser reads it."""
+
+    def strictly(text: str | bytes) -> dict[str, Any]:
+        def refuse(constant: str) -> None:
+            raise AssertionError(f"{constant} in {text!r}")
+
+        read: dict[str, Any] = json.loads(text, parse_constant=refuse)
+        return read
+
+    fields = {"cohort": "", "perplexity": {"incoming": 512.25, "candidate": math.inf}}
+    expected = {"incoming": 512.25, "candidate": None}
+    monitor = Monitor("127.0.0.1", 0, names=(), metrics=lambda: b"", overview=lambda: fields)
+    with contextlib.closing(monitor):
+        page = urllib.request.urlopen(f"http://{monitor.address}/overview.json").read()
+    assert strictly(page)["perplexity"] == expected
+    with contextlib.closing(AuditLog(tmp_path)) as log:
+        log.append([("round_abandoned", "coordinator", fields)])
+    assert strictly((tmp_path / LOG).read_text())["perplexity"] == expected
+    _print_json("round_abandoned", fields)
+    emit(fields)
+    event, result = capsys.readouterr().out.split("\n", 1)
+    assert strictly(event)["perplexity"] == strictly(result)["perplexity"] == expected
 
 
 def test_the_latest_privacy_spent_is_kept(tmp_path: Path) -> None:
