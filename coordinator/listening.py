@@ -57,6 +57,11 @@ class Ports:
         wanted = options.enrolment_port
         if wanted is None:
             wanted = port and port + 1
+        elif wanted == bound:  # a shared port would be bound twice, and calls go to either
+            raise AddressError(
+                f"--enrolment-port {wanted} is the port of --listen, and the two need a port each; "
+                "choose another --enrolment-port, or leave it out"
+            )
         plain = grpc.ssl_server_credentials(pairs)
         bound_enrolment = bind(enrolment, host, wanted, "--enrolment-port", plain)
         return cls(main, enrolment, host, bound, bound_enrolment)

@@ -1,5 +1,7 @@
 """Who gets in, who trusts whom, and what a wrong start or a wrong address is told."""
 
+import asyncio
+import datetime
 import socket
 import sqlite3
 import stat
@@ -7,6 +9,7 @@ import time
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -28,6 +31,10 @@ from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from coordinator.calls import Calls
+from coordinator.limits import Limits
+from coordinator.listening import Ports
+from coordinator.tls import Authority
 from edge_runtime import training_config
 from edge_runtime.client import connect_to_enrol
 from edge_runtime.connection import Patience, Unproven, connect
@@ -235,6 +242,23 @@ def test_starts_that_are_refused(fleet: Fleet, served: Served) -> None:
     other = fleet.serve(fleet.bundle(rank=4))
     assert other.process.wait(30) == BundleError.code
     assert "began with a bundle of another base" in other.stderr()
+
+
+@pytest.mark.parametrize("database", [None, "postgresql://nowhere/"])
+def test_ports_that_cannot_be(tmp_path: Path, database: str | None) -> None:
+    """Also with a database, when others may listen on the same port."""
+    authority = Authority.open(tmp_path, datetime.timedelta(days=1))
+
+    async def opened(port: int, enrolment: int | None) -> None:
+        options = SimpleNamespace(
+            listen=f"127.0.0.1:{port}", names=(), limits=Limits(), database=database,
+            enrolment_port=enrolment,
+        )  # fmt: skip
+        Ports.open(options, authority, Calls(None))
+
+    port = free_port()
+    with pytest.raises(AddressError, match=f"--enrolment-port {port} is the port of --listen"):
+        asyncio.run(opened(port, port))
 
 
 def test_training_config(tmp_path: Path) -> None:
