@@ -47,6 +47,11 @@ class Ports:
             AddressError: the address cannot be listened on.
         """
         host, port = split(options.listen)
+        if port == 65535 and options.enrolment_port is None:  # gRPC takes 65536 for any port
+            raise AddressError(
+                f"--listen {options.listen} has the last port, and invitations are used at the "
+                "next one; give --enrolment-port, or choose another --listen"
+            )
         made = authority.server_credentials([bare(host), *options.names])
         pairs = [(made.private_key, made.certificate_chain)]
         # Coordinators of one state may share a port; the kernel deals the connections out.

@@ -259,6 +259,8 @@ def test_ports_that_cannot_be(tmp_path: Path, database: str | None) -> None:
     port = free_port()
     with pytest.raises(AddressError, match=f"--enrolment-port {port} is the port of --listen"):
         asyncio.run(opened(port, port))
+    with pytest.raises(AddressError, match=r"65535 has the last port.*give --enrolment-port"):
+        asyncio.run(opened(65535, None))
 
 
 def test_training_config(tmp_path: Path) -> None:
