@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime import protocol
+from edge_runtime.errors import AddressError
 
 # File descriptors for everything that is no connection: updates that come in, the database, files.
 OTHER_FILES = 512
@@ -193,8 +194,16 @@ def raise_file_limit(connections: int) -> int:
 
     Returns:
         The connections that fit: `connections`, or fewer.
+
+    Raises:
+        AddressError: none does.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most <= OTHER_FILES:
+        raise AddressError(
+            f"no connection could be taken: {OTHER_FILES} files are for other things, and this "
+            f"process may open {most}; raise its hard limit (ulimit -Hn, or LimitNOFILE of systemd)"
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return connections if most == resource.RLIM_INFINITY else min(connections, most - OTHER_FILES)
 

@@ -26,8 +26,9 @@ from coordinator_help import (
     train,
 )
 
-from coordinator.limits import Limits
+from coordinator.limits import OTHER_FILES, Limits, raise_file_limit
 from edge_runtime.client import Client
+from edge_runtime.errors import AddressError
 from edge_runtime.identity import Identity
 from edge_runtime.protocol import NEWEST
 from protos import coordinator_pb2 as pb
@@ -296,6 +297,16 @@ def test_a_slow_download_is_broken_off(fleet: Fleet) -> None:
     with pytest.raises(grpc.RpcError) as error:
         list(chunks)
     assert error.value.code() == grpc.StatusCode.ABORTED
+
+
+def test_too_few_files_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    for most, connections in ((OTHER_FILES + 1, 1), (resource.RLIM_INFINITY, 9)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, most=most: (64, most))
+        assert raise_file_limit(9) == connections
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, OTHER_FILES))
+    with pytest.raises(AddressError, match="raise its hard limit"):
+        raise_file_limit(9)
 
 
 def test_a_round_goes_on_among_idle_connections(fleet: Fleet) -> None:
