@@ -248,6 +248,7 @@ def serve(
         int | None,
         typer.Option(
             min=1,
+            max=MOST,
             help="Updates that a round wants; without it every device takes part.",
             rich_help_panel=SELECTION,
         ),
@@ -256,6 +257,7 @@ def serve(
         float | None,
         typer.Option(
             min=1,
+            max=MOST,
             help="Devices selected for each wanted update.",
             show_default="1.3",
             rich_help_panel=SELECTION,

@@ -12,6 +12,8 @@ from coordinator.selection import Selection
 from edge_runtime.secure_aggregation import LEAST_DEVICES
 
 DELTA = 1e-5
+# With so much, rounds cost nothing; its square must fit a float.
+MOST_NOISE = 1e6
 
 
 def mask(
@@ -93,8 +95,8 @@ def noise(
                 raise ValueError(f"{option} means nothing without --dp-noise")
         return recipe, None
     delta = DELTA if delta is None else delta
-    if not 0 < multiplier < math.inf:
-        raise ValueError(f"--dp-noise {multiplier:g} is not a number above 0")
+    if not 0 < multiplier <= MOST_NOISE:
+        raise ValueError(f"--dp-noise {multiplier:g} is not a number above 0, up to {MOST_NOISE:g}")
     if not 0 < delta < 1:
         raise ValueError(f"--dp-delta {delta:g} is not between 0 and 1")
     if budget is not None and not 0 < budget < math.inf:

@@ -314,6 +314,9 @@ DP = ("--dp-noise", "1")
         ((*PRIVATE, "--dp-budget", "0.5"), "what one round costs"),
         ((*PRIVATE, "--dp-delta", "1"), "between 0 and 1"),
         (("--dp-noise", "0", "--clip-norm", "1"), "above 0"),
+        ((*PRIVATE, "--dp-noise", "1e300"), "--dp-noise 1e+300 is not a number above 0, up to"),
+        ((*PRIVATE, "--over-selection", "1e308"), "'--over-selection': Input should be less"),
+        (("--devices-per-round", str(10**22)), "'--devices-per-round': Input"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
