@@ -43,6 +43,8 @@ LIMITS = "Limits"
 LONGEST_SECONDS = 2_000_000
 # Of what has no limit of its own, so that it fits messages and the database.
 MOST = 10**9
+# Of a round's number in a message.
+MOST_ROUND = 2**32 - 1
 
 
 def _device_names(names: list[str]) -> list[str]:
@@ -78,6 +80,13 @@ def _cohort_names(names: list[str] | None) -> list[str] | None:
     return names
 
 
+def _printable(text: str) -> str:
+    """What a message can hold: bytes that are no text come as surrogates."""
+    if not text.isprintable():
+        raise typer.BadParameter(f"{text!r} is not printable text; leave out what is none")
+    return text
+
+
 def _host_names(names: list[str] | None) -> list[str] | None:
     from coordinator.listening import is_host
 
@@ -109,7 +118,9 @@ DatabaseOption = Annotated[str | None, _database()]
 AddressOption = Annotated[
     str | None, typer.Option(help="HOST:PORT of the coordinator, if not the one in that file.")
 ]
-CohortOption = Annotated[str, typer.Option(help="Which cohort, if there are several.")]
+CohortOption = Annotated[
+    str, typer.Option(help="Which cohort, if there are several.", callback=_printable)
+]
 DEFAULT_ADMIN = Path("state/admin.json")
 
 
@@ -728,7 +739,11 @@ def invite(
     ],
     hours: Annotated[float, typer.Option(help="How long they work.")] = 24,
     cohort: Annotated[
-        str, typer.Option(help="Which cohort they are to be in, if not their bundle's first.")
+        str,
+        typer.Option(
+            help="Which cohort they are to be in, if not their bundle's first.",
+            callback=_printable,
+        ),
     ] = "",
     qr: Annotated[bool, typer.Option("--qr", help="Draw them, for a phone's camera.")] = False,
     admin: AdminOption = DEFAULT_ADMIN,
@@ -869,7 +884,10 @@ def resume(
 
 
 def abort(
-    reason: Annotated[str, typer.Option(help="Why, for those who read `comigs rounds`.")] = "",
+    reason: Annotated[
+        str,
+        typer.Option(help="Why, for those who read `comigs rounds`.", callback=_printable),
+    ] = "",
     cohort: CohortOption = "",
     admin: AdminOption = DEFAULT_ADMIN,
     coordinator: AddressOption = None,
@@ -885,7 +903,10 @@ def abort(
 
 def rollback(
     number: Annotated[
-        int, typer.Argument(metavar="ROUND", min=1, help="The first round to be undone.")
+        int,
+        typer.Argument(
+            metavar="ROUND", min=1, max=MOST_ROUND, help="The first round to be undone."
+        ),
     ],
     cohort: CohortOption = "",
     admin: AdminOption = DEFAULT_ADMIN,

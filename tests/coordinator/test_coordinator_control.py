@@ -23,9 +23,11 @@ from coordinator_help import (
     until,
 )
 from test_coordinator_listing import rows
+from typer.testing import CliRunner
 
 from coordinator import listing
 from coordinator.administrator import Administrator
+from edge_runtime import cli
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 from edge_runtime.connection import Patience
@@ -136,9 +138,10 @@ def test_abort(fleet: Fleet) -> None:
     assert (first["status"], first["reason"]) == ("abandoned", abandoned["reason"])
     assert (second["status"], second["accepted"]) == ("aggregated", 2)
     assert command(fleet.state, "abort").returncode == RefusedError.code, "all rounds are over"
-    bad = command(fleet.state, "abort", "--reason", "two\nlines")
-    assert bad.returncode == RefusedError.code
-    assert "printable text" in bad.stderr
+    with Administrator(served.administrator()) as administrator:
+        for reason in ("two\nlines", "a" * 201):
+            with pytest.raises(RefusedError, match="printable text"):
+                administrator.abort(reason)
 
 
 def test_roll_back(fleet: Fleet) -> None:
@@ -240,6 +243,22 @@ def test_what_cannot_be_rolled_back_is_refused(fleet: Fleet) -> None:
     assert command(fleet.state, "rollback", "0").returncode == 2
     assert [row["status"] for row in rows(fleet.state)] == ["aggregated", "open"]
     assert ada.upload(header(2), train(bundle, ada.download(2), 0, 2)).accepted, "nothing happened"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("rollback", str(2**32)), "Invalid value for 'ROUND'"),
+        (("rollback", "1", "--cohort", "\udcff"), "'--cohort': '\\udcff' is not printable"),
+        (("abort", "--reason", "\udcff"), "'--reason': '\\udcff' is not printable"),
+        (("pause", "--cohort", "\udcff"), "'--cohort': '\\udcff' is not printable"),
+        (("invite", "ada", "--cohort", "a\n"), "'--cohort': 'a\\n' is not printable"),
+    ],
+)
+def test_what_no_message_can_hold_is_wrong_usage(words: tuple[str, ...], message: str) -> None:
+    done = CliRunner().invoke(cli.build(), [*words, "--admin", "nowhere"])
+    assert done.exit_code == 2, done.output
+    assert message in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_commands_are_for_the_administrator(fleet: Fleet) -> None:
