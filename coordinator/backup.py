@@ -251,6 +251,8 @@ def _extract(file: Path, directory: Path) -> Summary:
         if (manifest["format"], manifest["schema"]) != (FORMAT, SCHEMA):
             raise BackupError(f"{file} was made by another version of comigs; restore it with that")
         listed, made_at = manifest["files"], str(manifest["made_at"])
+        if not isinstance(listed, dict) or DATABASE not in listed:
+            raise TypeError(f"it lists no {DATABASE}")
     except FileNotFoundError as error:
         raise BackupError(f"there is no {file}; check the path") from error
     except (IsADirectoryError, PermissionError) as error:

@@ -1,5 +1,6 @@
 """A backup of a running coordinator is whole, and rounds go on soundly from an older one."""
 
+import io
 import json
 import random
 import sqlite3
@@ -24,6 +25,8 @@ from coordinator_help import (
 )
 
 from coordinator import backup
+from coordinator.state import DATABASE
+from coordinator.tables import SCHEMA
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
@@ -243,6 +246,19 @@ def test_damaged_backups_and_places_that_are_taken(fleet: Fleet, tmp_path: Path)
     start = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
     backup.restore(good, target)
     assert [file.read_bytes() for file in (target / "generalists").iterdir()] == [start]
+
+
+@pytest.mark.parametrize("files", [[], {}, [DATABASE], {DATABASE: 1}, None])
+def test_a_list_of_files_that_no_backup_has(tmp_path: Path, files: object) -> None:
+    written = {"format": backup.FORMAT, "schema": SCHEMA, "made_at": "", "files": files}
+    content = json.dumps(written).encode()
+    with tarfile.open(tmp_path / "bad", "w") as archive:
+        member = tarfile.TarInfo(backup.MANIFEST)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(BackupError, match="damaged"):
+        backup.restore(tmp_path / "bad", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_backup_holds_no_earlier_ones(fleet: Fleet) -> None:
