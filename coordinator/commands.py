@@ -55,6 +55,16 @@ def _device_names(names: list[str]) -> list[str]:
     return names
 
 
+def _invited_names(names: list[str]) -> list[str]:
+    for name in _device_names(names):
+        if names.count(name) > 1:
+            raise typer.BadParameter(
+                f"{name!r} is there more than once, and of invitations of one name only the last "
+                "works; name each device once"
+            )
+    return names
+
+
 def _collector(url: str | None) -> str | None:
     """An address of OTLP over gRPC; of anything else the exporter would complain for ever."""
     if url is not None:
@@ -734,7 +744,7 @@ def invite(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME", help="One invitation is made for each.", callback=_device_names
+            metavar="NAME", help="One invitation is made for each.", callback=_invited_names
         ),
     ],
     hours: Annotated[float, typer.Option(help="How long they work.")] = 24,

@@ -252,10 +252,11 @@ def test_what_cannot_be_rolled_back_is_refused(fleet: Fleet) -> None:
         (("rollback", "1", "--cohort", "\udcff"), "'--cohort': '\\udcff' is not printable"),
         (("abort", "--reason", "\udcff"), "'--reason': '\\udcff' is not printable"),
         (("pause", "--cohort", "\udcff"), "'--cohort': '\\udcff' is not printable"),
+        (("invite", "ada", "ben", "ada"), "'ada' is there more than once"),
         (("invite", "ada", "--cohort", "a\n"), "'--cohort': 'a\\n' is not printable"),
     ],
 )
-def test_what_no_message_can_hold_is_wrong_usage(words: tuple[str, ...], message: str) -> None:
+def test_what_cannot_be_asked_is_wrong_usage(words: tuple[str, ...], message: str) -> None:
     done = CliRunner().invoke(cli.build(), [*words, "--admin", "nowhere"])
     assert done.exit_code == 2, done.output
     assert message in " ".join(done.stderr.replace("│", " ").split())
