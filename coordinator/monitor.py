@@ -75,7 +75,8 @@ class Monitor:
             "/metrics": (metrics, CONTENT_TYPE_LATEST),
             "/overview.json": (partial(_json, overview), "application/json"),
         }
-        handler = partial(_Handler, answers, frozenset({"localhost", *names}))
+        hosts = frozenset({"localhost", *(name.lower() for name in names)})
+        handler = partial(_Handler, answers, hosts)
         try:
             self._server = _Server(host.strip("[]"), port, handler)
         except OSError as error:
@@ -165,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             ipaddress.ip_address(name.strip("[]"))
         except ValueError:
-            return name in self._hosts
+            return name.lower() in self._hosts  # browsers send lower case, whatever was typed
         return True
 
 

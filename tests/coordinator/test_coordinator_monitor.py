@@ -291,11 +291,12 @@ def request(address: str, path: str, host: str, method: str = "GET") -> http.cli
 
 
 def test_what_the_monitor_refuses(fleet: Fleet) -> None:
-    served, address = monitored(fleet, "--name", "127.0.0.1", "--name", "lab.test")
+    served, address = monitored(fleet, "--name", "127.0.0.1", "--name", "Lab.test")
     port = address.rpartition(":")[2]
     # A page of elsewhere whose name leads here must not read along.
     for host, status in (
         *((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("lab.test", 200)),
+        *((f"LAB.test:{port}", 200), ("Localhost", 200)),
         *((f"[::1]:{port}", 200), ("evil.test", 421), (f"evil.test:{port}", 421), ("", 421)),
     ):
         assert request(address, "/overview.json", host).status == status, host
