@@ -652,7 +652,7 @@ def audit(
             else:
                 _print(audit.text(entry))
     finally:
-        if entries:
+        if output is Format.JSON and not verify:  # also those before a broken chain, and none
             emit({"entries": [vars(entry) for entry in entries]})
     if not found:
         raise audit.missing(path, str(expect))

@@ -16,11 +16,13 @@ import pytest
 from coordinator_help import PATIENCE, Fleet, header, invited, join_round
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from coordinator import audit
 from coordinator.administrator import Administrator
 from coordinator.audit import AuditLog, Auditor, read
 from coordinator.tls import subject_of
+from edge_runtime import cli
 from edge_runtime.connection import Patience, connect
 from edge_runtime.errors import AuditError, RefusedError, StorageError, TrustError, UnreachableError
 from protos import coordinator_pb2 as pb
@@ -213,6 +215,19 @@ def test_the_command(fleet: Fleet) -> None:
     assert done.returncode == AuditError.code
     assert "its end was cut off" in " ".join(done.stderr.split())
     assert comigs("audit", "--state", fleet.directory / "none").returncode == 2
+
+
+def test_entries_for_programs(tmp_path: Path) -> None:
+    """None of an empty log, and of a broken chain those before."""
+    words = ["audit", "--state", str(tmp_path), "--format", "json"]
+    log = tmp_path / audit.LOG
+    log.write_bytes(b"")
+    done = CliRunner().invoke(cli.build(), words)
+    assert (done.exit_code, json.loads(done.stdout)) == (0, {"entries": []})
+    log.write_bytes(written(tmp_path, 3).replace(b'"entry":3', b'"entry":4'))
+    done = CliRunner().invoke(cli.build(), words)
+    assert isinstance(done.exception, AuditError)
+    assert [entry["number"] for entry in json.loads(done.stdout)["entries"]] == [1, 2]
 
 
 def test_an_act_that_cannot_be_logged_is_not_done(fleet: Fleet) -> None:
