@@ -83,7 +83,7 @@ def group(
         )
     groups: dict[str, Group] = {}
     for same in kinds.values():
-        ordered = tuple(sorted(same, key=lambda bundle: -bundle.manifest.mixture.rank))
+        ordered = tuple(sorted(same, key=lambda bundle: _precedence(bundle, known)))
         contract = contract_sha256(ordered[0].manifest)
         own = [name for name, theirs in known.items() if theirs == contract]
         default = _free_name(name_of(ordered[0].manifest), contract, known, groups)
@@ -96,6 +96,13 @@ def group(
             "or largest rank; serve such a bundle, too, or choose another --state"
         )
     return list(groups.values())
+
+
+def _precedence(bundle: Bundle, known: Mapping[str, str]) -> tuple[int, bool]:
+    """Sorts first what the generalist is made by: of the largest rank the one that it began with,
+    since those of one rank may differ in alpha and be given in another order."""
+    begun = contract_sha256(bundle.manifest) in known.values()
+    return -bundle.manifest.mixture.rank, not begun
 
 
 def _free_name(wanted: str, contract: str, known: Mapping[str, str], taken: Iterable[str]) -> str:

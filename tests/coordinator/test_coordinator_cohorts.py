@@ -28,6 +28,7 @@ from coordinator_help import (
 from google.protobuf import json_format
 
 from coordinator.administrator import Administrator
+from coordinator.cohorts import group
 from edge_runtime import wire
 from edge_runtime.adapters import views
 from edge_runtime.bundle import MANIFEST, Bundle, contract_sha256, open_bundle
@@ -241,6 +242,24 @@ def test_starts_that_are_refused(fleet: Fleet, tmp_path: Path) -> None:
 
 
 # Ranks
+
+
+def test_bundles_of_one_rank_may_come_in_another_order(tmp_path: Path) -> None:
+    """They differ in alpha; the generalist stays that of the one that it began with."""
+    first, second = (bundle_of(tmp_path / str(alpha), "base", alpha=alpha) for alpha in (16, 32))
+    small = bundle_of(tmp_path / "small", "base", rank=1)
+    begun = contract_sha256(first.manifest)
+    assert begun != contract_sha256(second.manifest)
+    for order, known in (
+        ((first, second, small), {}),
+        ((second, small, first), {"base": begun}),
+        ((small, second, first), {"base": begun, "beta": begun}),
+    ):
+        groups = group(order, mixed=True, known=known, names=[])
+        assert [each.name for each in groups] == list(known or ["base"])
+        assert [each.bundles for each in groups] == [(first, second, small)] * len(groups)
+    with pytest.raises(BundleError, match="largest rank"):
+        group([second, small], mixed=True, known={"base": begun}, names=[])
 
 
 def scaled_products(bundle: Bundle, payload: bytes) -> list[np.ndarray]:
