@@ -42,6 +42,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from tokenizers import Tokenizer
 
 from benchmarks.report import DemoResult, UserResult
 from benchmarks.users import UserText, write_users
@@ -51,7 +52,7 @@ from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.cli import LARGEST_SEED, messages
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
-from edge_runtime.errors import ComigsError, StorageError
+from edge_runtime.errors import ComigsError, DataError, StorageError
 from edge_runtime.files import write_atomic
 from edge_runtime.identity import read_identity
 from edge_runtime.predict import Predictor
@@ -150,6 +151,7 @@ class Demo:
         """
         Raises:
             StorageError: `out` cannot be written, or has homes or users that no demo made.
+            DataError: a user's test split has fewer than two tokens; nothing was compiled.
         """
         started = time.monotonic()
         steps = self.training.rounds * self.training.local_steps
@@ -424,6 +426,7 @@ def _compile(
     torch.set_num_threads(1)  # as many processes as cores: threads of one wait for the other's
     notes.put((name, "loading the base"))
     base = load_base(demo.base)
+    _check_tests(demo.users, base.tokenizer)
     batch = demo.training.batch_sequences
     # Four devices share this machine's memory: a large base takes its batches in parts.
     micro_batch = 2 if base.parameters > LARGE and batch % 2 == 0 else batch
@@ -446,6 +449,19 @@ def _compile(
             progress=lambda line: notes.put((name, line)),
         )
     return out
+
+
+def _check_tests(users: Sequence[UserText], tokenizer: Tokenizer) -> None:
+    """
+    Raises:
+        DataError: a user's test split has no token to predict; its loss is wanted in the end.
+    """
+    for user in users:
+        if (count := len(tokenize(tokenizer, user.test))) < 2:
+            raise DataError(
+                f"user {user.name}: the test split has too few tokens to predict one ({count}, 2 "
+                f"are needed); put more text into {user.name}/test.txt"
+            )
 
 
 def _shower(progress: Progress, task: TaskID) -> Callable[[dict[str, Any]], None]:

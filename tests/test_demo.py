@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import queue
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.demo import _places, _sentence
-from edge_runtime.errors import StorageError
+from benchmarks.demo import Demo, _compile, _places, _sentence
+from benchmarks.users import UserText
+from edge_runtime import training_config
+from edge_runtime.errors import DataError, StorageError
+from export.mixture import Mixture
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,22 @@ def test_what_no_demo_made_is_not_deleted(
     assert done.returncode == StorageError.code
     assert "choose another --out" in done.stderr
     assert key.exists()
+
+
+def test_a_test_split_of_one_token_is_refused_before_anything_is_compiled(
+    tiny_base_dir: Path, tmp_path: Path
+) -> None:
+    demo = Demo(
+        users=[UserText("ann", "", *["Some text."] * 3), UserText("bob", "", *["Text."] * 2, "x")],
+        base=str(tiny_base_dir),
+        engine="onnxruntime",
+        precision="float32",
+        training=training_config.load(None),
+        out=tmp_path / "demo",
+    )
+    with pytest.raises(DataError, match=r"user bob: .*; put more text into bob/test\.txt"):
+        _compile(demo, "method", Mixture(), ("eval_loss",), queue.Queue())
+    assert not demo.out.exists()
 
 
 def test_suggestions_are_asked_for_at_word_boundaries() -> None:
