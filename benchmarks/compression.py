@@ -10,7 +10,6 @@ and router. Everything but the network is what a session runs.
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.compression import NAMES, compress, decompress
 from edge_runtime.data import Batches, load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
-from edge_runtime.training import Evaluator, Trainer, new_state
+from edge_runtime.training import Evaluator, Trainer, new_state, perplexity_of
 from protos import coordinator_pb2 as pb
 
 ENGINE = "onnxruntime"
@@ -71,7 +70,7 @@ class User:
 
     def perplexity(self, generalist: Vector) -> float:
         vectors = self.state.vectors | {GENERALIST: generalist}
-        return math.exp(Evaluator(self.bundle, self.engine, vectors).loss(self.test))
+        return perplexity_of(Evaluator(self.bundle, self.engine, vectors).loss(self.test))
 
 
 def session(

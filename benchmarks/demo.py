@@ -57,7 +57,7 @@ from edge_runtime.files import write_atomic
 from edge_runtime.identity import read_identity
 from edge_runtime.predict import Predictor
 from edge_runtime.store import Home
-from edge_runtime.training import Evaluator
+from edge_runtime.training import Evaluator, perplexity_of
 from export.mixture import Mixture
 from protos import coordinator_pb2 as pb
 
@@ -302,7 +302,7 @@ class Demo:
             for user in self.users:
                 if arm != "base":
                     self._load(vectors, bundle, arm, user)
-                perplexities[user.name][arm] = math.exp(evaluator.loss(tests[user.name]))
+                perplexities[user.name][arm] = perplexity_of(evaluator.loss(tests[user.name]))
                 progress.advance(task)
         bundle = bundles["method"]
         predictor = Predictor(bundle, engine, load_fresh(bundle))
@@ -475,7 +475,7 @@ def _shower(progress: Progress, task: TaskID) -> Callable[[dict[str, Any]], None
                 note=f"round {event['round']}  loss {event['loss']:.2f}",
             )
         elif event["event"] == "held_out":
-            progress.update(task, note=f"held-out perplexity {math.exp(event['loss']):.1f}")
+            progress.update(task, note=f"held-out perplexity {perplexity_of(event['loss']):.1f}")
         elif event["event"] == "waiting":
             progress.update(task, note=event["message"])
 
@@ -484,7 +484,8 @@ def _shower(progress: Progress, task: TaskID) -> Callable[[dict[str, Any]], None
 
 def _curve(child: Child) -> list[tuple[int, float]]:
     """Held-out perplexity by expert step; the last measurement at a step counts."""
-    points = {int(step): math.exp(loss) for step, loss in child.last("summary")["held_out_loss"]}
+    losses = child.last("summary")["held_out_loss"]
+    points = {int(step): perplexity_of(loss) for step, loss in losses}
     return sorted(points.items())
 
 

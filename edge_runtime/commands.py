@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,14 +31,12 @@ from edge_runtime.identity import Identity
 from edge_runtime.invitation import decode
 from edge_runtime.predict import Predictor, Suggestion, memory_plan
 from edge_runtime.store import DeviceConfig, Home
-from edge_runtime.training import Evaluator
+from edge_runtime.training import Evaluator, perplexity_of
 from protos import coordinator_pb2 as pb
 
 T = TypeVar("T")
 
 FRESH = Path("the bundle's own")
-# A perplexity of more is beyond what a float holds.
-LARGEST_LOSS = 700.0
 
 HomeOption = Annotated[Path, typer.Option(help="The device's home directory.")]
 
@@ -376,23 +373,14 @@ def evaluate(
         "name": config.name,
         "split": split,
         "tokens": len(tokens),
-        "loss": _finite(loss),
-        "perplexity": _finite(_perplexity(loss)),
+        "loss": loss,
+        "perplexity": perplexity_of(loss),
     }
     if output is Format.JSON:
         emit(result)
     else:
         of_what = f"{len(tokens)} {split} tokens"
-        print(f"{config.name}: perplexity {_perplexity(loss):.2f} over {of_what}")
-
-
-def _perplexity(loss: float) -> float:
-    return math.inf if loss > LARGEST_LOSS else math.exp(loss)
-
-
-def _finite(value: float) -> float | None:
-    """For JSON, which has no other numbers."""
-    return value if math.isfinite(value) else None
+        print(f"{config.name}: perplexity {perplexity_of(loss):.2f} over {of_what}")
 
 
 def experts(
@@ -455,9 +443,9 @@ def perplexity(
             for role, vector in wire.decode(opened.manifest, _payload(generalist)).items():
                 # In place: the program is bound to this memory.
                 vectors[role][...] = vector
-        entries.append((str(generalist), _perplexity(evaluator.loss(tokens))))
+        entries.append((str(generalist), perplexity_of(evaluator.loss(tokens))))
     if output is Format.JSON:
-        found = [{"generalist": name, "perplexity": _finite(value)} for name, value in entries]
+        found = [{"generalist": name, "perplexity": value} for name, value in entries]
         emit({"tokens": len(tokens), "generalists": found})
         return
     for name, value in entries:

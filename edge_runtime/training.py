@@ -25,6 +25,8 @@ from protos import coordinator_pb2 as pb
 from protos import manifest_pb2
 
 EPSILON = 1e-8
+# A perplexity of more is beyond what a float holds.
+LARGEST_LOSS = 709.0
 
 
 @dataclass
@@ -217,6 +219,11 @@ def diverged(what: str, step: int) -> DivergedError:
         f"{what} not finite after training step {step}; lower the learning rate where --training "
         "is given: what was saved before is intact"
     )
+
+
+def perplexity_of(loss: float) -> float:
+    """Of a mean loss; infinity where a float holds none."""
+    return math.inf if loss > LARGEST_LOSS else math.exp(loss)
 
 
 class Evaluator:

@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress
 
-from benchmarks.demo import Demo, _compile, _places, _sentence
+from benchmarks.demo import Demo, _compile, _curve, _places, _sentence, _shower
 from benchmarks.users import UserText
 from edge_runtime import training_config
+from edge_runtime.cli import emit
 from edge_runtime.errors import DataError, StorageError
+from edge_runtime.training import perplexity_of
 from export.mixture import Mixture
 
 
@@ -110,6 +113,30 @@ def test_a_test_split_of_one_token_is_refused_before_anything_is_compiled(
     with pytest.raises(DataError, match=r"user bob: .*; put more text into bob/test\.txt"):
         _compile(demo, "method", Mixture(), ("eval_loss",), queue.Queue())
     assert not demo.out.exists()
+
+
+class Ended:
+    """A device that said what its losses were."""
+
+    def last(self, kind: str) -> dict[str, object]:
+        return {"event": kind, "held_out_loss": [[0, 0.0], [5, 1.0], [5, 800.0]]}
+
+
+def test_a_loss_beyond_what_a_float_holds_is_an_infinite_perplexity(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert perplexity_of(1.0) == math.e
+    assert perplexity_of(709.0) > 1e304
+    assert perplexity_of(800.0) == math.inf
+    curve = _curve(Ended())
+    assert curve == [(0, 1.0), (5, math.inf)]
+    progress = Progress()
+    task = progress.add_task("method: ann", note="")
+    _shower(progress, task)({"event": "held_out", "loss": 800.0})
+    assert progress.tasks[0].fields["note"] == "held-out perplexity inf"
+    # JSON has no infinity.
+    emit({"curves": curve})
+    assert json.loads(capsys.readouterr().out) == {"curves": [[0, 1.0], [5, None]]}
 
 
 def test_suggestions_are_asked_for_at_word_boundaries() -> None:
