@@ -120,6 +120,11 @@ def bench_train(
     """Time a training step beside PyTorch eager, taking turns; memory, gradients, share of peak."""
     check_weights(weights)
     contestants = _contestants(engines)
+    if four_bits := next((engine for engine, kind in contestants if kind == "int4"), None):
+        raise typer.BadParameter(
+            f"the training step of an int4 bundle is int8's; time {four_bits}:int8 instead",
+            param_hint="--engines",
+        )
     from benchmarks import train_step
 
     with telling("loading the base") as tell, _wrong_usage("--length"):

@@ -66,6 +66,12 @@ def test_an_unknown_engine_is_refused(tiny_base_dir: Path, engine: str) -> None:
     assert engine.rpartition(":")[2] in done.stderr
 
 
+def test_int4_is_refused_before_anything_runs(tiny_base_dir: Path) -> None:
+    done = bench("--base", tiny_base_dir, "--engines", "onnxruntime,onnxruntime:int4")
+    assert done.returncode == 2
+    assert "int4 bundle is int8's; time onnxruntime:int8 instead" in done.stderr
+
+
 def test_a_length_beyond_the_positions_is_refused(tiny_base_dir: Path) -> None:
     done = bench("--base", tiny_base_dir, "--length", 33)
     assert done.returncode == 2
