@@ -1,4 +1,4 @@
-"""Bundles for a benchmark: compiled once, and found again while the compiler stays the same."""
+"""Bundles for a benchmark: compiled once, and found again while what made them stays the same."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import edge_runtime
 import export
 from edge_runtime.bundle import Bundle, open_bundle
 from export.base import Base
 from export.bundle import export_bundle
 from export.mixture import Mixture
 from export.tiers import Tier
+
+LIBRARIES = ("torch", "onnxruntime", "executorch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +69,23 @@ def kept_in(folder: Path | None) -> Iterator[Path]:
 
 
 def sources_digest() -> str:
-    """Of the compiler's own code."""
+    """Of all that decides about a bundle beside its base, whose hash tells of the weights: the
+    compiler with its data, what it has of the device's, and what both of them build on."""
     digest = hashlib.sha256()
-    for path in sorted(Path(export.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for package, pattern in ((export, "*"), (edge_runtime, "*.py")):
+        root = Path(str(package.__file__)).parent
+        for path in sorted(path for path in root.rglob(pattern) if path.is_file()):
+            name = path.relative_to(root)
+            if "__pycache__" not in name.parts and path.suffix != ".safetensors":
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(f"{package.__name__}/{name} {content}\n".encode())
+    for library in LIBRARIES:
+        digest.update(f"{library} {_installed(library)}\n".encode())
     return digest.hexdigest()
+
+
+def _installed(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # executorch is only needed for its own programs
+        return "none"

@@ -419,6 +419,7 @@ def _compile(
     """Compiles a bundle unless it is there already; runs in a process of its own."""
     import torch
 
+    from benchmarks.compiled import sources_digest
     from export.base import load_base
     from export.bundle import export_bundle
     from export.tiers import tiers
@@ -433,7 +434,7 @@ def _compile(
     tier = replace(tiers()["laptop"], micro_batches=(micro_batch,))
     key = hashlib.sha256(
         f"{base.sha256} {demo.precision} {mixture} {tier} {demo.engine} {programs} {demo.seed} "
-        f"{_sources()}".encode()
+        f"{sources_digest()}".encode()
     ).hexdigest()[:16]
     out = demo.out / "bundles" / f"{name}-{key}"
     if not out.exists():
@@ -507,11 +508,3 @@ def _sentence(text: str) -> str:
     start = text.find("\n", len(text) // 3) + 1
     end = text.find("\n", start + 120)
     return text[start : end if end > 0 else None][:240]
-
-
-def _sources() -> str:
-    """Hash of the compiler's and the programs' sources: other code makes other bundles."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parents[1] / "export").glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
