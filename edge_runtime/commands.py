@@ -27,6 +27,7 @@ from edge_runtime.device import Device
 from edge_runtime.engines import ENGINES, load_engine
 from edge_runtime.enrolment import identity_from
 from edge_runtime.errors import AdapterError, DataError, StorageError
+from edge_runtime.files import removed_on_failure
 from edge_runtime.identity import Identity
 from edge_runtime.invitation import decode
 from edge_runtime.predict import Predictor, Suggestion, memory_plan
@@ -394,7 +395,8 @@ def experts(
     state, _ = at.load_state(opened)
     if out.exists():
         raise StorageError(f"{out} exists; give another --out")
-    adapters.save_directory(opened.manifest, state.vectors, out)
+    with removed_on_failure(out):
+        adapters.save_directory(opened.manifest, state.vectors, out)
     written = {
         role.name: str(out / role.path)
         for role in opened.manifest.roles

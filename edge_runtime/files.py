@@ -1,7 +1,8 @@
-"""Files that are either wholly there or not there at all."""
+"""Files, and directories, that are either wholly there or not there at all."""
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,16 @@ def storage_errors(path: Path) -> Iterator[None]:
             f"cannot write {path}: {error.strerror}; free some space or choose another "
             "directory, then start again: what was saved before is intact"
         ) from error
+
+
+@contextlib.contextmanager
+def removed_on_failure(directory: Path) -> Iterator[None]:
+    """Around what makes `directory`: there is nothing in the way when it is tried again."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from edge_runtime.bundle import (
 )
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import StorageError
-from edge_runtime.files import storage_errors
+from edge_runtime.files import removed_on_failure, storage_errors
 from edge_runtime.measure import measure
 from export import mixture as mixtures
 from export import parity
@@ -83,7 +82,7 @@ def export_bundle(
     staging = out.with_name(out.name + ".partial")
     _keep_what_is_not_ours(staging, MANIFEST, TOKENIZER_FILE)  # one was killed after either
     shutil.rmtree(staging, ignore_errors=True)
-    with storage_errors(staging), _removed_on_failure(staging):
+    with storage_errors(staging), removed_on_failure(staging):
         staging.mkdir(parents=True)
         manifest = _manifest(base, mixture, tier, precision)
         base.tokenizer.save(str(staging / TOKENIZER_FILE))
@@ -147,15 +146,6 @@ def _let_others_read(manifest: pb.Manifest, directory: Path) -> None:
     mode = stat.S_IMODE((directory / MANIFEST).stat().st_mode)
     for entry in manifest.files:
         (directory / entry.path).chmod(mode)
-
-
-@contextlib.contextmanager
-def _removed_on_failure(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,14 @@ def test_experts_of_a_home_open_in_peft(
     """Each means on its own what it means to our programs."""
     home, out = tmp_path / "home", tmp_path / "experts"
     run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 1)
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # not even one expert fits
+
+    # A disk that was full leaves nothing in the way of the same command.
+    failed = comigs("device", "experts", "--home", home, "--out", out, preexec_fn=full)
+    assert "free some space" in refusal(failed, StorageError.code)
+    assert not out.exists()
     done = comigs("device", "experts", "--home", home, "--out", out, "--format", "json")
     assert done.returncode == 0, done.stderr
     written = json.loads(done.stdout)["experts"]
