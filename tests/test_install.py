@@ -147,6 +147,8 @@ def test_the_readme_has_the_same_exit_codes() -> None:
     section = readme.split("\n## Exit codes\n")[1].split("\n## ")[0]
     in_code = {code: row[-1] for code, row in table(inspect.getdoc(errors) or "").items()}
     assert {code: row[-1] for code, row in table(section).items()} == in_code
+    # Older bundles are refused like newer ones.
+    assert "of another format" in in_code[errors.BundleError.code]
 
 
 def comigs(*arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
