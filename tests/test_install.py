@@ -35,7 +35,7 @@ MAY_IMPORT = {
             f"edge_runtime.{name}"
             for name in (
                 *("adapters", "bundle", "cli", "compression", "connection", "errors", "files"),
-                *("identity", "neighbours"),
+                *("finite", "identity", "neighbours"),
                 *("invitation", "masking", "noise", "protocol", "quantization"),
                 *("secure_aggregation", "shamir", "training_config", "wire"),
             )
