@@ -69,8 +69,9 @@ def export_bundle(
         ValueError: the mixture names other targets than the base has.
         AdapterError: `generalist` cannot be read, or has another rank or other targets.
         ParityError: a program disagrees with PyTorch; `out` is untouched.
-        StorageError: `out` exists and `overwrite` is not set, or is no bundle; or the directory
-            beside it, `out` with `.partial`, is in the way; or one cannot be written.
+        StorageError: `out` exists and `overwrite` is not set, or is no bundle, or cannot be
+            replaced; or a directory beside it, `out` with `.partial` or `.old`, is in the way; or
+            one cannot be written.
     """
     architecture = base.architecture
     mixture = mixture.on(architecture)
@@ -78,9 +79,14 @@ def export_bundle(
     out = out.resolve()  # behind a link, the bundle is replaced and not the link
     if out.exists() and not overwrite:
         raise StorageError(f"{out} exists; give another --out, or --overwrite to replace it")
+    if out.is_mount():
+        raise StorageError(
+            f"a file system is mounted at {out}, which cannot be replaced; give a directory in it"
+        )
     _keep_what_is_not_ours(out, MANIFEST)
-    staging = out.with_name(out.name + ".partial")
+    staging, old = (out.with_name(out.name + end) for end in (".partial", ".old"))
     _keep_what_is_not_ours(staging, MANIFEST, TOKENIZER_FILE)  # one was killed after either
+    _keep_what_is_not_ours(old, MANIFEST)
     shutil.rmtree(staging, ignore_errors=True)
     with storage_errors(staging), removed_on_failure(staging):
         staging.mkdir(parents=True)
@@ -118,9 +124,23 @@ def export_bundle(
             _measure(manifest, staging, engine, 4 * base.parameters)
         write_manifest(manifest, staging)
         _let_others_read(manifest, staging)
-        shutil.rmtree(out, ignore_errors=True)
-        staging.rename(out)
+        _replace(out, staging, old)
     return open_bundle(out)
+
+
+def _replace(out: Path, by: Path, old: Path) -> None:
+    """Puts the directory `by` in the place of `out`, if that is there; it is at `old` meanwhile."""
+    shutil.rmtree(old, ignore_errors=True)
+    if not out.exists():
+        by.rename(out)
+        return
+    out.rename(old)
+    try:
+        by.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _keep_what_is_not_ours(path: Path, *signs: str) -> None:

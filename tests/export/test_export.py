@@ -315,9 +315,8 @@ def test_nothing_is_deleted_but_bundles(
             Mixture(rank=4),
             TIER,
             engines=("onnxruntime",),
-            out=out,
             programs=ONE_PROGRAM,
-            **more,
+            **{"out": out, **more},
         )
 
     def precious(directory: Path) -> Path:
@@ -340,10 +339,18 @@ def test_nothing_is_deleted_but_bundles(
             export(overwrite=True)
         assert out.read_text() == "mine"
         out.unlink()
+        kept = precious(tmp_path / "bundle.old")
+        with pytest.raises(StorageError, match=r"bundle\.old is no bundle"):
+            export()
+        assert kept.read_text() == "mine"
+        kept.unlink()
         kept = precious(partial)
         with pytest.raises(StorageError, match=r"bundle\.partial is no bundle"):
             export()
         assert kept.read_text() == "mine"
+        if Path("/proc").is_mount():
+            with pytest.raises(StorageError, match="mounted at /proc"):
+                export(out=Path("/proc"), overwrite=True)
     # What a killed export left goes, and an empty directory.
     (partial / "tokenizer.json").write_text("{}")
     out.mkdir()
