@@ -100,7 +100,7 @@ def _mlp(
         parts = [adapted(decoder, stacks, key, x) for key in inputs]
         return adapted(decoder, stacks, output, decoder.fused_activation(*parts))
     n, r = decoder.mixture.experts, decoder.mixture.rank
-    shares = routing.mix @ torch.eye(n).repeat_interleave(r, 1)
+    shares = routing.mix @ torch.eye(n, dtype=x.dtype).repeat_interleave(r, 1)
     if decoder.mixture.mixing == "per_linear":
         parts = [adapted(decoder, stacks, key, x, shares) for key in inputs]
         return adapted(decoder, stacks, output, decoder.fused_activation(*parts), shares)

@@ -298,6 +298,17 @@ def test_the_gate_compares_with_the_program_that_was_meant(
                 check(other)
 
 
+def test_noise_is_told_of_every_program(tiny_bundle: Bundle, tiny_base_dir: Path) -> None:
+    """What float32 leaves uncertain, by float64: bases of large activations need it."""
+    decoder = GPT2(load_base(str(tiny_base_dir)), Mixture(rank=4), 32)
+    for specification in specifications(decoder, tiny_bundle.manifest, TIER, "onnxruntime"):
+        example = parity.example_arguments(specification, tiny_bundle.manifest, 3)
+        results = parity._called(specification, example)
+        noise = parity._float32_noise(specification, example, results)
+        assert noise.keys() == results.keys()
+        assert 0 < max(noise.values()) < 1e-4
+
+
 def test_the_gates_adapters_leave_no_tensor_without_effect(tiny_bundle: Bundle) -> None:
     for vector in mixture.random(tiny_bundle.manifest, 0).values():
         assert (vector != 0).all()

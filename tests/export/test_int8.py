@@ -20,7 +20,7 @@ from edge_runtime.engines import load_engine
 from edge_runtime.errors import ParityError
 from edge_runtime.predict import Predictor
 from edge_runtime.training import Evaluator, Trainer, new_state
-from export import onnx_graph
+from export import inference, onnx_engine, onnx_graph
 from export.base import load_base
 from export.bundle import export_bundle
 from export.mixture import Mixture
@@ -138,3 +138,30 @@ def test_wrong_scales_are_not_written(tmp_path: Path, monkeypatch: pytest.Monkey
             programs=("train_step",),
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_adapters_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generalist and specialist exchanged: the outputs as a whole hardly show it."""
+    right, compiled = inference._mlp, onnx_engine.flat_graph
+
+    def exchanged(decoder: Any, stacks: Any, *rest: Any) -> Any:
+        of_mlp = {name for name in stacks if ".mlp." in name and name.endswith("lora_B.weight")}
+        swapped = {n: torch.cat([v[len(v) // 2 :], v[: len(v) // 2]]) for n, v in stacks.items()}
+        return right(decoder, {**stacks, **{name: swapped[name] for name in of_mlp}}, *rest)
+
+    def wrongly_compiled(*arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(inference, "_mlp", exchanged)
+            return compiled(*arguments)
+
+    monkeypatch.setattr(onnx_engine, "flat_graph", wrongly_compiled)
+    with pytest.raises(ParityError, match="what adapters change in logits is off by"):
+        export_bundle(
+            load_base("gpt2-mini"),
+            Mixture(),
+            TIER,
+            engines=["onnxruntime"],
+            precision="int8",
+            out=tmp_path / "bundle",
+            programs=("decode",),
+        )
