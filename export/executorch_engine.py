@@ -30,6 +30,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
+from torch.fx import GraphModule
 from torch.fx.passes.infra.partitioner import Partition
 from torch.fx.passes.utils.fuser_utils import validate_partition
 from torch.fx.traceback import NodeSource
@@ -65,6 +66,8 @@ def compile_programs(
     for name, (specification, example) in programs.items() if integers else ():
         inputs = variants(specification, example)
         integer_products(graphs[name], inputs, specification.blocks, rounded)
+    for graph in graphs.values():
+        _separate_storages(graph)
     with torch.no_grad(), _quiet(), _shortened():
         edge = EdgeProgramManager(
             {name: edge_program(graph) for name, graph in graphs.items()}, compile_config=CONFIG
@@ -91,6 +94,19 @@ def compile_programs(
         plan.name: sum(plan.non_const_buffer_sizes)
         for plan in program.executorch_program.execution_plan
     }
+
+
+def _separate_storages(graph_module: GraphModule) -> None:
+    """Gives constants that are a part of something larger a storage of their own.
+
+    XNNPACK's serializer writes a constant's whole storage, from its start: of three biases that are
+    parts of one tensor, it would write the first one three times.
+    """
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            value: Tensor = getattr(graph_module, node.target)
+            if value.untyped_storage().nbytes() != value.nbytes:
+                value.data = value.detach().clone()
 
 
 @contextlib.contextmanager

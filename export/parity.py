@@ -202,7 +202,8 @@ def check(
             advice = (
                 "this is a defect of the compiler or the engine, please report it"
                 if precision == "float32"
-                else f"{precision} is too coarse for this base, use --precision float32"
+                else f"{precision} is too coarse for this base, or the compiler is wrong; use "
+                "--precision float32"
             )
             raise ParityError(
                 f"{specification.name} compiled for {engine.name} disagrees with PyTorch: {what} "

@@ -19,6 +19,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -86,8 +87,17 @@ def _save_tiny_gpt2(path: Path) -> None:
         bos_token_id=0,
         eos_token_id=0,
     )
-    GPT2LMHeadModel(config).save_pretrained(path)
+    _random(GPT2LMHeadModel(config)).save_pretrained(path)
     PreTrainedTokenizerFast(tokenizer_object=_bytes_tokenizer()).save_pretrained(path)
+
+
+def _random(model: PreTrainedModel) -> PreTrainedModel:
+    """With biases and norms that are random, too: of zeros and ones a mistake would not show."""
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.dim() == 1:
+                value.add_(torch.randn_like(value), alpha=0.5)
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +122,7 @@ def _save_tiny_llama(path: Path) -> None:
         bos_token_id=0,
         eos_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+    _random(LlamaForCausalLM(config)).save_pretrained(path)
     PreTrainedTokenizerFast(tokenizer_object=_bytes_tokenizer()).save_pretrained(path)
 
 

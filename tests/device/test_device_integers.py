@@ -117,6 +117,23 @@ def test_rows_of_an_embedding_are_looked_up_in_eight_bits(
     assert abs(sizes[0] - sizes[1] - saved) < 4096
 
 
+def test_biases_that_are_parts_of_one_tensor(
+    tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2's of queries, keys and values, which XNNPACK adds where it takes the product."""
+    monkeypatch.setattr(xnnpack_integers, "SMALLEST_QUANTISED", 32 * 32)
+    bundle = export_bundle(
+        load_base(str(tiny_base_dir)),
+        Mixture(rank=4),
+        TIER,
+        engines=["executorch"],
+        precision="int8",
+        out=tmp_path / "bundle",
+        programs=("decode",),
+    )
+    assert bundle.program("decode", "executorch").parity.worst_relative_error < 0.05
+
+
 def test_wrong_weights_are_not_written(
     tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
