@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.markup import escape
@@ -19,21 +19,22 @@ from rich.text import Text
 from edge_runtime import adapters, planner, training_config, wire
 from edge_runtime.bundle import Bundle, contract_sha256, open_bundle
 from edge_runtime.cli import LARGEST_SEED, MOST_ROUNDS, Format, FormatOption, emit, messages
-from edge_runtime.client import Client
 from edge_runtime.compression import NAMES
-from edge_runtime.connection import Patience, Traffic, Unproven, connect
 from edge_runtime.data import SPLITS, load_tokenizer, read_all, read_splits, tokenize
-from edge_runtime.device import Device
 from edge_runtime.engines import ENGINES, load_engine
-from edge_runtime.enrolment import identity_from
 from edge_runtime.errors import AdapterError, DataError, StorageError
 from edge_runtime.files import removed_on_failure
-from edge_runtime.identity import Identity
 from edge_runtime.invitation import decode
+from edge_runtime.memory import return_freed_memory
 from edge_runtime.predict import Predictor, Suggestion, memory_plan
 from edge_runtime.store import DeviceConfig, Home
 from edge_runtime.training import Evaluator, perplexity_of
 from protos import coordinator_pb2 as pb
+
+if TYPE_CHECKING:
+    from edge_runtime.connection import Patience, Traffic
+    from edge_runtime.device import Device
+    from edge_runtime.identity import Identity
 
 T = TypeVar("T")
 
@@ -164,6 +165,9 @@ def run(
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Train on this device's text, with a coordinator or alone. Safe to kill and run again."""
+    # Suggestions wait for nothing of the network: a sixth of a second, and memory.
+    from edge_runtime.device import Device
+
     at = Home(home)
     invited = decode(invitation) if invitation else None
     if alone and (invited or coordinator or insecure or require_secure_aggregation):
@@ -230,6 +234,10 @@ def _with_coordinator(
     insecure: bool,
     retry: float,
 ) -> None:
+    from edge_runtime.client import Client
+    from edge_runtime.connection import Patience, Traffic, Unproven, connect
+    from edge_runtime.identity import Identity
+
     traffic = Traffic()
 
     def wait(message: str) -> None:
@@ -263,6 +271,8 @@ def _identity(
     traffic: Traffic,
 ) -> Identity:
     """What proves this device, from its invitation or its home, perhaps with a new address."""
+    from edge_runtime.enrolment import identity_from
+
     identity = device.home.identity()
     if invited is not None:
         identity = identity_from(
@@ -496,18 +506,17 @@ def predict(
     config = _existing(at)
     opened = open_bundle(Path(config.bundle))
     modified = at.state_modified()
-    state, _ = at.load_state(opened)
-    predictor = Predictor(
-        opened, load_engine(engine or config.engine, threads=threads), state.vectors
-    )
+    vectors = at.load_state(opened)[0].vectors
+    return_freed_memory()  # of the optimizer's moments
+    predictor = Predictor(opened, load_engine(engine or config.engine, threads=threads), vectors)
     if text is None and sys.stdin.isatty():
         from edge_runtime.interactive import converse
 
         def refresh() -> None:
             nonlocal modified
-            if at.state_modified() != modified:
-                modified = at.state_modified()
+            if (newest := at.state_modified()) != modified:
                 predictor.use(at.load_state(opened)[0].vectors)
+                modified = newest
 
         converse(predictor, top=top, refresh=refresh)
         return

@@ -9,7 +9,7 @@ from prompt_toolkit.application import get_app
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from edge_runtime.errors import DivergedError
+from edge_runtime.errors import ComigsError
 from edge_runtime.predict import Predictor, Suggestion
 
 
@@ -18,6 +18,9 @@ def converse(predictor: Predictor, *, top: int, refresh: Callable[[], None]) -> 
 
     Args:
         refresh: called before each prediction; may switch the predictor to fresher adapters.
+
+    Raises:
+        ComigsError: as `refresh` and the predictor do.
     """
     keys = KeyBindings()
     shown: list[Suggestion] = []
@@ -33,12 +36,12 @@ def converse(predictor: Predictor, *, top: int, refresh: Callable[[], None]) -> 
         event.app.exit(exception=EOFError)
 
     def toolbar() -> FormattedText:
-        refresh()
         # A typed byte that is no UTF-8 stands there as half a surrogate pair.
         text = get_app().current_buffer.text.encode(errors="ignore").decode()
         try:
+            refresh()
             shown[:] = predictor.suggest(text, top)
-        except DivergedError as error:
+        except ComigsError as error:
             # Raised here, it would end nothing.
             get_app().exit(exception=error)
             return FormattedText()

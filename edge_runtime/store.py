@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,10 @@ from edge_runtime.bundle import Bundle, contract_sha256
 from edge_runtime.compression import Feedback
 from edge_runtime.errors import AdapterError, StorageError, VersionError
 from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
-from edge_runtime.identity import Identity, read_identity, write_identity
 from edge_runtime.training import TrainingState, new_state
+
+if TYPE_CHECKING:
+    from edge_runtime.identity import Identity
 
 STATE_VERSION = 2
 
@@ -119,9 +121,13 @@ class Home:
         Raises:
             TrustError: the file is damaged.
         """
+        from edge_runtime.identity import read_identity  # with cryptography, which takes a while
+
         return read_identity(self.path / "identity.json")
 
     def save_identity(self, identity: Identity) -> None:
+        from edge_runtime.identity import write_identity
+
         write_identity(self.path / "identity.json", identity)
         (self.path / "enrolment.json").unlink(missing_ok=True)
 
@@ -236,7 +242,8 @@ def _state_of(
             f"{path} was made with another bundle than {bundle.path} (another base, rank, "
             "mixing or number of experts); use that bundle, or another --home"
         )
-    writable = {key: np.array(value, np.float32) for key, value in arrays.items()}
+    # One by one: each is there twice meanwhile.
+    writable = {key: np.array(arrays.pop(key), np.float32) for key in list(arrays)}
     state = TrainingState(
         vectors={role: writable[f"{role}/value"] for role in sizes},
         first_moment={role: writable[f"{role}/first_moment"] for role in sizes},

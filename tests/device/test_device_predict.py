@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_letters
 
 import numpy as np
 import onnx
@@ -497,7 +498,14 @@ def test_the_interactive_line(terminal: Terminal, trained_home: Path, tiny_bundl
     terminal.type("\udce9")  # the byte, which is no UTF-8 and so no text
     terminal.shows("> Line 4", *toolbar("Line 4"))
     terminal.type("\x7f")
-    taken = "Line 4" + ours.suggest("Line 4")[0].text
+    # A line whose first suggestion can be typed, and is far from the second.
+    for line in (f"Line 4{more}" for more in ascii_letters):
+        first, second = ours.suggest(line)[:2]
+        if first.text.isprintable() and first.probability > 1.2 * second.probability:
+            break
+    terminal.type(line.removeprefix("Line 4"))
+    terminal.shows(f"> {line}", *toolbar(line))
+    taken = line + first.text
     terminal.type("\t")
     terminal.shows(f"> {taken}".rstrip(), *toolbar(taken))
     terminal.type("\x04")
@@ -515,6 +523,18 @@ def test_the_interactive_line_ends_with_adapters_beyond_float32(
     Home(home).save_state(tiny_bundle, state, progress)
     terminal = Terminal(home)
     assert terminal.end() == DivergedError.code
+    terminal.close()
+
+
+def test_the_interactive_line_ends_with_a_damaged_state(trained_home: Path, tmp_path: Path) -> None:
+    """It says so, instead of suggesting with what it had read before."""
+    home = tmp_path / "home"
+    shutil.copytree(trained_home, home)
+    terminal = Terminal(home)
+    terminal.shows("Ctrl-D ends")
+    (home / "state.safetensors").write_bytes(b"damaged")
+    terminal.type("Line")
+    assert terminal.end() == AdapterError.code
     terminal.close()
 
 
