@@ -11,11 +11,12 @@ from edge_runtime.errors import BudgetError, BundleError
 from protos import manifest_pb2 as pb
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-# Per trainable number: value, two moments, gradient and its sum over micro-batches.
-BYTES_PER_PARAMETER = 5 * 4
+# Per trainable number, beside what programs hold: two moments, and while a state is saved both and
+# the value twice more, as tensors and as the file's content.
+BYTES_PER_PARAMETER = 8 * 4
 # Libraries for text, network and progress, and a text of TEXT_BYTES: measured on a device, rounded
 # up.
-REST_BYTES = 96 * 2**20
+REST_BYTES = 80 * 2**20
 TEXT_BYTES = 8 * 2**20
 
 

@@ -24,7 +24,7 @@ MANY = 8
 """Tokens from which on a program that is made for many is faster, where there is one."""
 FEW = 64  # tokens that are sorted first for suggestions
 # Libraries for text and the tokenizer: measured, rounded up.
-REST_BYTES = 24 * 2**20
+REST_BYTES = 36 * 2**20
 
 
 @dataclass(frozen=True)
