@@ -10,9 +10,10 @@ Arrays of a port with a `tokens_axis` may be shorter there, all by the same.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -223,13 +224,27 @@ class ExecuTorch:
 
         runtime = self.library()
         # One pool for the whole process: it must not be replaced while a program runs.
-        if runtime._threadpool_get_thread_count() != self.threads:
-            runtime._unsafe_reset_threadpool(self.threads)
-            torch.set_num_threads(self.threads)  # products outside XNNPACK use torch's threads
+        with _silent():  # how it looks for cores
+            if runtime._threadpool_get_thread_count() != self.threads:
+                runtime._unsafe_reset_threadpool(self.threads)
+                torch.set_num_threads(self.threads)  # products outside XNNPACK use torch's threads
         entry = bundle.program(program, self.name)
         path = str(bundle.file(entry.file))
         loaded = runtime._load_program(path, program_verification=runtime.Verification.Minimal)
         return _ExecuTorchProgram(entry, loaded.load_method(entry.method))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Around what prints to standard error, below Python, what no user can act on."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 class _ExecuTorchProgram:
