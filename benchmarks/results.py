@@ -63,7 +63,7 @@ def page(results: Results, folder: Path) -> str:
             if name in plots([(name, result)]):
                 parts.append(f"![{heading(result)}](results/{name}.svg)")
             parts.append(f"`results/{name}.json`; {ran_on(result)}")
-    parts += ["## Machine", machines(results)]
+    parts += ["## Machines", machines(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -93,7 +93,8 @@ def ran_on(result: dict[str, Any]) -> str:
         f"{LIMITS[name]} {value:.0f} {unit(name)}"
         for name, value in result.get("limits", {}).items()
     )
-    load, cores = result["machine"]["load_average"], result["machine"]["cores"]
+    machine = result["machine"]
+    load, cores = machine["load_average"], machine["cores"]
     noise = (
         f" **On {cores} cores that is other programs' work as well: the figures are rough, and "
         "speeds lower than alone.**"
@@ -101,8 +102,8 @@ def ran_on(result: dict[str, Any]) -> str:
         else ""
     )
     return (
-        f"{threads}{versions}; {limits + '; ' if limits else ''}load of the machine at the end "
-        f"{load:.1f}.{noise}"
+        f"{machine['processor']}; {threads}{versions}; {limits + '; ' if limits else ''}load of the "
+        f"machine at the end {load:.1f}.{noise}"
     )
 
 
