@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import TypedDict
 
 import psutil
+
+from edge_runtime.doctor import processor
 
 # What integer and half-precision products are made of.
 INTERESTING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
@@ -28,10 +29,7 @@ class Machine(TypedDict):
 
 
 def machine() -> Machine:
-    fields: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip().lower(), value.strip())
+    fields = processor()
     flags = fields.get("flags", fields.get("features", "")).split()
     return {
         "processor": fields.get("model name", platform.processor() or platform.machine()),

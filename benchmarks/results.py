@@ -102,8 +102,8 @@ def ran_on(result: dict[str, Any]) -> str:
         else ""
     )
     return (
-        f"{machine['processor']}; {threads}{versions}; {limits + '; ' if limits else ''}load of the "
-        f"machine at the end {load:.1f}.{noise}"
+        f"{machine['processor']}; {threads}{versions}; {limits + '; ' if limits else ''}load of "
+        f"the machine at the end {load:.1f}.{noise}"
     )
 
 
