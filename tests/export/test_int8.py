@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,20 @@ def test_wrong_scales_are_not_written(tmp_path: Path, monkeypatch: pytest.Monkey
             programs=("train_step",),
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_that_tokens_choose_among_are_written(tmp_path: Path) -> None:
+    """A token on the edge between two takes the other one with weights that are rounded."""
+    bundle = export_bundle(
+        load_base("gpt2-mini"),
+        Mixture(specialists=3),
+        replace(TIER, train_length=128, micro_batches=(2,), context=128),
+        engines=["onnxruntime"],
+        precision="int8",
+        out=tmp_path / "bundle",
+        programs=("train_step",),
+    )
+    assert bundle.program("train_step.b2", "onnxruntime").parity.worst_relative_error < 0.8
 
 
 def test_wrong_adapters_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
