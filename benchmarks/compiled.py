@@ -7,12 +7,12 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import edge_runtime
 import export
 from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.doctor import installed
 from export.base import Base
 from export.bundle import export_bundle
 from export.mixture import Mixture
@@ -80,12 +80,5 @@ def sources_digest() -> str:
                 content = hashlib.sha256(path.read_bytes()).hexdigest()
                 digest.update(f"{package.__name__}/{name} {content}\n".encode())
     for library in LIBRARIES:
-        digest.update(f"{library} {_installed(library)}\n".encode())
+        digest.update(f"{library} {installed(library)}\n".encode())
     return digest.hexdigest()
-
-
-def _installed(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:  # executorch is only needed for its own programs
-        return "none"

@@ -29,7 +29,7 @@ from typing import Any
 
 from edge_runtime.errors import AuditError, StorageError
 from edge_runtime.files import storage_errors, sync
-from edge_runtime.finite import finite
+from edge_runtime.finite import dumps
 
 LOG = "audit.jsonl"
 # What the first entry holds as the hash of the one before.
@@ -308,7 +308,7 @@ def _line(number: int, event: str, by: str, fields: dict[str, Any], previous: st
     entry = {"entry": number, "time": round(time.time(), 3), "event": event, "by": by}
     entry |= {name: _short(value) for name, value in fields.items() if name not in entry}
     entry["previous"] = previous
-    text = json.dumps(finite(entry), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = dumps(entry, ensure_ascii=False, separators=(",", ":"))
     return text.encode(errors="backslashreplace")
 
 

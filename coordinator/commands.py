@@ -6,7 +6,6 @@ import asyncio
 import datetime
 import errno
 import io
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import typer
 
 from edge_runtime import training_config
 from edge_runtime.cli import Format, FormatOption, emit, messages
-from edge_runtime.finite import finite
+from edge_runtime.finite import dumps
 
 if TYPE_CHECKING:
     from edge_runtime.identity import Identity
@@ -976,8 +975,7 @@ def _moment(time: float) -> str:
 
 
 def _print_json(event: str, fields: dict[str, Any]) -> None:
-    entry = finite({"event": event, **fields})
-    _log(json.dumps(entry, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
+    _log(dumps({"event": event, **fields}, separators=(",", ":"), ensure_ascii=False))
 
 
 def _print_text(event: str, fields: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ threads of its own, so that whoever watches does not hold up devices.
 from __future__ import annotations
 
 import ipaddress
-import json
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from edge_runtime.errors import AddressError, StorageError
-from edge_runtime.finite import finite
+from edge_runtime.finite import dumps
 
 MOST_CONNECTIONS = 32
 # A connection that says nothing for so long is closed.
@@ -171,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _json(value: Callable[[], dict[str, Any]]) -> bytes:
-    return json.dumps(finite(value()), allow_nan=False).encode()
+    return dumps(value()).encode()
 
 
 @cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from edge_runtime.errors import ComigsError, MissingPartError, StorageError
-from edge_runtime.finite import finite
+from edge_runtime.finite import dumps
 
 # The commands of each entry point, and the extra that brings the packages that they need.
 COMMANDS = {
@@ -56,8 +55,7 @@ messages = Console(stderr=True)
 def emit(value: dict[str, Any], *, in_a_line: bool = False) -> None:
     """Prints a command's result, or one of several in a line each, as a JSON document."""
     indent = None if in_a_line else 2
-    text = json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -48,7 +48,8 @@ def examine(
     return [*findings, trip] if trip else findings
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """Its version, if it is there."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -61,7 +62,7 @@ def _python() -> Finding:
 
 
 def _onnxruntime() -> Finding:
-    found = _installed("onnxruntime")
+    found = installed("onnxruntime")
     if found is None:
         mend = "pip install 'comigs[device]'"
         return Finding("engine onnxruntime", "not installed", MissingPartError.code, mend)
@@ -69,11 +70,11 @@ def _onnxruntime() -> Finding:
 
 
 def _executorch() -> Finding:
-    found = _installed("executorch")
+    found = installed("executorch")
     if found is None:
         return Finding("engine executorch", "not installed (only needed for .pte programs)")
     wanted, partner, partner_wanted = PAIRS["executorch"]
-    partner_found = (_installed(partner) or "none").split("+")[0]
+    partner_found = (installed(partner) or "none").split("+")[0]
     together = f"{found} with {partner} {partner_found}"
     if (found, partner_found) == (wanted, partner_wanted):
         return Finding("engine executorch", together)

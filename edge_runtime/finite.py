@@ -1,9 +1,15 @@
-"""Numbers for JSON, which has no infinity and none that is not a number."""
+"""JSON, which has no infinity and no number that is none: both are null in it."""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """`json.dumps`, with null for what JSON has no number for."""
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def finite(value: Any) -> Any:

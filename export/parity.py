@@ -159,7 +159,8 @@ def check(
     """Runs the compiled program and the PyTorch one on the same arguments.
 
     Raises:
-        ParityError: an output differs by more than its tolerance, or is not finite.
+        ParityError: an output, or what adapters change in it, differs by more than its tolerance,
+            or is not finite.
     """
     entry = bundle.program(specification.name, engine.name)
     precision = bundle.manifest.base.precision
@@ -176,10 +177,11 @@ def check(
     allowed: dict[str, float] = {}
     least: dict[str, float] = {}
     for values, wanted, plain in cases:
-        outputs, found = _compared(entry, program, values, wanted)
+        outputs = _run(entry, program, values, wanted)
+        found = _errors(entry, values, outputs, wanted)
         tolerances = {name: _tolerance(name, specification, precision) for name in wanted}
         if plain is not None:
-            bare, _ = _compared(entry, program, plain[0], plain[1])
+            bare = _run(entry, program, *plain)
             for name in effects:
                 change = _relative_error(outputs[name] - bare[name], wanted[name] - plain[1][name])
                 least[name] = min(change, least.get(name, change))
@@ -235,10 +237,10 @@ def _without_adapters(
     return plain, _called(specification, plain)
 
 
-def _compared(
+def _run(
     entry: pb.Program, program: Program, arguments: Sequence[Tensor], wanted: Mapping[str, Tensor]
-) -> tuple[dict[str, Array], dict[str, float]]:
-    """The compiled program's outputs, and their errors."""
+) -> dict[str, Array]:
+    """The compiled program's outputs, of the shapes of those that are wanted."""
     # Copies: what a program updates in place is another's input.
     inputs = {
         port.name: value.numpy().copy() for port, value in zip(entry.inputs, arguments, strict=True)
@@ -249,8 +251,19 @@ def _compared(
         for name, array in allocate_outputs(entry, inputs).items()
     }
     program.bind(inputs, outputs)()
-    new = _new_entries(inputs)
-    return outputs, {
+    return outputs
+
+
+def _errors(
+    entry: pb.Program,
+    arguments: Sequence[Tensor],
+    outputs: Mapping[str, Array],
+    wanted: Mapping[str, Tensor],
+) -> dict[str, float]:
+    new = _new_entries(
+        {port.name: value.numpy() for port, value in zip(entry.inputs, arguments, strict=True)}
+    )
+    return {
         name: _relative_error(outputs[name][new], want[new])
         if name.startswith("updated.")
         else _relative_error(outputs[name], want)

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import compiled
 from benchmarks.compiled import sources_digest
+from edge_runtime import doctor
 
 
 @pytest.fixture
@@ -49,9 +50,9 @@ def test_a_change_of_what_decides_about_a_bundle_is_seen(
 def test_another_version_of_a_library_is_seen(
     sources: Path, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = compiled.version
+    known = doctor.version
     found = {sources_digest()}
-    monkeypatch.setattr(compiled, "version", lambda each: "0" if each == library else known(each))
+    monkeypatch.setattr(doctor, "version", lambda each: "0" if each == library else known(each))
     found.add(sources_digest())
 
     def without(name: str) -> str:
@@ -59,6 +60,6 @@ def test_another_version_of_a_library_is_seen(
             raise PackageNotFoundError(name)
         return known(name)
 
-    monkeypatch.setattr(compiled, "version", without)
+    monkeypatch.setattr(doctor, "version", without)
     found.add(sources_digest())
     assert len(found) == 3

@@ -93,6 +93,19 @@ def test_a_program_is_one_delegate(eight_bits: Bundle) -> None:
     assert delegates == {"train_step_b2": 1, "eval_loss": 1, "prefill": 2, "decode": 1}
 
 
+def export_decode(base: Path, out: Path) -> Bundle:
+    """The one program, in int8."""
+    return export_bundle(
+        load_base(str(base)),
+        Mixture(rank=4),
+        TIER,
+        engines=["executorch"],
+        precision="int8",
+        out=out,
+        programs=("decode",),
+    )
+
+
 def test_rows_of_an_embedding_are_looked_up_in_eight_bits(
     tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,15 +113,7 @@ def test_rows_of_an_embedding_are_looked_up_in_eight_bits(
     sizes = []
     for smallest in (2**14, 2**13):
         monkeypatch.setattr(xnnpack_integers, "SMALLEST_EMBEDDING", smallest)
-        bundle = export_bundle(
-            load_base(str(tiny_base_dir)),
-            Mixture(rank=4),
-            TIER,
-            engines=["executorch"],
-            precision="int8",
-            out=tmp_path / str(smallest),
-            programs=("decode",),
-        )
+        bundle = export_decode(tiny_base_dir, tmp_path / str(smallest))
         file = bundle.path / bundle.program("decode", "executorch").file
         (plan,) = deserialize_pte_binary(file.read_bytes()).program.execution_plan
         assert len(plan.delegates) == 1
@@ -122,15 +127,7 @@ def test_biases_that_are_parts_of_one_tensor(
 ) -> None:
     """GPT-2's of queries, keys and values, which XNNPACK adds where it takes the product."""
     monkeypatch.setattr(xnnpack_integers, "SMALLEST_QUANTISED", 32 * 32)
-    bundle = export_bundle(
-        load_base(str(tiny_base_dir)),
-        Mixture(rank=4),
-        TIER,
-        engines=["executorch"],
-        precision="int8",
-        out=tmp_path / "bundle",
-        programs=("decode",),
-    )
+    bundle = export_decode(tiny_base_dir, tmp_path / "bundle")
     assert bundle.program("decode", "executorch").parity.worst_relative_error < 0.05
 
 
@@ -145,13 +142,5 @@ def test_wrong_weights_are_not_written(
 
     monkeypatch.setattr(xnnpack_integers, "eight_bits", negated)
     with pytest.raises(ParityError, match="nothing was written"):
-        export_bundle(
-            load_base(str(tiny_base_dir)),
-            Mixture(rank=4),
-            TIER,
-            engines=["executorch"],
-            precision="int8",
-            out=tmp_path / "bundle",
-            programs=("decode",),
-        )
+        export_decode(tiny_base_dir, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

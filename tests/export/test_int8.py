@@ -120,6 +120,21 @@ def test_it_learns_as_the_float32_base_does(export: Export) -> None:
     assert perplexity["int8"] == pytest.approx(perplexity["float32"], rel=0.01)
 
 
+def export_one(
+    program: str, out: Path, mixture: Mixture | None = None, tier: Tier = TIER
+) -> Bundle:
+    """gpt2-mini's program in int8, and no other."""
+    return export_bundle(
+        load_base("gpt2-mini"),
+        mixture or Mixture(),
+        tier,
+        engines=["onnxruntime"],
+        precision="int8",
+        out=out,
+        programs=(program,),
+    )
+
+
 def test_wrong_scales_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = onnx_graph._Translation.integers
 
@@ -129,29 +144,14 @@ def test_wrong_scales_are_not_written(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(onnx_graph._Translation, "integers", too_large)
     with pytest.raises(ParityError, match="nothing was written"):
-        export_bundle(
-            load_base("gpt2-mini"),
-            Mixture(),
-            TIER,
-            engines=["onnxruntime"],
-            precision="int8",
-            out=tmp_path / "bundle",
-            programs=("train_step",),
-        )
+        export_one("train_step", tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_experts_that_tokens_choose_among_are_written(tmp_path: Path) -> None:
     """A token on the edge between two takes the other one with weights that are rounded."""
-    bundle = export_bundle(
-        load_base("gpt2-mini"),
-        Mixture(specialists=3),
-        replace(TIER, train_length=128, micro_batches=(2,), context=128),
-        engines=["onnxruntime"],
-        precision="int8",
-        out=tmp_path / "bundle",
-        programs=("train_step",),
-    )
+    tier = replace(TIER, train_length=128, micro_batches=(2,), context=128)
+    bundle = export_one("train_step", tmp_path / "bundle", Mixture(specialists=3), tier)
     assert bundle.program("train_step.b2", "onnxruntime").parity.worst_relative_error < 0.8
 
 
@@ -171,12 +171,4 @@ def test_wrong_adapters_are_not_written(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(onnx_engine, "flat_graph", wrongly_compiled)
     with pytest.raises(ParityError, match="what adapters change in logits is off by"):
-        export_bundle(
-            load_base("gpt2-mini"),
-            Mixture(),
-            TIER,
-            engines=["onnxruntime"],
-            precision="int8",
-            out=tmp_path / "bundle",
-            programs=("decode",),
-        )
+        export_one("decode", tmp_path / "bundle")
