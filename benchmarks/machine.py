@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import psutil
 
-from edge_runtime.doctor import processor
+from edge_runtime.processor import processor
 
 # What integer and half-precision products are made of.
 INTERESTING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from edge_runtime.errors import BudgetError, ComigsError, MissingPartError, StorageError
+from edge_runtime.processor import cuts_sums, processor
 from protos import coordinator_pb2 as pb
 
 # What works together: executorch's wheel is built for one torch.
@@ -42,7 +43,7 @@ def examine(
 
     That is the one of `invitation`, the one at `insecure` (HOST:PORT), or the one of `home`.
     """
-    findings = [_python(), _onnxruntime(), _executorch(), integer_products(processor())]
+    findings = [_python(), _onnxruntime(), _executorch(), _integer_products()]
     findings += [_threads(), _memory(), _disk(home)]
     trip = _round_trip(home, invitation, insecure)
     return [*findings, trip] if trip else findings
@@ -82,26 +83,11 @@ def _executorch() -> Finding:
     return Finding("engine executorch", together, MissingPartError.code, mend)
 
 
-def processor() -> dict[str, str]:
-    """What Linux says of the first one: "model name", "flags" (x86) or "features" (ARM), ..."""
-    fields: dict[str, str] = {}
-    said = Path("/proc/cpuinfo")
-    for line in said.read_text(encoding="utf-8").splitlines() if said.exists() else ():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip().lower(), value.strip())
-    return fields
-
-
-def integer_products(fields: dict[str, str]) -> Finding:
-    """x86 without VNNI adds pairs of products in 16 bits, and cuts what is larger."""
-    flags = fields.get("flags", "").split()
-    if "ssse3" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags):
-        found = (
-            "no VNNI: under onnxruntime, int8 and int4 bundles train and prefill less exactly; "
-            "float32 bundles and executorch are as exact as elsewhere"
-        )
+def _integer_products() -> Finding:
+    if cuts_sums(processor()):
+        found = "without VNNI: under onnxruntime, int8 and int4 bundles train and prefill more slowly"
         return Finding("integer products", found)
-    return Finding("integer products", "exact")
+    return Finding("integer products", "fast")
 
 
 def _threads() -> Finding:

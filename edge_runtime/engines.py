@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from edge_runtime.bundle import Bundle
 from edge_runtime.errors import BundleError, MissingPartError
 from edge_runtime.memory import return_freed_memory
+from edge_runtime.processor import cuts_sums, processor
 from protos import manifest_pb2 as pb
 
 Array = NDArray[Any]
@@ -50,11 +51,15 @@ class Engine(Protocol):
     def library(self) -> Any:
         """What loads programs, imported if it was not yet."""
 
-    def load(self, bundle: Bundle, program: str, *, packed: bool = True) -> Program:
+    def load(
+        self, bundle: Bundle, program: str, *, packed: bool = True, unsigned: bool | None = None
+    ) -> Program:
         """Checks the files of `program` against the manifest and loads it.
 
         Args:
             packed: whether the engine may copy the weights into an order of its own, for speed.
+            unsigned: whether to load its form with unsigned weights, if it has one (default: if
+                this processor needs that to be exact).
         """
 
 
@@ -138,20 +143,25 @@ class OnnxRuntime:
         self.threads = threads
         # Programs that are one file share what is loaded of it, for as long as one of them is used.
         self._sessions: WeakValueDictionary[tuple[str, bool], Any] = WeakValueDictionary()
+        self.unsigned = cuts_sums(processor())
 
     def library(self) -> Any:
         import onnxruntime
 
         return onnxruntime
 
-    def load(self, bundle: Bundle, program: str, *, packed: bool = True) -> Program:
+    def load(
+        self, bundle: Bundle, program: str, *, packed: bool = True, unsigned: bool | None = None
+    ) -> Program:
         onnxruntime = self.library()
         entry = bundle.program(program, self.name)
-        key = (str(bundle.path / entry.file), packed)
+        wanted = self.unsigned if unsigned is None else unsigned
+        file = entry.unsigned_file if wanted and entry.unsigned_file else entry.file
+        key = (str(bundle.path / file), packed)
         loaded = self._sessions.get(key)
         if loaded is not None:
             return _OnnxProgram(entry, loaded)
-        path = bundle.file(entry.file)
+        path = bundle.file(file)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -218,8 +228,11 @@ class ExecuTorch:
 
         return _portable_lib
 
-    def load(self, bundle: Bundle, program: str, *, packed: bool = True) -> Program:
-        """XNNPACK makes its own copies of weights or not when a program is compiled."""
+    def load(
+        self, bundle: Bundle, program: str, *, packed: bool = True, unsigned: bool | None = None
+    ) -> Program:
+        """XNNPACK makes its own copies of weights or not when a program is compiled, and is exact
+        on any processor."""
         import torch
 
         runtime = self.library()

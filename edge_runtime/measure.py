@@ -33,7 +33,9 @@ def measure_here(bundle: Bundle, program: str, engine: Engine, packed: bool) -> 
         elif name == "last":
             array[...] = 1
     outputs = allocate_outputs(entry, inputs)
-    call = engine.load(bundle, program, packed=packed).bind(inputs, outputs)
+    # Of the form that most devices load, whatever this processor wants.
+    loaded = engine.load(bundle, program, packed=packed, unsigned=False)
+    call = loaded.bind(inputs, outputs)
     call()
     call()
     return {"runtime_bytes": runtime, "program_bytes": peak_bytes() - runtime}

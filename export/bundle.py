@@ -243,13 +243,14 @@ def _compile_onnx(
         entry = _entry(source)
         entry.engine = "onnxruntime"
         entry.data_files.append(onnx_engine.WEIGHTS_FILE)
-        same = [e.file for e in entries if e.name == source.specification.same_as]
-        entry.file = same[0] if same else f"onnx/{entry.name}.onnx"
         entries.append(entry)
+        same = [e for e in entries if e.name == source.specification.same_as]
         if same:
+            entry.file, entry.unsigned_file = same[0].file, same[0].unsigned_file
             continue
         progress(f"compiling {entry.name} for onnxruntime")
-        onnx_engine.compile_program(
+        entry.file = f"onnx/{entry.name}.onnx"
+        unsigned = onnx_engine.compile_program(
             source.specification,
             source.example,
             [port.name for port in entry.inputs],
@@ -257,6 +258,8 @@ def _compile_onnx(
             store=store,
             int8=manifest.base.precision != "float32",
         )
+        if unsigned:
+            entry.unsigned_file = unsigned.relative_to(staging).as_posix()
     return entries
 
 
@@ -295,7 +298,7 @@ def _measure(manifest: pb.Manifest, staging: Path, engine: str, base_bytes: int)
     for entry, measured in zip(entries, figures, strict=True):
         entry.memory_bytes = measured["program_bytes"]
         runtime = max(runtime, measured["runtime_bytes"])
-        files.update([entry.file, *entry.data_files])
+        files.update(filter(None, [entry.file, entry.unsigned_file, *entry.data_files]))
     training = [e for e in entries if e.name.startswith(("train_step", "eval_loss"))]
     if training and engine == "onnxruntime":
         figures = measure(staging, [entry.name for entry in training], engine, packed=False)

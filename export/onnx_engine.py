@@ -76,11 +76,15 @@ def compile_program(
     file: Path,
     store: WeightStore,
     int8: bool,
-) -> None:
-    """Writes a program to `file`, its weights to `store`, the large ones in int8 if asked for."""
+) -> Path | None:
+    """Writes a program to `file`, its weights to `store`, the large ones in int8 if asked for.
+
+    Returns:
+        The file, beside it, of the same program with unsigned weights, if that is another.
+    """
     graph_module = flat_graph(specification, arguments, DECOMPOSITIONS)
     shape = arguments[0].shape  # of the tokens that the graph is of
-    model = translate(
+    models = translate(
         graph_module,
         input_names,
         specification.outputs,
@@ -89,10 +93,12 @@ def compile_program(
         examples=[v for v in variants(specification, arguments) if v[0].shape == shape],
         length=specification.length,
     )
-    if specification.optional:
-        add_switch(model, specification.optional)
-    _externalise(model, store, file)
-    file.write_bytes(model.SerializeToString())
+    for model, path in zip(models, (file, file.with_suffix(".unsigned.onnx")), strict=False):
+        if specification.optional:
+            add_switch(model, specification.optional)
+        _externalise(model, store, path)
+        path.write_bytes(model.SerializeToString())
+    return path if path != file else None
 
 
 def _externalise(model: onnx.ModelProto, store: WeightStore, file: Path) -> None:

@@ -13,6 +13,8 @@ token. Programs that continue a text by few tokens have products that bring thei
 eight bits, and of four-bit weights those alone have four.
 
 All these take a matrix of eight bits from the same bytes: output by output, unsigned around 128.
+Integer products want them signed, for which newer processors have instructions. x86 without VNNI
+has others, which cut sums: for it there is a second graph, with unsigned weights.
 
 An operator that is not listed here is refused by name.
 """
@@ -20,7 +22,7 @@ An operator that is not listed here is refused by name.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -79,8 +81,10 @@ def translate(
     blocks: Blocks | None = None,
     examples: Sequence[Sequence[Tensor]] = (),
     length: int = 0,
-) -> onnx.ModelProto:
+) -> Iterator[onnx.ModelProto]:
     """The ONNX model of a flat graph, with the weights inside.
+
+    If it has integer products of signed weights, a second one follows, in which they are unsigned.
 
     Args:
         int8: quantise the large frozen matrices.
@@ -101,38 +105,30 @@ def translate(
         )
     elif int8:
         translation.coarse = coarse_products(graph_module, examples, translation.quantised)
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    for node, name in zip(placeholders, input_names, strict=True):
-        translation.names[node] = name
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            translation.names[node] = node.target
-        elif node.op == "call_function":
-            translation.call(node)
-    results: Any = graph_module.graph.output_node().args[0]
-    translation.return_as(output_names, results)
-    nodes = translation.needed(output_names)
-    graph = helper.make_graph(
-        nodes,
-        "program",
-        [translation.port(*port) for port in zip(input_names, placeholders, strict=True)],
-        [translation.port(*port) for port in zip(output_names, results, strict=True)],
-        list(translation.initializers.values()),
-    )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-    return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets)
+    yield translation.model(input_names, output_names)
+    if translation.matrices:
+        unsigned = _Translation(graph_module, int8, blocks, length, signed=False)
+        unsigned.coarse, unsigned.rounded = translation.coarse, translation.rounded
+        yield unsigned.model(input_names, output_names)
 
 
 class _Translation:
     """The ONNX graph as it grows, and what each fx node is called in it."""
 
     def __init__(
-        self, graph_module: fx.GraphModule, int8: bool, blocks: Blocks | None, length: int
+        self,
+        graph_module: fx.GraphModule,
+        int8: bool,
+        blocks: Blocks | None,
+        length: int,
+        *,
+        signed: bool = True,
     ) -> None:
         self.module = graph_module
         self.int8 = int8
         self.blocks = blocks
         self.length = length
+        self.signed = signed
         products = (n for n in graph_module.graph.nodes if n.target == ATEN.mm.default)
         factors = [(untransposed(node.args[1]), is_transpose(node.args[1])) for node in products]
         self.coarse: set[fx.Node] = set()  # products for which rounding is too coarse
@@ -141,7 +137,7 @@ class _Translation:
         self.factors = {node.target: int(t) for node, t in factors if node.op == "get_attr"}
         self.head = factors[-1][0].target if factors else ""  # of programs that continue a text
         self.rounded: dict[str, tuple[Tensor, Tensor]] = {}  # weights, see `integers`
-        self.signed: dict[str, tuple[str, str, bool]] = {}  # weights, see `signed_integers`
+        self.matrices: dict[str, tuple[str, str, bool]] = {}  # weights, see `integer_matrix`
         self.embeddings: set[str] = set()  # quantised weights of which rows are looked up
         self.names: dict[fx.Node, str] = {}
         self.products: dict[fx.Node, Product] = {}
@@ -150,6 +146,29 @@ class _Translation:
         self.initializers: dict[str, TensorProto] = {}
         # Further outputs of operators, and what was emitted once for all its users.
         self.further: dict[tuple[str, str], str] = {}
+
+    def model(self, input_names: Sequence[str], output_names: Sequence[str]) -> onnx.ModelProto:
+        """The whole graph, translated."""
+        placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        for node, name in zip(placeholders, input_names, strict=True):
+            self.names[node] = name
+        for node in self.module.graph.nodes:
+            if node.op == "get_attr":
+                self.names[node] = node.target
+            elif node.op == "call_function":
+                self.call(node)
+        results: Any = self.module.graph.output_node().args[0]
+        self.return_as(output_names, results)
+        nodes = self.needed(output_names)
+        graph = helper.make_graph(
+            nodes,
+            "program",
+            [self.port(*port) for port in zip(input_names, placeholders, strict=True)],
+            [self.port(*port) for port in zip(output_names, results, strict=True)],
+            list(self.initializers.values()),
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets)
 
     def call(self, node: fx.Node) -> None:
         translate_one = TRANSLATIONS.get(node.target)
@@ -271,10 +290,11 @@ class _Translation:
             self.rounded[attribute] = (integers.to(torch.int16) + MIDDLE).to(torch.uint8), scales
         return self.rounded[attribute]
 
-    def signed_integers(self, attribute: str, transposed: bool) -> tuple[str, str, bool]:
-        """A weight as int8 (outputs, inputs), in which products of many rows are twice as fast.
+    def integer_matrix(self, attribute: str, transposed: bool) -> tuple[str, str, bool]:
+        """A weight as integers (outputs, inputs) of products of many rows.
 
-        It is made when a program is loaded, of the bytes that programs share.
+        Signed ones are made when a program is loaded, of the bytes that programs share. Products
+        with them are twice as fast.
 
         Args:
             transposed: whether the product is with the weight's transpose.
@@ -284,14 +304,23 @@ class _Translation:
             forward pass, and says what the outputs are; the backward pass sums over them, with the
             same scales.
         """
-        if attribute not in self.signed:
+        if attribute not in self.matrices:
             stored, scale = self.integers(attribute, transposed=not transposed)
-            bits = self.store(f"{attribute}.bits", stored.view(torch.int8))
-            highest = self.constant(torch.tensor(-MIDDLE, dtype=torch.int8))
-            signed = self.emit("BitwiseXor", bits, highest)  # they differ in their highest bit
+            if self.signed:
+                bits = self.store(f"{attribute}.bits", stored.view(torch.int8))
+                highest = self.constant(torch.tensor(-MIDDLE, dtype=torch.int8))
+                matrix = self.emit("BitwiseXor", bits, highest)  # they differ in their highest bit
+            else:
+                matrix = self.store(f"{attribute}.bytes", stored)
             scales = self.store(f"{attribute}.scale", scale)
-            self.signed[attribute] = signed, scales, transposed
-        return self.signed[attribute]
+            self.matrices[attribute] = matrix, scales, transposed
+        return self.matrices[attribute]
+
+    def zeros(self, shape: tuple[int, ...]) -> str:
+        """What stands for zero in an `integer_matrix`, so often."""
+        if self.signed:
+            return self.store(f"zeros_{list(shape)}", torch.zeros(shape, dtype=torch.int8))
+        return self.store(f"middles_{list(shape)}", torch.full(shape, MIDDLE, dtype=torch.uint8))
 
     def integer_product(self, a: str, b: fx.Node, transposed: bool, coarse: bool) -> str:
         """a @ b, or a @ b.T, of a float32 matrix and a quantised weight.
@@ -299,7 +328,7 @@ class _Translation:
         With `coarse`, what rounding left of `a` gets a product of its own.
         """
         attribute = str(b.target)
-        stored, scales, first = self.signed_integers(attribute, transposed)
+        stored, scales, first = self.integer_matrix(attribute, transposed)
         backward = transposed != first
         x = self.emit("Mul", a, scales) if backward else a
         factor = self.constant(torch.tensor(1.0)) if backward else scales
@@ -320,11 +349,11 @@ class _Translation:
 
     def integer_gemm(self, a: str, integers: str, scales: str, transposed: bool) -> str:
         """a @ (integers scales), or with the integers transposed, `a` rounded on one scale."""
+        zero = self.zeros(tuple(self.initializers[scales].dims))
         if not transposed:
-            return self.emit("DynamicQuantizeMatMul", a, integers, scales, domain=MICROSOFT)
+            factors = (a, integers, scales) if self.signed else (a, integers, scales, zero)
+            return self.emit("DynamicQuantizeMatMul", *factors, domain=MICROSOFT)
         rounded = self.emit("DynamicQuantizeLinear", a, outputs=3)
-        shape = tuple(self.initializers[scales].dims)
-        zero = self.store(f"zeros_{list(shape)}", torch.zeros(shape, dtype=torch.int8))
         return self.emit(
             "QGemm",
             *(rounded, f"{rounded}.1", f"{rounded}.2", integers, scales, zero),
@@ -379,7 +408,8 @@ class _Translation:
         if self.length:  # few rows of the file
             stored, middle = self.store(f"{attribute}.bytes", integers), float(MIDDLE)
         else:  # many, of what is in memory for the head
-            (stored, _, _), middle = self.signed_integers(attribute, transposed=True), 0.0
+            stored, _, _ = self.integer_matrix(attribute, transposed=True)
+            middle = 0.0 if self.signed else float(MIDDLE)
         rows = self.emit("Gather", stored, index, axis=0)
         numbers = self.emit("Cast", rows, to=TensorProto.FLOAT)
         if middle:

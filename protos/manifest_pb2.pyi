@@ -363,6 +363,7 @@ class Program(_message.Message):
     PARITY_FIELD_NUMBER: _builtins.int
     DATA_FILES_FIELD_NUMBER: _builtins.int
     UNPACKED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    UNSIGNED_FILE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"train_step.b<sequences>", "router_step.b<sequences>" (the part of it that only the router
     learns from), either with ".recompute", "eval_loss", "prefill" or "decode".
@@ -382,6 +383,10 @@ class Program(_message.Message):
     unpacked_memory_bytes: _builtins.int
     """Like `memory_bytes`, if the engine reads the weights where they are mapped instead of making its
     own copies, which is slower. 0 if there is no such choice.
+    """
+    unsigned_file: _builtins.str
+    """Path of the same program with unsigned weights, which is slower, if there is one. It is for x86
+    processors without VNNI, where ONNX Runtime cuts sums of products with signed weights.
     """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Port]:
@@ -413,10 +418,11 @@ class Program(_message.Message):
         parity: Global___Parity | None = ...,
         data_files: _abc.Iterable[_builtins.str] | None = ...,
         unpacked_memory_bytes: _builtins.int = ...,
+        unsigned_file: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parity", b"parity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_files", b"data_files", "engine", b"engine", "file", b"file", "inputs", b"inputs", "memory_bytes", b"memory_bytes", "method", b"method", "name", b"name", "outputs", b"outputs", "parity", b"parity", "planned_arena_bytes", b"planned_arena_bytes", "unpacked_memory_bytes", b"unpacked_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_files", b"data_files", "engine", b"engine", "file", b"file", "inputs", b"inputs", "memory_bytes", b"memory_bytes", "method", b"method", "name", b"name", "outputs", b"outputs", "parity", b"parity", "planned_arena_bytes", b"planned_arena_bytes", "unpacked_memory_bytes", b"unpacked_memory_bytes", "unsigned_file", b"unsigned_file"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,7 +18,6 @@ import typer
 from typer.testing import CliRunner
 
 from edge_runtime import cli, errors
-from edge_runtime.doctor import integer_products
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("benchmarks", "coordinator", "edge_runtime", "export", "protos")
@@ -173,21 +172,6 @@ def test_doctor_ends_with_the_code_of_what_it_finds(tmp_path: Path) -> None:
     done = comigs("doctor", "--home", tmp_path, "--insecure", "127.0.0.1:1")
     assert done.returncode == errors.UnreachableError.code
     assert "BAD  coordinator: no answer" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("flags", "exact"),
-    [
-        ("ssse3 avx2", False),
-        ("ssse3 avx2 avx512f", False),
-        ("ssse3 avx2 avx_vnni", True),
-        ("", True),
-    ],
-)
-def test_doctor_tells_of_integer_products_that_are_cut(flags: str, exact: bool) -> None:
-    finding = integer_products({"flags": flags})
-    assert finding.ok
-    assert exact == (finding.found == "exact")
 
 
 def test_doctor_speaks_json(tmp_path: Path) -> None:

@@ -240,14 +240,14 @@ def scaled_gradient(translate: Any, factor: float) -> Any:
     """`translate` with a defect that exporters have had: a gradient `factor` times too large."""
 
     def defective(*arguments: Any, **options: Any) -> Any:
-        model = translate(*arguments, **options)
+        (model,) = translate(*arguments, **options)
         victim = next(o.name for o in model.graph.output if "mlp.c_fc.lora_B" in o.name)
         for node in model.graph.node:
             node.output[:] = ["right" if name == victim else name for name in node.output]
         value = np.array(factor, np.float32)
         model.graph.initializer.append(onnx.numpy_helper.from_array(value, "factor"))
         model.graph.node.append(onnx.helper.make_node("Mul", ["right", "factor"], [victim]))
-        return model
+        return [model]
 
     return defective
 
@@ -960,4 +960,4 @@ def test_an_operator_without_a_translation_is_refused_by_name() -> None:
     )
     graph = flat_graph(specification, [torch.zeros(2)], onnx_graph.DECOMPOSITIONS)
     with pytest.raises(NotImplementedError, match=r"aten\.erfinv"):
-        onnx_graph.translate(graph, ["x"], ["y"])
+        list(onnx_graph.translate(graph, ["x"], ["y"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
 from tiny import TIER
 
-from edge_runtime import training_config
+from edge_runtime import engines, training_config
 from edge_runtime.adapters import load_fresh
-from edge_runtime.bundle import Bundle
+from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import Batches, load_tokenizer
-from edge_runtime.engines import load_engine
-from edge_runtime.errors import ParityError
+from edge_runtime.engines import allocate, allocate_outputs, load_engine
+from edge_runtime.errors import BundleError, ParityError
 from edge_runtime.predict import Predictor
+from edge_runtime.processor import cuts_sums, processor
 from edge_runtime.training import Evaluator, Trainer, new_state
 from export import inference, onnx_engine, onnx_graph
 from export.base import load_base
@@ -118,6 +121,82 @@ def test_it_learns_as_the_float32_base_does(export: Export) -> None:
         perplexity[precision] = math.exp(Evaluator(bundle, engine, state.vectors).loss(test))
         assert perplexity[precision] < 0.5 * fresh
     assert perplexity["int8"] == pytest.approx(perplexity["float32"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "cut"),
+    [
+        ("x86_64", "ssse3 avx2", True),
+        ("AMD64", "", True),  # not Linux, which tells
+        ("x86_64", "avx2 avx512f", True),
+        ("x86_64", "avx2 avx_vnni", False),
+        ("x86_64", "avx512f avx512_vnni", False),
+        ("aarch64", "", False),
+    ],
+)
+def test_processors_that_cut_sums(machine: str, flags: str, cut: bool) -> None:
+    assert cuts_sums({"flags": flags}, machine) == cut
+
+
+def test_processors_that_cut_sums_get_unsigned_weights(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shown by bundles in which each form in turn is damaged."""
+    for cut, own, other in ((False, "file", "unsigned_file"), (True, "unsigned_file", "file")):
+        monkeypatch.setattr(engines, "cuts_sums", lambda _, cut=cut: cut)
+        bundle = open_bundle(shutil.copytree(export("int8").path, tmp_path / own))
+        entry = bundle.program("eval_loss", "onnxruntime")
+        (bundle.path / getattr(entry, other)).write_bytes(b"")
+        load_engine("onnxruntime").load(bundle, "eval_loss")
+        (bundle.path / getattr(entry, own)).write_bytes(b"")
+        with pytest.raises(BundleError):
+            load_engine("onnxruntime").load(bundle, "eval_loss")
+
+
+@pytest.mark.skipif(
+    cuts_sums(processor()), reason="products with signed weights are wrong on this processor"
+)
+def test_unsigned_weights_say_the_same(export: Export) -> None:
+    bundle = export("int8")
+    rng = np.random.default_rng(0)
+    for name in ("train_step.b4", "prefill"):
+        entry = bundle.program(name, "onnxruntime")
+        values = allocate(entry.inputs)
+        for port in entry.inputs:
+            if port.name in ("tokens", "targets"):
+                values[port.name][...] = rng.integers(0, 99, values[port.name].shape)
+            elif port.dtype == "float32":
+                values[port.name][...] = 0.05 * rng.standard_normal(values[port.name].shape)
+        results = []
+        for unsigned in (False, True):
+            inputs = {name: value.copy() for name, value in values.items()}
+            outputs = allocate_outputs(entry, inputs)
+            program = load_engine("onnxruntime").load(bundle, name, unsigned=unsigned)
+            program.bind(inputs, outputs)()
+            results.append(outputs)
+        for port in entry.outputs:
+            one, other = (outputs[port.name] for outputs in results)
+            assert np.abs(one).max() > 0
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("form", [True, False])
+def test_a_wrong_zero_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: bool
+) -> None:
+    """The gate looks at programs with unsigned weights and at those with signed ones."""
+    right = onnx_graph._Translation.zeros
+
+    def wrong(self: Any, shape: tuple[int, ...]) -> str:
+        name = right(self, shape)
+        if self.signed is form:
+            values = numpy_helper.to_array(self.initializers[name])
+            self.initializers[name].CopyFrom(numpy_helper.from_array(values + 9, name))
+        return name
+
+    monkeypatch.setattr(onnx_graph._Translation, "zeros", wrong)
+    with pytest.raises(ParityError, match="nothing was written"):
+        export_one("train_step", tmp_path / "bundle")
 
 
 def export_one(
