@@ -85,7 +85,7 @@ def _executorch() -> Finding:
 
 def _integer_products() -> Finding:
     if cuts_sums(processor()):
-        found = "without VNNI: under onnxruntime, int8 and int4 bundles train and prefill more slowly"
+        found = "without VNNI: int8 and int4 bundles train and prefill more slowly"
         return Finding("integer products", found)
     return Finding("integer products", "fast")
 

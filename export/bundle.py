@@ -288,7 +288,7 @@ def _compile_executorch(
 def _measure(manifest: pb.Manifest, staging: Path, engine: str, base_bytes: int) -> None:
     """Fills in what each program of `engine` needs, and what the engine costs as a whole."""
     runtime = 0
-    files = set()
+    files: set[str] = set()
     every = [p for p in manifest.programs if p.engine == engine]
     # A router's step that is part of a training step needs nothing besides.
     steps = {(p.file, p.method): p for p in every if p.name.startswith("train_step")}
@@ -298,7 +298,7 @@ def _measure(manifest: pb.Manifest, staging: Path, engine: str, base_bytes: int)
     for entry, measured in zip(entries, figures, strict=True):
         entry.memory_bytes = measured["program_bytes"]
         runtime = max(runtime, measured["runtime_bytes"])
-        files.update(filter(None, [entry.file, entry.unsigned_file, *entry.data_files]))
+        files.update(n for n in (entry.file, entry.unsigned_file, *entry.data_files) if n)
     training = [e for e in entries if e.name.startswith(("train_step", "eval_loss"))]
     if training and engine == "onnxruntime":
         figures = measure(staging, [entry.name for entry in training], engine, packed=False)
