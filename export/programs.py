@@ -53,10 +53,10 @@ class Blocks:
 
     def lengths(self, inputs: int) -> list[int]:
         """Of blocks of that many inputs, a multiple of 16; the smallest only for want of others."""
-        return [n for n in (128, 64, 32) if n <= self.size and inputs % n == 0] or [16]
+        return [n for n in (256, 128, 64, 32) if n <= self.size and inputs % n == 0] or [16]
 
 
-BLOCKS = {"int8": Blocks(8, 128), "int4": Blocks(4, 32)}
+BLOCKS = {"int8": Blocks(8, 256), "int4": Blocks(4, 32)}
 """Of what continues a text, by precision."""
 
 

@@ -57,5 +57,5 @@ def test_a_massive_activation_is_too_coarse_for_one_scale(product: fx.GraphModul
 
 def test_blocks_divide_the_inputs() -> None:
     found = {n: BLOCKS["int8"].lengths(n) for n in (768, 192, 96, 48)}
-    assert found == {768: [128, 64, 32], 192: [64, 32], 96: [32], 48: [16]}
+    assert found == {768: [256, 128, 64, 32], 192: [64, 32], 96: [32], 48: [16]}
     assert BLOCKS["int4"].lengths(768) == [32]
