@@ -20,7 +20,7 @@ from coordinator.secure_aggregation import SecureAggregation
 from coordinator.state import State
 from coordinator.tables import Round, Update
 from edge_runtime import wire
-from edge_runtime.errors import AdapterError
+from edge_runtime.errors import AdapterError, StorageError
 from protos import manifest_pb2
 
 
@@ -82,13 +82,8 @@ class Closing:
         """What the server optimizer remembers."""
         if current.memory_file is None:
             return None
-        try:
-            return (self._state.directory / current.memory_file).read_bytes()
-        except OSError as error:
-            raise AdapterError(
-                f"cannot read {self._state.directory / current.memory_file}: {error.strerror}; "
-                "restore the state directory from a copy"
-            ) from error
+        path = self._state.directory / current.memory_file
+        return _read(path, "what the server optimizer remembers")
 
     def _contribution(self, current: Round, update: Update) -> Contribution:
         directory = self._state.directory
@@ -122,18 +117,29 @@ def read_start(directory: Path, wanted: Round) -> bytes:
 
     Raises:
         AdapterError: it is missing, or not what was stored.
+        StorageError: it cannot be read now.
     """
     path = directory / wanted.generalist_file
-    try:
-        payload = path.read_bytes()
-    except OSError as error:
-        raise AdapterError(
-            f"cannot read {path}, the generalist of round {wanted.number}: "
-            f"{error.strerror}; restore the state directory from a copy"
-        ) from error
+    payload = _read(path, f"the generalist of round {wanted.number}")
     if hashlib.sha256(payload).hexdigest() != wanted.generalist_sha256:
         raise AdapterError(
             f"{path}, the generalist of round {wanted.number}, is damaged: it does not match "
             "its SHA-256; restore the state directory from a copy"
         )
     return payload
+
+
+def _read(path: Path, what: str) -> bytes:
+    """
+    Raises:
+        AdapterError: there is no such file.
+        StorageError: it cannot be read now.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AdapterError(
+            f"{path}, {what}, is missing; restore the state directory from a copy"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}, {what}: {error.strerror}") from error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
-import errno
 import io
 import re
 import sys
@@ -1050,12 +1050,10 @@ def _readable(fields: dict[str, Any]) -> dict[str, str]:
 
 
 def _log(line: str) -> None:
-    """Prints; on a full disk later, with the next line that fits."""
-    try:
+    """Prints; on a full disk later, with the next line that fits. Rounds go on also when nobody
+    reads any more."""
+    with contextlib.suppress(OSError):
         _print(line)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
 
 
 def _print(line: str) -> None:

@@ -49,7 +49,7 @@ from coordinator.accounting import Ledger
 from coordinator.aggregation import AggregationError, DamagedUpdateError
 from coordinator.closing import Closing
 from coordinator.commits import to_its_end
-from coordinator.database import TakenOverError
+from coordinator.database import DamagedDatabaseError, TakenOverError
 from coordinator.policy import Policy, Report
 from coordinator.quality import Quality, QualityGate
 from coordinator.secure_aggregation import SecureAggregation
@@ -155,7 +155,7 @@ class Course(Acceptance):
         while True:
             try:
                 result = await step()
-            except TakenOverError:
+            except (TakenOverError, DamagedDatabaseError):
                 raise
             except StorageError as error:
                 if not failed:
@@ -173,7 +173,7 @@ class Course(Acceptance):
 
     def _go_on(self) -> None:
         """Goes on where the coordinator had ended."""
-        current = self._state.current()
+        current = self._without_buffered(self._state.current())
         if self._ledger is not None:
             left = max(0, self._policy.rounds - current.done)
             fields = {"rounds_left": self._ledger.rounds_left(left), "rounds_wanted": left}
@@ -197,6 +197,20 @@ class Course(Acceptance):
                 self._state.has_spent(current.number) or self._ledger.allows_another()
             ):
                 self._abandon(current, updates, "it would exceed the privacy budget")
+
+    def _without_buffered(self, current: Round) -> Round:
+        """The current round, after another one if updates count in it that were reported in
+        asynchronous rounds: in others each counts in its own, and a device once."""
+        number = current.number
+        if self._policy.buffering is not None or not self._state.is_buffered(number):
+            return current
+        if current.status == Status.WAITING:
+            self._state.drop_later(number - 1)
+            return current
+        self._state.drop_later(number)
+        reason = "it began with asynchronous rounds, and these are not"
+        self._abandon(current, self._state.updates(number), reason)
+        return self._state.current()
 
     async def _advance(self) -> bool:
         """Takes the next step if it is due. Returns whether there may be another one."""
@@ -346,8 +360,7 @@ class Course(Acceptance):
                 **_perplexities(quality),
             },
         )
-        if self._ledger is not None:
-            self._report("privacy_spent", {"round": current.number, **self._ledger.described()})
+        self._report_spent(current)
         # A round's files are many; nobody waits for that.
         await asyncio.to_thread(self._state.clean)
 
@@ -414,6 +427,11 @@ class Course(Acceptance):
     ) -> None:
         fields = {"round": current.number, "updates": len(updates), "reason": reason}
         self._report("round_abandoned", fields | _perplexities(quality))
+        self._report_spent(current)
+
+    def _report_spent(self, current: Round) -> None:
+        if self._ledger is not None and self._state.has_spent(current.number):
+            self._report("privacy_spent", {"round": current.number, **self._ledger.described()})
 
     async def _deliver(self) -> bool:
         """Waits until the last round's participants have the final generalist.

@@ -17,7 +17,7 @@ import resource
 import socket
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ BEGINNING = 4
 BEGINNING_SECONDS = 1.0
 # Seconds that a transfer may lag behind the least rate.
 GRACE_SECONDS = 10.0
+# Calls that are open when their connection is too old have this long at least.
+GRACE_LEAST = 600.0
 # A transfer's time limit is put off so often: it may end that much too early.
 REARM_SECONDS = 1.0
 # What a device may send before anybody looks at it, of each call.
@@ -104,6 +106,8 @@ class Limits:
             ("grpc.http2.settings_timeout", handshake),
             ("grpc.max_connection_idle_ms", int(1000 * self.idle_seconds)),
             ("grpc.max_connection_age_ms", int(1000 * self.age_seconds)),
+            # Calls that are open then end after as long again; transfers can be gone on with.
+            ("grpc.max_connection_age_grace_ms", int(1000 * max(self.age_seconds, GRACE_LEAST))),
             # Left to itself gRPC lets a fast sender fill megabytes of memory per call.
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
@@ -193,19 +197,21 @@ def raise_file_limit(connections: int) -> int:
     """Lets this process open as many files as it may.
 
     Returns:
-        The connections that fit: `connections`, or fewer.
+        The connections to each of two ports that fit: `connections`, or fewer.
 
     Raises:
         AddressError: none does.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most != resource.RLIM_INFINITY and most <= OTHER_FILES:
+    if most != resource.RLIM_INFINITY and most < OTHER_FILES + 2:
         raise AddressError(
             f"no connection could be taken: {OTHER_FILES} files are for other things, and this "
             f"process may open {most}; raise its hard limit (ulimit -Hn, or LimitNOFILE of systemd)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    return connections if most == resource.RLIM_INFINITY else min(connections, most - OTHER_FILES)
+    if most == resource.RLIM_INFINITY:
+        return connections
+    return min(connections, (most - OTHER_FILES) // 2)
 
 
 def share_heap() -> None:
@@ -231,7 +237,10 @@ async def watch_connections(
     known: dict[str, int] = {}
     while True:
         await asyncio.sleep(LOOK_SECONDS)
-        for address, count in (await asyncio.to_thread(_close_excess, ports, most, known)).items():
+        closed: Mapping[str, int] = {}
+        with contextlib.suppress(OSError):  # no file can be opened: the next look may see more
+            closed = await asyncio.to_thread(_close_excess, ports, most, known)
+        for address, count in closed.items():
             on_closed(_readable(address), count)
 
 

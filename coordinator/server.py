@@ -25,7 +25,7 @@ from coordinator.callers import Callers
 from coordinator.calls import Calls
 from coordinator.closing import read_start
 from coordinator.cohorts import Cohort, Cohorts, Group, group, manifests_of
-from coordinator.database import InUseError, TakenOverError
+from coordinator.database import DamagedDatabaseError, InUseError, TakenOverError
 from coordinator.enrolment import Enrolment
 from coordinator.following import Following
 from coordinator.limits import share_heap
@@ -510,7 +510,7 @@ async def _notice_takeover(state: State) -> None:
         await asyncio.sleep(CHECK_SECONDS)
         try:
             state.check()
-        except TakenOverError:
+        except (TakenOverError, DamagedDatabaseError):
             raise
         except StorageError:
             pass  # the rounds see to it

@@ -105,15 +105,15 @@ class State(UpdateRows):
                 self._database.take(self._check_files)
                 self._check_schema()
                 Base.metadata.create_all(self._engine)
+            self._sweep()
+            self.clean()
+            self._remove_uncounted()
+            written = (directory / name for name in (GENERALISTS, MEMORIES, FITTED))
+            for place in (directory, *written, *(directory / UPDATES).glob("*")):
+                remove_leftovers(place)
         except BaseException:
-            self.close()
+            self.close()  # else nobody could take it, this process included
             raise
-        self._sweep()
-        self.clean()
-        self._remove_uncounted()
-        written = (directory / name for name in (GENERALISTS, MEMORIES, FITTED))
-        for place in (directory, *written, *(directory / UPDATES).glob("*")):
-            remove_leftovers(place)
 
     def close(self) -> None:
         self._database.close()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from coordinator.private_rows import PrivateRows
@@ -99,7 +99,8 @@ class UpdateRows(PrivateRows):
         with storage_errors(path):
             make_directory(path.parent.parent)  # where the update will be
             path.parent.mkdir(exist_ok=True)
-            for other in path.parent.iterdir():
+            rounds = path.parents[2]  # asynchronous ones are there together
+            for other in rounds.glob(f"*/{path.parent.name}/*"):
                 if other != path:
                     other.unlink(missing_ok=True)
             path.touch()
@@ -145,6 +146,23 @@ class UpdateRows(PrivateRows):
                     self._note_step(session, change)
                 else:
                     session.add(change)
+
+    def is_buffered(self, number: int) -> bool:
+        """Whether updates of other rounds, reported in asynchronous ones, count in the round or
+        later."""
+        with self._transaction() as session:
+            others = select(Update.device).where(
+                Update.cohort == self.cohort,
+                Update.counted >= number,
+                Update.counted != Update.round,
+            )
+            return session.scalar(others.limit(1)) is not None
+
+    def drop_later(self, number: int) -> None:
+        """Lets updates that were to count after the round be over with it."""
+        with self._transaction() as session:
+            later = (Update.cohort == self.cohort) & (Update.counted > number)
+            session.execute(update(Update).where(later).values(counted=number))
 
     def drop_update(self, number: int, device: str, reason: str) -> str:
         """Refuses an accepted update after all; its file goes. Returns the device's name."""

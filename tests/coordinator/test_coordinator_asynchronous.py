@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from coordinator_help import (
     TIMEOUT,
     Fleet,
@@ -274,6 +275,41 @@ def test_what_was_accepted_counts_after_a_start_with_other_settings(fleet: Fleet
     assert clients[0].upload(header(2), train(bundle, clients[0].download(2), 0, 2)).accepted
     assert again.wait_for("round_closed", round=2)["updates"] == 2
     assert not again.has_said("update_damaged")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_in_other_rounds_nothing_counts_that_was_buffered(fleet: Fleet, closed: bool) -> None:
+    """Else a device would count twice in one: with what it sends then, and with what it had sent.
+
+    Args:
+        closed: whether the first buffer is, so that only a later one holds anything.
+    """
+    port = f"127.0.0.1:{free_port()}"
+    bundle = fleet.bundle()
+    options = ("--enrolment-port", "0", "--rounds", "4")
+    served = fleet.serve(bundle, *options, "--asynchronous", "2", listen=port)
+    trio = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    join_round(*trio)
+    start = trio[0].download(1)
+    with Administrator(served.administrator()) as administrator:
+        administrator.pause()
+        for seed, client in enumerate(trio):
+            assert client.upload(header(1), train(bundle, start, seed, 1)).accepted
+        if closed:
+            administrator.resume()
+            served.wait_for("round_closed", round=1)
+    served.stop()
+    again = fleet.serve(bundle, *options, "--min-devices", "3", listen=port)
+    again.ready()
+    if not closed:
+        assert "asynchronous" in again.wait_for("round_abandoned", round=1)["reason"]
+        with Administrator(again.administrator()) as administrator:
+            administrator.resume()
+    join_round(*trio)
+    start = trio[0].download(2)
+    for seed, client in enumerate(trio):
+        assert client.upload(header(2), train(bundle, start, seed, 2)).accepted
+    assert again.wait_for("round_closed", round=2)["updates"] == 3
 
 
 def test_a_damaged_start_of_a_slow_device_is_noticed(fleet: Fleet) -> None:

@@ -301,10 +301,14 @@ def test_a_slow_download_is_broken_off(fleet: Fleet) -> None:
 
 def test_too_few_files_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
-    for most, connections in ((OTHER_FILES + 1, 1), (resource.RLIM_INFINITY, 9)):
+    for most, connections in (
+        (OTHER_FILES + 2, 1),
+        (OTHER_FILES + 9, 4),
+        (resource.RLIM_INFINITY, 9),
+    ):
         monkeypatch.setattr(resource, "getrlimit", lambda _, most=most: (64, most))
         assert raise_file_limit(9) == connections
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, OTHER_FILES))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, OTHER_FILES + 1))
     with pytest.raises(AddressError, match="raise its hard limit"):
         raise_file_limit(9)
 

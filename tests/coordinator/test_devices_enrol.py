@@ -93,6 +93,11 @@ def test_a_device_enrols_once(site: Site, tmp_path: Path) -> None:
     # Elsewhere, the invitation is worth nothing.
     assert "already used" in refusal(site.run(tmp_path / "thief", "--invitation", invitation))
     assert "give --invitation" in " ".join(site.run(tmp_path / "thief").stderr.split())
+    # A name comes with its invitation only.
+    other = site.invitation("ben")
+    events(site.run(tmp_path / "laptop", "--invitation", other))
+    assert "already used" in refusal(site.run(home, "--invitation", other))
+    assert events(site.run(home))[-1]["name"] == "ada"
 
     # A wrong address is not remembered.
     nobody = f"127.0.0.1:{free_port()}"
