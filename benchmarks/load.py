@@ -55,6 +55,7 @@ from edge_runtime.bundle import (
     write_manifest,
 )
 from edge_runtime.identity import Identity, new_key, public_key_of
+from edge_runtime.processor import usable_cores
 from protos import manifest_pb2 as pb
 
 MIB = 1024**2
@@ -344,7 +345,7 @@ def _result(
         "checkin_max_ms": ordered[-1],
         "idle_rss_mib": idle,
         "client_processes": processes + 1,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "versions": {
             "python": platform.python_version(),
             **{n: version(n) for n in ("grpcio", "numpy", "protobuf", "sqlalchemy")},

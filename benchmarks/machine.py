@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import psutil
 
-from edge_runtime.processor import processor
+from edge_runtime.processor import features, processor, usable_cores
 
 # What integer and half-precision products are made of.
 INTERESTING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
@@ -29,13 +29,12 @@ class Machine(TypedDict):
 
 
 def machine() -> Machine:
-    fields = processor()
-    flags = fields.get("flags", fields.get("features", "")).split()
+    found = features()
     return {
-        "processor": fields.get("model name", platform.processor() or platform.machine()),
+        "processor": processor().get("model name", platform.processor() or platform.machine()),
         "architecture": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "features": [feature for feature in INTERESTING if feature in flags],
+        "cores": usable_cores(),
+        "features": [feature for feature in INTERESTING if feature in found],
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),

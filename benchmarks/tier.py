@@ -31,6 +31,7 @@ from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import SPLITS
 from edge_runtime.errors import BudgetError, ComigsError
 from edge_runtime.predict import memory_plan
+from edge_runtime.processor import usable_cores
 from export.base import load_base
 from export.tiers import DeviceClass, device_classes
 
@@ -183,7 +184,7 @@ def _row(
     progress: Callable[[str], None],
 ) -> Row:
     tier = bundle.manifest.tier
-    threads = min(device.threads, len(os.sched_getaffinity(0)))
+    threads = min(device.threads, usable_cores())
     limit = device.memory_mib * 2**20
     row: Row = {
         "tier": tier.name,

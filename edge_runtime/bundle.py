@@ -18,7 +18,8 @@ from protos import manifest_pb2 as pb
 # 2: programs for any number of tokens, which update their cache in place.
 # 3: experts of a module as one input; the memory of a tier.
 # 4: there, B transposed.
-FORMAT_VERSION = 4
+# 5: where there is no form with unsigned weights, none is needed.
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 
 

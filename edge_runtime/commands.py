@@ -200,6 +200,7 @@ def run(
             memory_bytes=memory,
             compute_seconds=compute,
             report=report,
+            alone=alone,
             compression=compression,
             only_masked=require_secure_aggregation,
         )
@@ -215,8 +216,9 @@ def run(
             }
         )
         list(device.batches(config))  # too little text: say so before anything is computed
-        if device_config != at.config():
-            at.save_config(device_config)  # only now: a mistake must not stay in the home
+        # Only now: a mistake must not stay in the home, nor a name whose invitation is refused.
+        if not (invited and at.identity()):
+            _save_config(device)
         if alone:
             device.train_alone(config)
         else:
@@ -256,11 +258,17 @@ def _with_coordinator(
                 with connect(who, patience) as connection:
                     connection.ping()  # a wrong address must not stay in the home
                 device.home.save_identity(who)
+            _save_config(device)
             device.take_part(client)
     finally:
         device.report(
             {"event": "network", "bytes_sent": traffic.sent, "bytes_received": traffic.received}
         )
+
+
+def _save_config(device: Device) -> None:
+    if device.config != device.home.config():
+        device.home.save_config(device.config)
 
 
 def _identity(
@@ -524,10 +532,12 @@ def predict(
         _answer(predictor, text, top, explain, output)
         return
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # Bytes that are no text are then refused as on the command line, in any locale.
-        sys.stdin.reconfigure(errors="surrogateescape")
+        # Bytes that are no text are then refused as on the command line, in any locale; lines end
+        # as in a text that is trained on.
+        sys.stdin.reconfigure(errors="surrogateescape", newline=None)
     for line in sys.stdin:
         _answer(predictor, line.rstrip("\n"), top, explain, output, in_a_line=True)
+        sys.stdout.flush()  # whoever asks line by line waits for it
 
 
 def _answer(
@@ -582,12 +592,14 @@ def plan(
         str, typer.Option(help=" or ".join(ENGINES), callback=_known_engine)
     ] = ENGINES[0],
     batch: Annotated[int, typer.Option(help="Sequences per optimizer step.", min=1)] = 8,
+    alone: Annotated[bool, typer.Option("--alone", help="For training alone.")] = False,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Say what fits a budget, from the manifest alone. Loads no program."""
     opened = open_bundle(bundle)
-    chosen = planner.choose(opened, engine, batch, memory)
-    options = planner.plans(opened, engine, batch)
+    shared = 0 if alone else planner.for_rounds()
+    chosen = planner.choose(opened, engine, batch, memory, shared_bytes=shared)
+    options = planner.plans(opened, engine, batch, shared_bytes=shared)
     _, suggesting = memory_plan(opened, engine)
     if output is Format.JSON:
         emit(

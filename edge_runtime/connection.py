@@ -175,10 +175,14 @@ class Connection(Closing):
         check = self.channel.unary_unary(
             "/grpc.health.v1.Health/Check", request_serializer=bytes, response_deserializer=bytes
         )
-        self.retry(lambda: check(b"", timeout=CALL_SECONDS))  # the connection is up after this
-        started = time.monotonic()
-        check(b"", timeout=CALL_SECONDS)
-        return time.monotonic() - started
+
+        def timed() -> float:
+            started = time.monotonic()
+            check(b"", timeout=CALL_SECONDS)
+            return time.monotonic() - started
+
+        self.retry(timed)  # the connection is up after this
+        return self.retry(timed)
 
     def progress(self) -> None:
         """Says that a transfer which may yet break is going on: patience begins anew."""

@@ -79,6 +79,7 @@ class Device:
             step is always made, however long it takes: only then is known how long one takes.
             Of what was spent before a kill, at most a tenth of the budget and two steps are
             forgotten.
+        alone: without a coordinator.
         only_masked: send no update but by secure aggregation.
         compression: of updates, if the coordinator offers it: a name, "none", or None for what it
             prefers.
@@ -95,6 +96,7 @@ class Device:
     compute_seconds: float | None
     report: Report
     save_every: int = 10
+    alone: bool = False
     compression: str | None = None
     only_masked: bool = False
     state: TrainingState = field(init=False)
@@ -379,6 +381,10 @@ class Device:
         """
         if not self.progress.curve:
             self._measure_curve()
+        if self.progress.round == 0 and self.state.expert_steps:
+            # Trained in other rounds: it joins these where their other devices are.
+            before = (number - 1) * config.local_steps
+            self.progress.schedule_start = self.state.expert_steps - before
         self.progress.round = number
         self.progress.round_start = self.state.expert_steps
         self.progress.round_seconds = 0.0
@@ -406,7 +412,9 @@ class Device:
                 break
             started = time.monotonic()
             # What a step made is saved once the next one's loss shows that it is of use.
-            loss = trainer.step(self._save if due_to_save else None)
+            loss = trainer.step(
+                self._save if due_to_save else None, schedule_start=self.progress.schedule_start
+            )
             seconds = time.monotonic() - started
             self._step_seconds.append(seconds)
             self._gradient_seconds.append(seconds / trainer.gradients(self.state.expert_steps))
@@ -499,12 +507,14 @@ class Device:
         return self._trainer
 
     def _choose_plan(self, batch_sequences: int) -> Plan:
+        compressed = self.compression != "none" and not self.only_masked
         return planner.choose(
             self.bundle,
             self.engine.name,
             batch_sequences,
             self.memory_bytes,
             text_bytes=self._text_bytes,
+            shared_bytes=0 if self.alone else planner.for_rounds(compressed=compressed),
         )
 
     def _unload(self) -> None:

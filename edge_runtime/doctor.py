@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from edge_runtime.errors import BudgetError, ComigsError, MissingPartError, StorageError
-from edge_runtime.processor import cuts_sums, processor
+from edge_runtime.processor import FAST_PRODUCTS, features, usable_cores
 from protos import coordinator_pb2 as pb
 
 # What works together: executorch's wheel is built for one torch.
@@ -84,15 +84,13 @@ def _executorch() -> Finding:
 
 
 def _integer_products() -> Finding:
-    if cuts_sums(processor()):
-        found = "without VNNI: int8 and int4 bundles train and prefill more slowly"
-        return Finding("integer products", found)
-    return Finding("integer products", "fast")
+    of = next((name for name in FAST_PRODUCTS if name in features()), None)
+    found = f"fast ({of})" if of else "not known to be fast: expect less of int8 and int4 bundles"
+    return Finding("integer products", found)
 
 
 def _threads() -> Finding:
-    usable = len(os.sched_getaffinity(0))
-    return Finding("threads", f"{usable} of {os.cpu_count()} cores usable")
+    return Finding("threads", f"{usable_cores()} of {os.cpu_count()} cores usable")
 
 
 def _memory() -> Finding:

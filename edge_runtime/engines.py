@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edge_runtime.bundle import Bundle
 from edge_runtime.errors import BundleError, MissingPartError
 from edge_runtime.memory import return_freed_memory
-from edge_runtime.processor import cuts_sums, processor
+from edge_runtime.processor import cuts_sums, features, usable_cores
 from protos import manifest_pb2 as pb
 
 Array = NDArray[Any]
@@ -64,7 +64,7 @@ class Engine(Protocol):
 
 
 def load_engine(name: str, *, threads: int | None = None) -> Engine:
-    """The engine called `name`, with `threads` worker threads (default: all cores).
+    """The engine called `name`, with `threads` worker threads (default: one for each core).
 
     Raises:
         MissingPartError: its package is not installed.
@@ -77,7 +77,7 @@ def load_engine(name: str, *, threads: int | None = None) -> Engine:
             f"engine {name} is not installed; install it with "
             f"`pip install 'comigs[{package[name]}]'`"
         )
-    count = threads or os.cpu_count() or 1
+    count = threads or usable_cores()
     return OnnxRuntime(count) if name == "onnxruntime" else ExecuTorch(count)
 
 
@@ -143,7 +143,7 @@ class OnnxRuntime:
         self.threads = threads
         # Programs that are one file share what is loaded of it, for as long as one of them is used.
         self._sessions: WeakValueDictionary[tuple[str, bool], Any] = WeakValueDictionary()
-        self.unsigned = cuts_sums(processor())
+        self.unsigned = cuts_sums(features())
 
     def library(self) -> Any:
         import onnxruntime

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from edge_runtime.quantization import Integers
 
+AT_ONCE = 2**18  # samples: what makes one takes many times its memory
+
 
 def discrete_gaussian(sigma: float, size: int) -> Integers:
     """`size` independent samples, by algorithm 3 of the paper: a discrete Laplace of scale t is
@@ -27,7 +29,7 @@ def discrete_gaussian(sigma: float, size: int) -> Integers:
     accepted = np.empty(size, np.int64)
     filled = 0
     while filled < size:
-        wanted = size - filled
+        wanted = min(size - filled, AT_ONCE)
         count = wanted + wanted // 2 + 16
         # In the reals P(floor(-t ln U) >= g) = exp(-g / t), which is the Laplace's magnitude.
         magnitude = np.floor(-t * np.log(_uniform(count)))

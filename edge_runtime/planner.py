@@ -14,6 +14,10 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "g
 # Per trainable number, beside what programs hold: two moments, and while a state is saved both and
 # the value twice more, as tensors and as the file's content.
 BYTES_PER_PARAMETER = 8 * 4
+# Per number of the generalist, with a coordinator: what the round started from; and if updates are
+# compressed what earlier ones left out and what this one started from, while a state is saved both
+# twice more.
+ROUND_BYTES, COMPRESSION_BYTES = 4, 6 * 4
 # Libraries for text, network and progress, and a text of TEXT_BYTES: measured on a device, rounded
 # up.
 REST_BYTES = 80 * 2**20
@@ -80,7 +84,23 @@ def mebibytes(size: int) -> str:
     return f"{-(-size // 2**20)}MiB"
 
 
-def plans(bundle: Bundle, engine: str, batch_sequences: int, *, text_bytes: int = 0) -> list[Plan]:
+def for_rounds(*, compressed: bool = True) -> int:
+    """Bytes that a number of the generalist takes besides, with a coordinator.
+
+    Args:
+        compressed: whether updates may be.
+    """
+    return ROUND_BYTES + (COMPRESSION_BYTES if compressed else 0)
+
+
+def plans(
+    bundle: Bundle,
+    engine: str,
+    batch_sequences: int,
+    *,
+    text_bytes: int = 0,
+    shared_bytes: int = 0,
+) -> list[Plan]:
     """Every way to train with this bundle that takes less memory than those before it.
 
     They come in the order of their speed. Small micro-batches, and programs that are loaded in
@@ -90,6 +110,7 @@ def plans(bundle: Bundle, engine: str, batch_sequences: int, *, text_bytes: int 
 
     Args:
         text_bytes: that the text to train on takes, with its tokens.
+        shared_bytes: see `for_rounds`; 0 without a coordinator.
 
     Raises:
         BundleError: the bundle cannot train with this engine.
@@ -106,7 +127,9 @@ def plans(bundle: Bundle, engine: str, batch_sequences: int, *, text_bytes: int 
         )
     evaluation = bundle.program("eval_loss", engine)
     runtime = engine_cost(bundle, engine).runtime_bytes
-    adapters = BYTES_PER_PARAMETER * sum(role.size for role in manifest.roles)
+    numbers = sum(role.size for role in manifest.roles)
+    adapters = BYTES_PER_PARAMETER * numbers
+    adapters += shared_bytes * sum(role.size for role in manifest.roles if role.shared)
     found: list[Plan] = []
     ways = product((True, False), (False, True), sorted(sizes, reverse=True), (True, False))
     for packed, recompute, size, together in ways:
@@ -121,7 +144,8 @@ def plans(bundle: Bundle, engine: str, batch_sequences: int, *, text_bytes: int 
             together=together,
             runtime_bytes=runtime,
             program_bytes=sum(needs) if together else max(needs),
-            adapter_bytes=adapters,
+            # The gradient's sum over micro-batches. Together, programs count adapters twice.
+            adapter_bytes=adapters + (0 if together or size == batch_sequences else 4 * numbers),
             rest_bytes=REST_BYTES + max(0, text_bytes - TEXT_BYTES),
         )
         if all(needs) and all(plan.total_bytes < other.total_bytes for other in found):
@@ -130,17 +154,25 @@ def plans(bundle: Bundle, engine: str, batch_sequences: int, *, text_bytes: int 
 
 
 def choose(
-    bundle: Bundle, engine: str, batch_sequences: int, memory: int | None, *, text_bytes: int = 0
+    bundle: Bundle,
+    engine: str,
+    batch_sequences: int,
+    memory: int | None,
+    *,
+    text_bytes: int = 0,
+    shared_bytes: int = 0,
 ) -> Plan:
     """The fastest plan within `memory` bytes (None: no limit).
 
     Args:
-        text_bytes: as of `plans`.
+        text_bytes, shared_bytes: as of `plans`.
 
     Raises:
         BudgetError: nothing fits; says the smallest budget that would.
     """
-    options = plans(bundle, engine, batch_sequences, text_bytes=text_bytes)
+    options = plans(
+        bundle, engine, batch_sequences, text_bytes=text_bytes, shared_bytes=shared_bytes
+    )
     for plan in options:
         if memory is None or plan.total_bytes <= memory:
             return plan

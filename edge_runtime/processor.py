@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
+
+# Instructions for products of bytes: of x86 and of ARM.
+VNNI = ("avx512_vnni", "avx_vnni")
+FAST_PRODUCTS = (*VNNI, "asimddp")
 
 
 def processor() -> dict[str, str]:
@@ -17,13 +22,26 @@ def processor() -> dict[str, str]:
     return fields
 
 
-def cuts_sums(fields: Mapping[str, str], machine: str = platform.machine()) -> bool:
+def features() -> Collection[str]:
+    """What it has instructions for, in Linux's words; elsewhere nothing is known."""
+    fields = processor()
+    return fields.get("flags", fields.get("features", "")).split()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cuts_sums(found: Collection[str], machine: str = platform.machine()) -> bool:
     """Whether ONNX Runtime's products of bytes with signed bytes may be wrong.
 
     x86 without VNNI has an instruction that adds two of them in 16 bits, and cuts what is larger.
 
     Args:
-        fields: what `processor` returns. Of an x86 that is not told of, the worse is assumed.
+        found: what `features` returned. Where nothing is known, the worse is assumed.
     """
     x86 = machine.lower() in ("x86_64", "amd64", "i386", "i686", "x86")
-    return x86 and not {"avx512_vnni", "avx_vnni"} & set(fields.get("flags", "").split())
+    return x86 and not any(name in found for name in VNNI)

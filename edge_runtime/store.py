@@ -73,6 +73,7 @@ class Progress:
 
     round: int = 0  # round being trained, 0 before the first
     round_start: int = 0  # expert step at which it began
+    schedule_start: int = 0  # expert step at which the rounds' first one began, or would have
     round_seconds: float = 0.0  # training time spent in it
     task: str = ""  # `task_sha256` (hex) of what it began with
     uploaded: bool = False  # the coordinator has answered to its update

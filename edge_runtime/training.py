@@ -33,8 +33,8 @@ LARGEST_LOSS = 709.0
 class TrainingState:
     """Parameters, optimizer moments and counters of a device.
 
-    `expert_steps` and `router_steps` count over all rounds; they are the position in the schedule
-    and, times the batch, in the data.
+    `expert_steps` and `router_steps` count over all rounds; times the batch, they are the position
+    in the data.
     """
 
     vectors: Vectors
@@ -71,7 +71,8 @@ def adamw(
 
 
 def expert_learning_rate(config: pb.TrainingConfig, step: int) -> float:
-    """Cosine from the peak to `final_rate_share` of it; `step` counts from 0 over all rounds."""
+    """Cosine from the peak to `final_rate_share` of it; `step` counts from 0 over the rounds of
+    `config`."""
     total = max(1, config.rounds * config.local_steps)
     share = 0.5 * (1.0 + math.cos(math.pi * min(step, total) / total))
     floor = config.final_rate_share
@@ -128,10 +129,13 @@ class Trainer:
             program = self.engine.load(self.bundle, of_router, packed=self.packed)
             self._call_for_router = program.bind(self._inputs, self._outputs)
 
-    def step(self, before_update: Callable[[], None] | None = None) -> float:
+    def step(
+        self, before_update: Callable[[], None] | None = None, *, schedule_start: int = 0
+    ) -> float:
         """One expert step on the training split, and the router's burst if one is due.
 
         Args:
+            schedule_start: expert step at which the learning rate's schedule began.
             before_update: called when the loss of what the last step made is known to be finite,
                 and nothing has changed yet.
 
@@ -141,7 +145,7 @@ class Trainer:
         Raises:
             DivergedError: a number is not finite any more; the state is of no use then.
         """
-        loss = self._expert_step(before_update)
+        loss = self._expert_step(before_update, schedule_start)
         for _ in range(self.gradients(self.state.expert_steps) - 1):
             self._router_step()
         return loss
@@ -152,13 +156,13 @@ class Trainer:
         burst = tau and ROUTER in self.state.vectors and step % tau == 0
         return 1 + self.config.router_steps if burst else 1
 
-    def _expert_step(self, before_update: Callable[[], None] | None) -> float:
+    def _expert_step(self, before_update: Callable[[], None] | None, schedule_start: int) -> float:
         state, config = self.state, self.config
         experts = [role for role in state.vectors if role != ROUTER]
         loss = self._accumulate(self.train, state.expert_steps, experts, self._call)
         if before_update is not None:
             before_update()
-        rate = expert_learning_rate(config, state.expert_steps)
+        rate = expert_learning_rate(config, state.expert_steps - schedule_start)
         state.expert_steps += 1
         for role in experts:
             self._update(role, state.expert_steps, rate)

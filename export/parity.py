@@ -21,6 +21,7 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.engines import Array, Engine, Program, allocate_outputs
 from edge_runtime.errors import ParityError
 from edge_runtime.memory import return_freed_memory
+from edge_runtime.processor import cuts_sums, features
 from export import mixture
 from export.programs import BLOCKS, Specification
 from protos import manifest_pb2 as pb
@@ -161,7 +162,8 @@ def check(
     bundle: Bundle,
     engine: Engine,
 ) -> pb.Parity:
-    """Runs the compiled program, in each of its forms, and the PyTorch one on the same arguments.
+    """Runs the compiled program, in each of its forms that this processor is exact with, and the
+    PyTorch one on the same arguments.
 
     Returns:
         What was found of the form that comes nearest to its tolerance.
@@ -181,13 +183,23 @@ def check(
     ]
     return_freed_memory()
     found = []
-    # Of a program that is a part of another's graph, that one's check has seen the second form.
-    twice = entry.unsigned_file and not specification.same_as
-    for unsigned in (False, True) if twice else (False,):
+    for unsigned in _forms(specification, entry):
         program = engine.load(bundle, entry.name, unsigned=unsigned)
         found.append(_judge(specification, entry, program, cases, precision, effects))
         del program  # before the next one is loaded
     return max(found, key=lambda each: each.worst_relative_error / each.tolerance)
+
+
+def _forms(specification: Specification, entry: pb.Program) -> Sequence[bool]:
+    """Whether to load the form with unsigned weights: those that this processor is exact with.
+
+    Of a program that is a part of another's graph, that one's check sees the second form.
+    """
+    if not entry.unsigned_file:
+        return (False,)
+    if cuts_sums(features()):
+        return (True,)
+    return (False,) if specification.same_as else (False, True)
 
 
 def _judge(

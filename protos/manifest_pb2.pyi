@@ -138,9 +138,8 @@ class Base(_message.Message):
     """Number of positions that the base was trained for, in tokens."""
     precision: _builtins.str
     """How the programs hold the large frozen matrices: "float32"; "int8", symmetric, with a scale per
-    output, or in `decode` per block of 128 inputs; or "int4", in `prefill` and `decode` with a scale
-    per block of 32, else as int8. Activations are quantised as they come. Programs of any may share
-    generalists.
+    output; or "int4", in `prefill` and `decode` with a scale per block of 32 inputs, else as int8.
+    Activations are quantised as they come. Programs of any may share generalists.
     """
     key_value_heads: _builtins.int
     """Number of heads of keys and values; as many query heads share one as this divides `heads` into."""

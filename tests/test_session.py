@@ -250,6 +250,8 @@ def test_a_device_comes_back_for_more_rounds_and_from_being_alone(
         assert happened.count("downloaded") == 2, happened
         assert happened.count("step") == 10, happened
         final = max((state / "generalists").glob("*"), key=lambda f: int(f.name.split("-")[0]))
-        vectors = Home(home).load_state(tiny_bundle)[0].vectors
+        trained, progress = Home(home).load_state(tiny_bundle)
+        assert progress.schedule_start == 20, "else the learning rate is at its end already"
+        vectors = trained.vectors
         decoded = wire.decode(tiny_bundle.manifest, final.read_bytes())
         assert (decoded["generalist"] == vectors["generalist"]).all()

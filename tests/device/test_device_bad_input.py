@@ -465,12 +465,13 @@ def test_a_memory_budget_that_is_too_small(
     assert found
     smallest = int(found[1])
     refusal(start(home, text_dir, *at, "--memory", f"{smallest - 1}MiB"), BUDGET)
-    refusal(comigs("plan", *at, "--memory", f"{smallest - 1}MiB"), BUDGET)
+    of_plan = ("plan", *at, "--alone", "--memory")
+    refusal(comigs(*of_plan, f"{smallest - 1}MiB"), BUDGET)
     done = start(home, text_dir, *at, "--memory", f"{smallest}MiB")
     assert done.returncode == 0, done.stderr
     summary = events(done.stdout)[-1]
     assert summary["peak_rss_mib"] <= summary["planned_memory_mib"] <= smallest
-    plan = json.loads(comigs("plan", *at, "--memory", f"{smallest}MiB", "--format", "json").stdout)
+    plan = json.loads(comigs(*of_plan, f"{smallest}MiB", "--format", "json").stdout)
     assert plan["chosen_micro_batch"] == summary["micro_batch"]
     assert 0 < plan["suggesting_bytes"] < smallest * 2**20
     assert plan["plans"][0]["together"]

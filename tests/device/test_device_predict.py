@@ -471,6 +471,23 @@ def test_lines_that_are_piped_in_are_answered(trained_home: Path) -> None:
     assert answers[0]["suggestions"] != answers[1]["suggestions"]
 
 
+def test_a_line_is_answered_before_the_next(trained_home: Path) -> None:
+    """Of a program that asks line by line, which may end its lines as on Windows."""
+    with subprocess.Popen(
+        command("predict", "--home", trained_home, "--format", "json"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as asked:
+        assert asked.stdin is not None
+        assert asked.stdout is not None
+        for line in ("Line 1", "It is"):
+            asked.stdin.write(f"{line}\r\n".encode())
+            asked.stdin.flush()
+            readable, _, _ = select.select([asked.stdout], [], [], 60)
+            assert readable, "no answer"
+            assert json.loads(asked.stdout.readline())["text"] == line
+
+
 def test_bytes_that_are_no_text_are_refused(trained_home: Path) -> None:
     of_predict = ("predict", "--home", trained_home)
     latin = b"caf\xe9".decode("utf-8", "surrogateescape")  # the process gets the byte

@@ -135,6 +135,17 @@ def test_text_files_of_any_name_are_split(tiny_bundle: Bundle, tmp_path: Path) -
 # --- a step ----------------------------------------------------------------------------------
 
 
+def test_the_learning_rate_falls_from_where_its_schedule_began(tiny_bundle: Bundle) -> None:
+    fresh = load_fresh(tiny_bundle)
+    moved = []
+    for schedule_start in (0, 10):
+        trained = trainer(tiny_bundle, fresh, rounds=1, local_steps=10, weight_decay=0.0)
+        trained.state.expert_steps = 10
+        trained.step(schedule_start=schedule_start)
+        moved.append(np.linalg.norm(trained.state.vectors["generalist"] - fresh["generalist"]))
+    assert moved[1] == pytest.approx(10 * moved[0], rel=1e-3)
+
+
 @pytest.mark.parametrize("specialists", [0, 1, 2])
 def test_activations_computed_twice_are_the_same(export_tiny: ExportTiny, specialists: int) -> None:
     """With three experts the balance loss has a gradient, through what the router said."""

@@ -536,6 +536,10 @@ def test_a_step_that_computes_activations_twice_needs_less_memory(
     assert leanest.recompute
     chosen = planner.choose(bundle, "onnxruntime", 8, leanest.total_bytes)
     assert chosen == leanest
+    # With a coordinator that lets updates be compressed.
+    shared = sum(role.size for role in bundle.manifest.roles if role.shared)
+    in_rounds = planner.plans(bundle, "onnxruntime", 8, shared_bytes=planner.for_rounds())
+    assert in_rounds[0].total_bytes == fastest.total_bytes + 28 * shared
 
 
 @pytest.mark.parametrize("head_dim", [10, 24])
