@@ -59,7 +59,8 @@ def page(results: Results, folder: Path) -> str:
             continue
         parts.append(f"## {title}")
         for name, result in found:
-            parts += [f"### {heading(result)}", table(result)]
+            processor = result["machine"]["processor"]
+            parts += [f"### {heading(result)}, on {processor}", table(result)]
             if name in plots([(name, result)]):
                 parts.append(f"![{heading(result)}](results/{name}.svg)")
             parts.append(f"`results/{name}.json`; {ran_on(result)}")
