@@ -223,6 +223,9 @@ def test_a_masked_round_costs_from_when_shares_are_asked_for(fleet: Fleet) -> No
         served.wait_for("round_abandoned", round=number)
         costs.append(spent(fleet.state))
     assert costs == [[], [(2, 2.0)]]
+    # Whoever goes on with a backup must know of it.
+    assert served.wait_for("privacy_spent")["round"] == 2
+    assert [e["round"] for e in served.events if e["event"] == "privacy_spent"] == [2]
 
 
 def spent(state: Path) -> list[tuple[int, float]]:
