@@ -236,8 +236,9 @@ class Device:
                 self.report({"event": "distrusted", **fields})
                 raise
         else:
-            payload = wire.encode(self.bundle.manifest, self.state.vectors)
-            answer = client.upload(header, payload, resume=resumed)
+            answer = client.upload(
+                header, wire.encode(self.bundle.manifest, self.state.vectors), resume=resumed
+            )
             accepted, reason = answer.accepted, answer.reason
         self._answered(accepted, reason)
 
@@ -282,6 +283,7 @@ class Device:
         answer = client.upload(header, payload, resume=True)
         if answer.accepted:
             feedback.residual = step - decompress(kind, payload, step.size)
+        del step, payload  # before the state is saved
         self._answered(answer.accepted, answer.reason)
 
     def _shared(self) -> Vector:
@@ -542,6 +544,7 @@ class Device:
         )
 
     def _save(self) -> None:
+        return_freed_memory()  # it takes enough
         self.home.save_state(self.bundle, self.state, self.progress)
 
     def summary(self) -> dict[str, Any]:
