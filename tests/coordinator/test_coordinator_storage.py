@@ -27,10 +27,12 @@ from coordinator_help import (
     train,
 )
 
+from coordinator.closing import read_start
 from coordinator.state import State
-from coordinator.tables import Refusal, Settings
+from coordinator.tables import Refusal, Round, Settings
 from edge_runtime import wire
 from edge_runtime.connection import Unproven
+from edge_runtime.errors import AdapterError, StorageError
 from protos import coordinator_pb2 as pb
 
 Full = Callable[[Served | None], AbstractContextManager[None]]
@@ -125,6 +127,30 @@ def test_a_device_that_is_refused_without_end_does_not_fill_the_disk(tmp_path: P
     with sqlite3.connect(tmp_path / "coordinator.sqlite3") as connection:
         kept = connection.execute("select count(*) from refusals group by device order by 1")
         assert kept.fetchall() == [(1,), (120,)]
+
+
+def test_a_state_that_cannot_be_taken_may_be_taken_later(tmp_path: Path) -> None:
+    """By this process, too: a coordinator that stands by tries again and again."""
+    options = {"recipe": "mean", "selection": None, "training": "{}", "contract_sha256": "c"}
+    with closing(State(tmp_path)) as whole:
+        settings = Settings(rounds=9, min_devices=1, deadline_seconds=1, **options)
+        whole.of("base").begin(settings, b"generalist")
+    in_the_way = tmp_path / "updates" / "1-base" / "not-a-file.safetensors"
+    in_the_way.mkdir(parents=True)
+    for _ in range(2):
+        with pytest.raises(IsADirectoryError):
+            State(tmp_path)
+    in_the_way.rmdir()
+    State(tmp_path).close()
+
+
+def test_a_generalist_that_is_there_but_cannot_be_read_is_tried_again(tmp_path: Path) -> None:
+    start = Round(number=3, generalist_file="generalist", generalist_sha256="")
+    with pytest.raises(AdapterError, match="is missing; restore"):
+        read_start(tmp_path, start)
+    (tmp_path / "generalist").mkdir()
+    with pytest.raises(StorageError, match="Is a directory"):
+        read_start(tmp_path, start)
 
 
 def test_cohorts_that_end_rounds_at_the_same_time_keep_their_generalists(tmp_path: Path) -> None:
