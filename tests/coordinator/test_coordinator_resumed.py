@@ -23,7 +23,6 @@ from coordinator_help import (
     join_round,
     mean_of,
     train,
-    until,
 )
 
 from edge_runtime import wire
@@ -349,6 +348,7 @@ def test_who_hangs_up_again_and_again_does_not_fill_the_disk(fleet: Fleet) -> No
     join_round(eve, ada)
     size = wire.decode(bundle.manifest, eve.download(1))["generalist"].size
     stub = coordinator_pb2_grpc.CoordinatorStub(connect(eve.who, PATIENCE).channel)
+    most = 0
     for index in range(25):
         step = np.zeros(size, np.float32)
         step[index] = 1
@@ -368,7 +368,5 @@ def test_who_hangs_up_again_and_again_does_not_fill_the_disk(fleet: Fleet) -> No
         time.sleep(0.01)
         call.cancel()
         time.sleep(0.1)
-        until(
-            lambda: len(list(fleet.state.glob("updates/*/*.safetensors"))) <= 2,
-            "there is more than the last one, and one that is being kept",
-        )
+        most = max(most, len(list(fleet.state.glob("updates/*/*.safetensors"))))
+    assert most <= 2, "the last one, and one that is being kept"
