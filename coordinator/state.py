@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, inspect, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, inspect, select
 from sqlalchemy.orm import Session
 
 from coordinator import database
@@ -340,9 +340,7 @@ class State(UpdateRows):
             number = self._current(session).number
             abandoned = self._end(session, number, Status.ABANDONED, reason)
             source = session.get_one(Round, (self.cohort, to))
-            # Those that were to count later are dropped with it.
-            later = (Update.cohort == self.cohort) & (Update.counted > number)
-            session.execute(update(Update).where(later).values(counted=number))
+            self._drop_later(session, number)
             self._add_round(
                 session,
                 number + 1,

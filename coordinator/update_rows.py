@@ -161,8 +161,11 @@ class UpdateRows(PrivateRows):
     def drop_later(self, number: int) -> None:
         """Lets updates that were to count after the round be over with it."""
         with self._transaction() as session:
-            later = (Update.cohort == self.cohort) & (Update.counted > number)
-            session.execute(update(Update).where(later).values(counted=number))
+            self._drop_later(session, number)
+
+    def _drop_later(self, session: Session, number: int) -> None:
+        later = (Update.cohort == self.cohort) & (Update.counted > number)
+        session.execute(update(Update).where(later).values(counted=number))
 
     def drop_update(self, number: int, device: str, reason: str) -> str:
         """Refuses an accepted update after all; its file goes. Returns the device's name."""

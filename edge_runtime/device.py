@@ -544,7 +544,7 @@ class Device:
         )
 
     def _save(self) -> None:
-        return_freed_memory()  # it takes enough
+        return_freed_memory()  # else it stays beside the copies that a file is made of
         self.home.save_state(self.bundle, self.state, self.progress)
 
     def summary(self) -> dict[str, Any]:

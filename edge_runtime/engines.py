@@ -143,7 +143,6 @@ class OnnxRuntime:
         self.threads = threads
         # Programs that are one file share what is loaded of it, for as long as one of them is used.
         self._sessions: WeakValueDictionary[tuple[str, bool], Any] = WeakValueDictionary()
-        self.unsigned = cuts_sums(features())
 
     def library(self) -> Any:
         import onnxruntime
@@ -155,8 +154,9 @@ class OnnxRuntime:
     ) -> Program:
         onnxruntime = self.library()
         entry = bundle.program(program, self.name)
-        wanted = self.unsigned if unsigned is None else unsigned
-        file = entry.unsigned_file if wanted and entry.unsigned_file else entry.file
+        file = entry.file
+        if entry.unsigned_file and (cuts_sums(features()) if unsigned is None else unsigned):
+            file = entry.unsigned_file
         key = (str(bundle.path / file), packed)
         loaded = self._sessions.get(key)
         if loaded is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from collections.abc import Collection
@@ -22,10 +23,11 @@ def processor() -> dict[str, str]:
     return fields
 
 
-def features() -> Collection[str]:
+@functools.cache
+def features() -> frozenset[str]:
     """What it has instructions for, in Linux's words; elsewhere nothing is known."""
     fields = processor()
-    return fields.get("flags", fields.get("features", "")).split()
+    return frozenset(fields.get("flags", fields.get("features", "")).split())
 
 
 def usable_cores() -> int:

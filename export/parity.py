@@ -177,10 +177,10 @@ def check(
     eight_bits = precision != "float32" and specification.blocks != BLOCKS["int4"]
     effects = [name for name in EFFECTS if eight_bits and name in specification.outputs]
     # All of PyTorch's before the engine loads its weights: a large step needs memory for itself.
-    cases = [
-        (values, _called(specification, values), _without_adapters(specification, values, effects))
-        for values in variants(specification, arguments)
-    ]
+    cases: list[_Case] = []
+    for values in variants(specification, arguments):
+        plain = _without_adapters(specification, values) if effects else None
+        cases.append((values, _called(specification, values), plain))
     return_freed_memory()
     found = []
     for unsigned in _forms(specification, entry):
@@ -264,12 +264,9 @@ def _called(specification: Specification, arguments: Sequence[Tensor]) -> Output
 
 
 def _without_adapters(
-    specification: Specification, arguments: Sequence[Tensor], effects: Sequence[str]
-) -> tuple[Sequence[Tensor], Outputs] | None:
-    """The same arguments with adapters that change nothing, and PyTorch's outputs for them, if
-    anything is to be compared with those."""
-    if not effects:
-        return None
+    specification: Specification, arguments: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Outputs]:
+    """The same arguments with adapters that change nothing, and PyTorch's outputs for them."""
     names = [name for name, _, _ in specification.inputs] + list(specification.adapters)
     plain = [
         torch.zeros_like(value) if name.endswith(".lora_B.weight") else value

@@ -179,7 +179,7 @@ def test_doctor_speaks_json(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["ok"]
-    assert {"Python", "engine onnxruntime", "memory", "disk"} <= {
+    assert {"Python", "engine onnxruntime", "integer products", "memory", "disk"} <= {
         c["what"] for c in report["checks"]
     }
 
