@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import stat
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from export.tiers import Tier
 from protos import manifest_pb2 as pb
 
 TOKENIZER_FILE = "tokenizer.json"
+OUR_NAMES = {MANIFEST, TOKENIZER_FILE, "adapters", "onnx", "executorch"}  # of what a bundle holds
 DECODERS: dict[str, type[Decoder]] = {"gpt2": GPT2, "llama": Llama}
 Progress = Callable[[str], None]
 
@@ -83,10 +85,10 @@ def export_bundle(
         raise StorageError(
             f"a file system is mounted at {out}, which cannot be replaced; give a directory in it"
         )
-    _keep_what_is_not_ours(out, MANIFEST)
+    _keep_what_is_not_ours(out)
     staging, old = (out.with_name(out.name + end) for end in (".partial", ".old"))
-    _keep_what_is_not_ours(staging, MANIFEST, TOKENIZER_FILE)  # one was killed after either
-    _keep_what_is_not_ours(old, MANIFEST)
+    _keep_what_is_not_ours(staging)
+    _keep_what_is_not_ours(old)
     shutil.rmtree(staging, ignore_errors=True)
     with storage_errors(staging), removed_on_failure(staging):
         staging.mkdir(parents=True)
@@ -143,18 +145,35 @@ def _replace(out: Path, by: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _keep_what_is_not_ours(path: Path, *signs: str) -> None:
+def _keep_what_is_not_ours(path: Path) -> None:
     """
     Raises:
         StorageError: to delete `path` would lose what no export wrote: it is a file, or a directory
-            with something in it, but with no file that is named in `signs`.
+            with something in it that is no part of a bundle, whole or as a kill left it.
     """
-    if not path.exists() or any((path / name).is_file() for name in signs):
+    if not path.exists():
         return
-    if not path.is_dir() or any(path.iterdir()):
+    if not path.is_dir() or not _is_bundle(path):
         raise StorageError(
             f"{path} is no bundle, and would be deleted; choose another --out, or move it away"
         )
+    for each in path.iterdir():
+        if each.name not in OUR_NAMES:
+            raise StorageError(
+                f"{each} is no part of a bundle, and would be deleted; move it out of there, or "
+                "choose another --out"
+            )
+
+
+def _is_bundle(directory: Path) -> bool:
+    """Of any version; an export that was killed wrote the tokenizer first, and nothing before."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return (directory / TOKENIZER_FILE).is_file() or not any(directory.iterdir())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "format_version" in manifest
 
 
 def _let_others_read(manifest: pb.Manifest, directory: Path) -> None:
@@ -239,7 +258,7 @@ def _compile_onnx(
     store = onnx_engine.WeightStore(staging)
     entries: list[pb.Program] = []
     # Those first that join weights, which the others take a part of.
-    for source in sorted(programs, key=lambda each: each.specification.blocks is None):
+    for source in sorted(programs, key=lambda each: not each.specification.length):
         entry = _entry(source)
         entry.engine = "onnxruntime"
         entry.data_files.append(onnx_engine.WEIGHTS_FILE)
@@ -260,7 +279,8 @@ def _compile_onnx(
         )
         if unsigned:
             entry.unsigned_file = unsigned.relative_to(staging).as_posix()
-    return entries
+    order = [source.specification.name for source in programs]
+    return sorted(entries, key=lambda entry: order.index(entry.name))
 
 
 def _compile_executorch(

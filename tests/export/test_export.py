@@ -343,6 +343,10 @@ def test_nothing_is_deleted_but_bundles(
         with pytest.raises(StorageError, match=r"bundle is no bundle.*would be deleted.*--out"):
             export(overwrite=True)
         assert kept.read_text() == "mine"
+        (out / "manifest.json").write_text('{"name": "a web page"}')
+        with pytest.raises(StorageError, match=r"bundle is no bundle"):
+            export(overwrite=True)
+        (out / "manifest.json").unlink()
         kept.unlink()
         out.rmdir()
         out.write_text("mine")
@@ -362,20 +366,25 @@ def test_nothing_is_deleted_but_bundles(
         if Path("/proc").is_mount():
             with pytest.raises(StorageError, match="mounted at /proc"):
                 export(out=Path("/proc"), overwrite=True)
+    kept.unlink()
     # What a killed export left goes, and an empty directory.
     (partial / "tokenizer.json").write_text("{}")
     out.mkdir()
     export(overwrite=True)
+    # What somebody put there is not deleted with it.
     kept = precious(out)
+    with pytest.raises(StorageError, match=r"bundle/precious is no part of a bundle.*move it"):
+        export(overwrite=True)
+    kept.unlink()
+    before = (out / "manifest.json").read_text()
     # A failure while overwriting leaves the old one, too.
     with monkeypatch.context() as patch:
         patch.setattr(onnx_engine, "translate", _broken)
         with pytest.raises(RuntimeError, match="exporter"):
             export(overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    assert kept.read_text() == "mine"
+    assert (out / "manifest.json").read_text() == before
     bundle = export(overwrite=True)
-    assert not kept.exists()
     assert open_bundle(out).manifest == bundle.manifest
     # Behind a link it is the bundle that is replaced.
     kept = precious(out)
