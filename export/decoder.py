@@ -193,8 +193,9 @@ class Decoder(nn.Module, ABC):
         """(N, d) -> q, k and v as `comigs::cached_attention` takes them, not turned yet.
 
         Args:
-            joined: whether a map that gives all three may be one product. In four bits, its
-                weights are then beside those of its parts, which other programs take.
+            joined: whether a map that gives all three may be one product. Its weights as integers
+                begin with those of its parts, which other programs take; as float32 they would be
+                stored besides.
         """
 
     @abstractmethod

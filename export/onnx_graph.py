@@ -42,7 +42,7 @@ from export.flat_graph import (
     untransposed,
 )
 from export.programs import BLOCKS, Blocks
-from export.rounding import SMALLEST_EMBEDDING, block_lengths, coarse_products, eight_bits
+from export.rounding import SMALLEST_EMBEDDING, block_lengths, coarse_and_even_products, eight_bits
 
 OPSET = 20
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
@@ -104,11 +104,16 @@ def translate(
             lambda weight, inputs: translation.blocks_of(weight).lengths(inputs),
         )
     elif int8:
-        translation.coarse = coarse_products(graph_module, examples, translation.quantised)
+        translation.coarse, even = coarse_and_even_products(
+            graph_module, examples, translation.quantised
+        )
+        if length:  # a tenth of the time there; of a training step less, and it rounds gradients
+            translation.even = even
     yield translation.model(input_names, output_names)
     if translation.matrices:
         unsigned = _Translation(graph_module, int8, blocks, length, signed=False)
-        unsigned.coarse, unsigned.rounded = translation.coarse, translation.rounded
+        unsigned.coarse, unsigned.even = translation.coarse, translation.even
+        unsigned.rounded = translation.rounded
         yield unsigned.model(input_names, output_names)
 
 
@@ -132,6 +137,7 @@ class _Translation:
         products = (n for n in graph_module.graph.nodes if n.target == ATEN.mm.default)
         factors = [(untransposed(node.args[1]), is_transpose(node.args[1])) for node in products]
         self.coarse: set[fx.Node] = set()  # products for which rounding is too coarse
+        self.even: set[fx.Node] = set()  # for which all tokens may be rounded on one scale
         self.block_lengths: dict[fx.Node, int] = {}  # of products with weights in blocks
         # Weights, and the axis that is summed over.
         self.factors = {node.target: int(t) for node, t in factors if node.op == "get_attr"}
@@ -322,27 +328,32 @@ class _Translation:
             return self.store(f"zeros_{list(shape)}", torch.zeros(shape, dtype=torch.int8))
         return self.store(f"middles_{list(shape)}", torch.full(shape, MIDDLE, dtype=torch.uint8))
 
-    def integer_product(self, a: str, b: fx.Node, transposed: bool, coarse: bool) -> str:
+    def integer_product(
+        self, a: str, b: fx.Node, transposed: bool, coarse: bool, even: bool
+    ) -> str:
         """a @ b, or a @ b.T, of a float32 matrix and a quantised weight.
 
-        With `coarse`, what rounding left of `a` gets a product of its own.
+        With `coarse`, what rounding left of `a` gets a product of its own. With `even`, its rows
+        share a scale.
         """
         attribute = str(b.target)
         stored, scales, first = self.integer_matrix(attribute, transposed)
         backward = transposed != first
         x = self.emit("Mul", a, scales) if backward else a
         factor = self.constant(torch.tensor(1.0)) if backward else scales
+        if even and not backward:
+            return self.integer_gemm(x, stored, factor, transposed=True)
         # Tokens differ in size. Brought to the same first, each is quantised on its own scale.
         rows = self.constant(torch.tensor([1]))
         largest = self.emit("ReduceMax", self.emit("Abs", x), rows, keepdims=1)
         size = self.emit("Max", largest, self.constant(torch.tensor(1e-30)))
-        even = self.emit("Div", x, size)
-        product = self.integer_gemm(even, stored, factor, not backward)
+        level = self.emit("Div", x, size)
+        product = self.integer_gemm(level, stored, factor, not backward)
         # Summed over the vocabulary: probabilities, most of them far smaller than a step.
         if coarse or (backward and attribute in self.embeddings):
-            step = self.emit("DynamicQuantizeLinear", even, outputs=3)
+            step = self.emit("DynamicQuantizeLinear", level, outputs=3)
             rounded = self.emit("DequantizeLinear", step, f"{step}.1", f"{step}.2")
-            rest = self.emit("Sub", even, rounded)
+            rest = self.emit("Sub", level, rounded)
             second = self.integer_gemm(rest, stored, factor, not backward)
             product = self.emit("Add", product, second)
         return self.emit("Mul", product, size)
@@ -446,8 +457,8 @@ def _mm(t: _Translation, node: fx.Node, a: fx.Node, b: fx.Node) -> str:
         t.in_blocks[node] = t.nodes[-1]
         return result
     if t.quantised(factor):
-        transposed, coarse = factor is not b, node in t.coarse
-        return t.integer_product(t.name(a), factor, transposed=transposed, coarse=coarse)
+        transposed, coarse, even = factor is not b, node in t.coarse, node in t.even
+        return t.integer_product(t.name(a), factor, transposed=transposed, coarse=coarse, even=even)
     (a_name, transposed_a), (b_name, transposed_b) = t.matrix(a), t.matrix(b)
     t.products[node] = Product(a_name, b_name, transposed_a, transposed_b)
     return t.gemm(t.products[node])

@@ -266,7 +266,8 @@ def in_place_programs(
         return prefill, replace(prefill, name="decode", same_as="prefill")
     # Few rows are fastest with blocks; many with one scale for a column, and in eight bits.
     blocks = BLOCKS[manifest.base.precision]
-    return prefill, replace(prefill, name="decode", call=partial(call, joined=True), blocks=blocks)
+    prefill = replace(prefill, call=partial(call, joined=True))
+    return prefill, replace(prefill, name="decode", blocks=blocks)
 
 
 def _cache_names(prefix: str, layers: int) -> list[str]:

@@ -8,7 +8,7 @@ others are lost, and with them what every other token attends to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -19,8 +19,15 @@ from export.flat_graph import ATEN, untransposed
 SMALLEST_EMBEDDING = 2**20
 # Largest error, relative, of a token's outputs. Without such activations most are below it.
 ALLOWED = 0.03
+# How much larger it may be if all tokens share a scale, which saves bringing each to one.
+AS_WELL = 1.5
+OWN, TOGETHER = 0, 1  # ways to round: each token on a scale of its own, or all on one
 # The same where activations share scales in blocks, of which smaller ones cost little.
 ALLOWED_IN_BLOCKS = 0.0125
+
+
+Steps: TypeAlias = dict[int, Tensor]
+"""Of each way to round (N, inputs): the width of a step, for every number or for rows of them."""
 
 
 def eight_bits(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,19 +36,42 @@ def eight_bits(value: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(value / scales.unsqueeze(1)).to(torch.int8), scales
 
 
-def coarse_products(
+def coarse_and_even_products(
     graph_module: fx.GraphModule,
     examples: Sequence[Sequence[Tensor]],
     quantised: Callable[[fx.Node], bool],
-) -> set[fx.Node]:
-    """Products with quantised weights for which rounding each token on one scale is too coarse.
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Products with quantised weights for which rounding each token on one scale is too coarse, and
+    those for which all tokens may as well be on one.
 
     Args:
         examples: what to run the graph on.
         quantised: whether a node is a weight that is held in int8.
     """
-    found = _errors(graph_module, examples, quantised, lambda _, inputs: (inputs,))
-    return {node for node, errors in found if max(errors.values()) > ALLOWED}
+    products: set[fx.Node] = set()
+    coarse: set[fx.Node] = set()
+    uneven: set[fx.Node] = set()
+    for node, errors in _errors(graph_module, examples, quantised, _steps_of_tokens):
+        products.add(node)
+        own, together = errors[OWN], errors[TOGETHER]
+        if own > ALLOWED:
+            coarse.add(node)
+        if together > min(ALLOWED, AS_WELL * own):
+            uneven.add(node)
+    # What is rounded once for several products is rounded in one way.
+    factors = {node.args[0] for node in coarse | uneven}
+    return coarse, {node for node in products if node.args[0] not in factors}
+
+
+def _steps_of_tokens(_: str, x: Tensor) -> Steps:
+    """Between the lowest and the highest number there are 255: of all, or, where each token is
+    brought to the same size first, of all then."""
+    size = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    return {OWN: size * _width(x / size), TOGETHER: _width(x)}
+
+
+def _width(x: Tensor) -> Tensor:
+    return (x.max().clamp(min=0.0) - x.min().clamp(max=0.0)).clamp(min=1e-30) / 255.0
 
 
 def block_lengths(
@@ -57,8 +87,17 @@ def block_lengths(
         lengths: what there is to choose from for a weight with so many inputs, falling. If even the
             last is too coarse, it is taken.
     """
+
+    def steps(weight: str, x: Tensor) -> Steps:
+        found = {}
+        for length in lengths(weight, x.shape[1]):
+            largest = x.view(len(x), -1, length).abs().amax(-1)
+            step = largest.clamp(min=1e-30) * (2.0 / 255.0)
+            found[length] = step.repeat_interleave(length, 1)
+        return found
+
     chosen: dict[fx.Node, int] = {}
-    for node, errors in _errors(graph_module, examples, quantised, lengths):
+    for node, errors in _errors(graph_module, examples, quantised, steps):
         fitting = (length for length, error in errors.items() if error <= ALLOWED_IN_BLOCKS)
         length = next(fitting, min(errors))
         chosen[node] = min(length, chosen.get(node, length))
@@ -69,13 +108,13 @@ def _errors(
     graph_module: fx.GraphModule,
     examples: Sequence[Sequence[Tensor]],
     quantised: Callable[[fx.Node], bool],
-    lengths: Callable[[str, int], Sequence[int]],
+    steps: Callable[[str, Tensor], Steps],
 ) -> Iterator[tuple[fx.Node, dict[int, float]]]:
-    """For every example and product: by how much blocks of each of `lengths` miss its outputs.
+    """For every example and product: by how much each way to round misses its outputs.
 
     Relative errors of the whole output of a token, the worst of all tokens."""
     for arguments in examples:
-        rounding = _Rounding(graph_module, quantised, lengths)
+        rounding = _Rounding(graph_module, quantised, steps)
         with torch.no_grad():
             rounding.run(*arguments)
         yield from rounding.errors.items()
@@ -88,11 +127,11 @@ class _Rounding(fx.Interpreter):
         self,
         graph_module: fx.GraphModule,
         quantised: Callable[[fx.Node], bool],
-        lengths: Callable[[str, int], Sequence[int]],
+        steps: Callable[[str, Tensor], Steps],
     ) -> None:
         super().__init__(graph_module)
         self.quantised = quantised
-        self.lengths = lengths
+        self.steps = steps
         self.errors: dict[fx.Node, dict[int, float]] = {}
         self.scales: dict[str, tuple[bool, Tensor]] = {}
 
@@ -120,10 +159,8 @@ class _Rounding(fx.Interpreter):
         x = x * scales if backward else x
         wanted = product.norm(dim=1).clamp(min=1e-30)
         errors = {}
-        for length in self.lengths(weight, x.shape[1]):
-            blocks = x.view(len(x), -1, length)
-            step = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (2.0 / 255.0)
-            error = (torch.round(blocks / step) * step - blocks).view(x.shape)
+        for way, step in self.steps(weight, x).items():
+            error = torch.round(x / step) * step - x
             error = error / scales if backward else error
-            errors[length] = float(((error @ factor).norm(dim=1) / wanted).max())
+            errors[way] = float(((error @ factor).norm(dim=1) / wanted).max())
         return errors

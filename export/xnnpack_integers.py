@@ -23,7 +23,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the o
 
 from export.flat_graph import ATEN, is_transpose, untransposed
 from export.programs import Blocks
-from export.rounding import SMALLEST_EMBEDDING, coarse_products, eight_bits
+from export.rounding import SMALLEST_EMBEDDING, coarse_and_even_products, eight_bits
 
 QUANTISED = torch.ops.quantized_decomposed
 SMALLEST_QUANTISED = 2**12  # numbers
@@ -58,7 +58,7 @@ def integer_products(
         matrix = node.op == "get_attr" and node.target in factors and min(shape) > 1
         return bool(matrix and shape.numel() >= SMALLEST_QUANTISED)
 
-    coarse = coarse_products(graph_module, examples, quantised)
+    coarse, _ = coarse_and_even_products(graph_module, examples, quantised)
     embeddings = {n.args[0].target for n in graph.nodes if n.target == ATEN.index.Tensor}
     rewriting = _Rewriting(graph_module, known)
     for node in products:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from export.programs import BLOCKS
-from export.rounding import block_lengths, coarse_products
+from export.rounding import block_lengths, coarse_and_even_products
 
 INPUTS, MASSIVE = 256, 200
 
@@ -51,8 +51,19 @@ def test_blocks_are_as_long_as_every_example_allows(
 
 
 def test_a_massive_activation_is_too_coarse_for_one_scale(product: fx.GraphModule) -> None:
-    assert not coarse_products(product, [activations(1.0)], is_weight)
-    assert len(coarse_products(product, [activations(1.0), activations(1000.0)], is_weight)) == 1
+    coarse, even = coarse_and_even_products(product, [activations(1.0)], is_weight)
+    assert not coarse
+    assert len(even) == 1
+    examples = [activations(1.0), activations(1000.0)]
+    coarse, even = coarse_and_even_products(product, examples, is_weight)
+    assert len(coarse) == 1
+    assert not even
+
+
+def test_tokens_of_different_size_do_not_share_a_scale(product: fx.GraphModule) -> None:
+    sizes = torch.logspace(0, 2, len(activations(1.0)[0])).unsqueeze(1)
+    examples = [activations(1.0), [activations(1.0)[0] * sizes]]
+    assert coarse_and_even_products(product, examples, is_weight) == (set(), set())
 
 
 def test_blocks_divide_the_inputs() -> None:
