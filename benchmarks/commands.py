@@ -127,7 +127,7 @@ def bench_train(
         )
     from benchmarks import train_step
 
-    with telling("loading the base") as tell, _wrong_usage("--length"):
+    with telling("loading the base") as tell, _wrong_usage():
         result = train_step.run(
             base_name=base,
             random_weights=weights == "random",
@@ -166,7 +166,7 @@ def bench_decode(
     contestants = _contestants(engines)
     from benchmarks import decode
 
-    with telling("loading the base") as tell, _wrong_usage("--prompt"):
+    with telling("loading the base") as tell, _wrong_usage():
         result = decode.run(
             base_name=base,
             random_weights=weights == "random",
@@ -337,9 +337,11 @@ def _contestants(engines: str) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _wrong_usage(option: str) -> Iterator[None]:
-    """A number that does not suit the base is a wrong option."""
+def _wrong_usage() -> Iterator[None]:
+    """What does not suit the base is a wrong option."""
+    from benchmarks.contest import WrongOptionError
+
     try:
         yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from error
+    except WrongOptionError as error:
+        raise typer.BadParameter(str(error), param_hint=error.option) from error

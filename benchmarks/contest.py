@@ -37,6 +37,14 @@ class ContestError(ComigsError):
     code = 1
 
 
+class WrongOptionError(Exception):
+    """An option of a benchmark that does not suit its base."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
 class Contestant(Closing):
     """A process that serves requests (see `child.py`).
 

@@ -25,7 +25,14 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from benchmarks.compiled import Compiler, kept_in
-from benchmarks.contest import ROOT, Contestant, ContestError, quartiles, turns
+from benchmarks.contest import (
+    ROOT,
+    Contestant,
+    ContestError,
+    WrongOptionError,
+    quartiles,
+    turns,
+)
 from benchmarks.machine import Machine, machine
 from export.base import Base, load_base
 from export.mixture import Mixture
@@ -139,17 +146,21 @@ def run(
 
     Raises:
         BaseModelError: the base is not available.
-        ValueError: the base has too few positions, or peers are asked for and it is no GPT-2.
+        WrongOptionError: the base has too few positions, or peers are asked for and it is no
+            GPT-2.
         ContestError: one of ours failed.
     """
     base = load_base(base_name, random_weights=random_weights)
     positions = base.architecture.positions
     if prompt + tokens > positions:
-        raise ValueError(
-            f"{base_name} has {positions} positions, {prompt} + {tokens} tokens are too many"
+        raise WrongOptionError(
+            "--prompt",
+            f"{base_name} has {positions} positions, {prompt} + {tokens} tokens are too many",
         )
     if peers_python and not isinstance(base.config, GPT2Config):
-        raise ValueError(f"{base_name} is no GPT-2, the only family that the peers are set up for")
+        raise WrongOptionError(
+            "--peers", f"{base_name} is no GPT-2, the only family that they are set up for"
+        )
     laptop = tiers()["laptop"]
     tier = replace(laptop, context=max(laptop.context, prompt + tokens)).fitted(positions)
     with ExitStack() as stack:
@@ -332,7 +343,7 @@ def _measure(
         }
         for name in commands
     }
-    for counts in turns(count, progress, warm_up=1):
+    for counts in turns(count, progress):  # a second prompt is what loads `prefill`
         for name, each in everyone.items():
             own = measured[name]
             prefill, _ = each.ask("prefill", prompt)

@@ -63,6 +63,7 @@ from protos import coordinator_pb2 as pb
 
 ARMS = ("local", "fedavg", "method")
 RANK, ALPHA = 8, 16.0
+NO_DEADLINE = 10**6  # seconds: however long a round takes here, nobody is late
 HOUR = 3600.0  # how long the invitations work, in seconds
 LARGE = 50e6  # parameters of a base
 MARK = ".made-by-comigs-demo"  # file in the folders that a demo empties when it begins
@@ -133,6 +134,24 @@ class Child:
             raise ChildError(
                 f"comigs {' '.join(self.arguments[:2])} ended with {code}: {' '.join(tail)}"
             )
+
+
+def finish_all(children: Sequence[Child]) -> None:
+    """Waits for the end of all: without one of them, the others might wait for ever.
+
+    Raises:
+        ChildError: one failed, or a round went on without one.
+    """
+    running = list(children)
+    while running:
+        for child in [each for each in running if each.process.poll() is not None]:
+            child.finish()
+            running.remove(child)
+        time.sleep(0.1)
+    for child in children:
+        for event in child.events:
+            if event["event"] == "refused":
+                raise ChildError(f"an update did not count: {event['reason']}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,12 +255,14 @@ class Demo:
                     *("--state", str(self.out / "homes" / arm / "coordinator")),
                     *("--rounds", str(self.training.rounds)),
                     *("--min-devices", str(len(self.users))),
+                    *("--deadline", str(NO_DEADLINE)),
                     *("--training", str(training)),
                     "--exit-when-done",
                 ],
                 lambda _: None,
             )
         children: dict[str, Child] = {}
+        helper = [coordinator] if coordinator else []
         try:
             if coordinator is not None:
                 where = self._invite(coordinator)
@@ -261,14 +282,10 @@ class Demo:
                     ],
                     _shower(progress, task),
                 )
-            for child in children.values():
-                child.finish()
-        except ComigsError:
-            for child in [*children.values(), *([coordinator] if coordinator else [])]:
+            finish_all([*children.values(), *helper])
+        finally:
+            for child in [*children.values(), *helper]:
                 child.process.kill()
-            raise
-        if coordinator:
-            coordinator.finish()
         return children
 
     def _invite(self, coordinator: Child) -> dict[str, list[str]]:
@@ -433,8 +450,8 @@ def _compile(
     micro_batch = 2 if base.parameters > LARGE and batch % 2 == 0 else batch
     tier = replace(tiers()["laptop"], micro_batches=(micro_batch,))
     key = hashlib.sha256(
-        f"{base.sha256} {demo.precision} {mixture} {tier} {demo.engine} {programs} {demo.seed} "
-        f"{sources_digest()}".encode()
+        f"{base.sha256} {base.tokenizer.to_str()} {demo.precision} {mixture} {tier} {demo.engine} "
+        f"{programs} {demo.seed} {sources_digest()}".encode()
     ).hexdigest()[:16]
     out = demo.out / "bundles" / f"{name}-{key}"
     if not out.exists():

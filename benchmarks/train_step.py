@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from benchmarks.compiled import Compiler, kept_in
-from benchmarks.contest import Contestant, quartiles, turns
+from benchmarks.contest import Contestant, WrongOptionError, quartiles, turns
 from benchmarks.machine import Machine, machine
 from edge_runtime.bundle import Bundle
 from edge_runtime.errors import ParityError
@@ -104,13 +104,15 @@ def run(
 
     Raises:
         BaseModelError: the base is not available.
-        ValueError: the base has fewer positions than `length`.
+        WrongOptionError: the base has fewer positions than `length`.
         ParityError: a contestant's loss is not the reference's, so it does other work.
     """
     base = load_base(base_name, random_weights=random_weights)
     positions = base.architecture.positions
     if length > positions:
-        raise ValueError(f"{base_name} has {positions} positions, {length} tokens are too many")
+        raise WrongOptionError(
+            "--length", f"{base_name} has {positions} positions, {length} tokens are too many"
+        )
     tier = replace(tiers()["laptop"], micro_batches=(batch,), train_length=length)
     weights = "random" if random_weights else "pretrained"
     with ExitStack() as stack:

@@ -12,9 +12,20 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
-from benchmarks.demo import Demo, _compile, _curve, _places, _sentence, _shower
+from benchmarks.demo import (
+    Child,
+    ChildError,
+    Demo,
+    _compile,
+    _curve,
+    _places,
+    _sentence,
+    _shower,
+    finish_all,
+)
 from benchmarks.users import UserText
 from edge_runtime import training_config
+from edge_runtime.bundle import Bundle
 from edge_runtime.cli import emit
 from edge_runtime.errors import DataError, StorageError
 from edge_runtime.training import perplexity_of
@@ -54,6 +65,19 @@ def run_demo(users: Path, base: Path, out: Path) -> dict[str, object]:
     assert done.returncode == 0, done.stderr
     result: dict[str, object] = json.loads(done.stdout)
     return result
+
+
+def test_nobody_waits_for_a_process_that_failed(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    options = ("--listen", "127.0.0.1:0", "--insecure", "--state", str(tmp_path / "state"))
+    waiting = Child(["serve", "--bundle", str(tiny_bundle.path), *options], lambda _: None)
+    try:
+        waiting.wait_for("listening", 60)
+        failing = Child(["plan", "--bundle", str(tmp_path / "nothing")], lambda _: None)
+        with pytest.raises(ChildError, match=r"comigs plan .*ended with 10: .*no bundle at"):
+            finish_all([waiting, failing])
+    finally:
+        waiting.process.kill()
+        waiting.process.wait()
 
 
 def test_demo_tells_the_whole_story(users_dir: Path, tiny_base_dir: Path, tmp_path: Path) -> None:
