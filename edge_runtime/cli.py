@@ -47,6 +47,9 @@ MOST_ROUNDS = 10**6
 
 # What is wrong with a path from the command line, wherever it is looked at first.
 NO_PLACE = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP)
+# What is wrong with a file that output is redirected to; files of ours are written under
+# `files.storage_errors`.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 # Progress and messages go to stderr, results to stdout: `--format json | jq` must work.
 messages = Console(stderr=True)
@@ -156,6 +159,10 @@ def main() -> None:
     except ComigsError as error:
         _refuse(error)
     except OSError as error:
+        if error.filename is None and error.errno in NO_SPACE:
+            # What is left in the buffer would fail once more at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _refuse(StorageError(f"standard output: {error.strerror}; free some space there"))
         if error.errno not in NO_PLACE or error.filename is None:
             raise
         _refuse(StorageError(f"{error.filename}: {error.strerror}; give another path"))

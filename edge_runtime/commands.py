@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ROUNDS, RETRY_SECONDS = 3, 120.0
 FRESH = Path("the bundle's own")
 
 HomeOption = Annotated[Path, typer.Option(help="The device's home directory.")]
@@ -139,14 +140,18 @@ def run(
     memory: MemoryOption = None,
     compute: ComputeOption = None,
     rounds: Annotated[
-        int, typer.Option(help="With --alone: rounds to train.", min=1, max=MOST_ROUNDS)
-    ] = 3,
+        int | None,
+        typer.Option(
+            help="With --alone: rounds to train.", show_default="3", min=1, max=MOST_ROUNDS
+        ),
+    ] = None,
     training: Annotated[
         Path | None, typer.Option(help="With --alone: TrainingConfig as JSON.")
     ] = None,
     retry: Annotated[
-        float, typer.Option(help="Seconds to retry an unreachable coordinator.")
-    ] = 120,
+        float | None,
+        typer.Option(help="Seconds to retry an unreachable coordinator.", show_default="120"),
+    ] = None,
     compression: Annotated[
         str | None,
         typer.Option(
@@ -170,8 +175,11 @@ def run(
 
     at = Home(home)
     invited = decode(invitation) if invitation else None
-    if alone and (invited or coordinator or insecure or require_secure_aggregation):
+    of_coordinators = (invited, coordinator, insecure, require_secure_aggregation, compression)
+    if alone and (any(of_coordinators) or retry is not None):
         raise typer.BadParameter("--alone has no coordinator, so no option of one")
+    if not alone and (rounds is not None or training is not None):
+        raise typer.BadParameter("--rounds and --training are the coordinator's without --alone")
     if insecure and (invited or not coordinator):
         raise typer.BadParameter("--insecure needs --coordinator HOST:PORT and no --invitation")
     if invited and name not in (None, invited.name):
@@ -204,18 +212,9 @@ def run(
             compression=compression,
             only_masked=require_secure_aggregation,
         )
-        chosen = device.plan
-        report(
-            {
-                "event": "plan",
-                "micro_batch": chosen.micro_batch,
-                "recompute": chosen.recompute,
-                "packed": chosen.packed,
-                "together": chosen.together,
-                "memory_mib": round(chosen.total_bytes / 2**20, 1),
-            }
-        )
-        list(device.batches(config))  # too little text: say so before anything is computed
+        device.report_plan()
+        # Too little text: say so before anything is computed. A coordinator's batch is unknown yet.
+        device.require_text(config.batch_sequences if alone else 1)
         # Only now: a mistake must not stay in the home, nor a name whose invitation is refused.
         if not (invited and at.identity()):
             _save_config(device)
@@ -223,7 +222,11 @@ def run(
             device.train_alone(config)
         else:
             _with_coordinator(
-                device, invited=invited, coordinator=coordinator, insecure=insecure, retry=retry
+                device,
+                invited=invited,
+                coordinator=coordinator,
+                insecure=insecure,
+                retry=RETRY_SECONDS if retry is None else retry,
             )
     report({"event": "summary", **device.summary()})
 
@@ -297,12 +300,12 @@ def _identity(
     return identity
 
 
-def _training_config(path: Path | None, rounds: int) -> Any:
+def _training_config(path: Path | None, rounds: int | None) -> Any:
     try:
         config = training_config.load(path)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--training") from error
-    config.rounds = config.rounds or rounds
+    config.rounds = rounds or config.rounds or ROUNDS
     return config
 
 

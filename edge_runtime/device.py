@@ -477,24 +477,42 @@ class Device:
     def _length(self) -> int:
         return self.bundle.manifest.tier.train_length
 
-    def batches(self, config: pb.TrainingConfig) -> Iterator[Batches]:
-        """The training and the held-out split's batches.
+    def report_plan(self) -> None:
+        self.report(
+            {
+                "event": "plan",
+                "micro_batch": self.plan.micro_batch,
+                "recompute": self.plan.recompute,
+                "packed": self.plan.packed,
+                "together": self.plan.together,
+                "memory_mib": round(self.plan.total_bytes / 2**20, 1),
+            }
+        )
 
-        Raises:
-            DataError: a split is too small for one batch.
+    def require_text(self, batch_sequences: int) -> None:
         """
+        Raises:
+            DataError: the training or the held-out split is too small for one batch.
+        """
+        list(self._batches(batch_sequences))
+
+    def _batches(self, batch_sequences: int) -> Iterator[Batches]:
+        """The training and the held-out split's."""
         for name, salt in (("train", 1), ("valid", 2)):
             split = Batches(self.tokens[name], self._length, self.config.seed * 10 + salt)
-            split.require(config.batch_sequences, "training" if salt == 1 else "held-out")
+            split.require(batch_sequences, "training" if salt == 1 else "held-out")
             yield split
 
     def _get_trainer(self, config: pb.TrainingConfig) -> Trainer:
         if self._trainer is None or self._trainer.config != config:
-            train, valid = self.batches(config)
+            train, valid = self._batches(config.batch_sequences)
             plan = self._choose_plan(config.batch_sequences)
             if plan != self.plan or not plan.together:
                 self._unload()
-            self.plan, self._trainer = plan, None
+            if plan != self.plan:  # a coordinator's batch is another than what was planned for
+                self.plan = plan
+                self.report_plan()
+            self._trainer = None
             self._trainer = Trainer(
                 bundle=self.bundle,
                 engine=self.engine,

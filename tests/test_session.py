@@ -208,6 +208,34 @@ def test_kills_change_nothing(
             np.testing.assert_array_equal(vector, expected[role], err_msg=f"{name} {role}")
 
 
+def test_a_device_has_text_for_the_coordinators_batch(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    """And not for the one that it would train with alone."""
+    small = tmp_path / "small"
+    small.mkdir()
+    for split in ("train", "valid", "test"):
+        (small / f"{split}.txt").write_text((text_dir / f"{split}.txt").read_text()[:60])
+    training = tmp_path / "training.json"
+    training.write_text('{"batch_sequences": 2, "local_steps": 3}')
+    at = ("--home", tmp_path / "home", "--data", small, "--bundle", tiny_bundle.path)
+    alone = comigs("device", "run", *at, "--alone")
+    _, error = alone.communicate(timeout=60)
+    assert alone.returncode == 12, error
+    serve = ("--bundle", tiny_bundle.path, "--state", tmp_path / "state", "--listen", "127.0.0.1:0")
+    rounds = ("--rounds", 1, "--min-devices", 1, "--training", training, "--insecure")
+    with comigs("serve", *serve, *rounds, "--exit-when-done", "--format", "json") as coordinator:
+        assert coordinator.stdout is not None
+        address = json.loads(coordinator.stdout.readline())["address"]
+        device = comigs(
+            *("device", "run", *at, "--coordinator", address, "--insecure", "--format", "json")
+        )
+        told, error = device.communicate(timeout=60)
+        assert device.returncode == 0, error
+        assert [json.loads(line)["event"] for line in told.splitlines()].count("step") == 3
+        coordinator.communicate(timeout=60)
+
+
 def test_a_device_comes_back_for_more_rounds_and_from_being_alone(
     tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
 ) -> None:

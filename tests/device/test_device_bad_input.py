@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import resource
@@ -29,6 +30,9 @@ from device_help import (
     run_alone,
     saved,
     training_file,
+)
+from device_help import (
+    command as command_of,
 )
 from safetensors import safe_open
 from safetensors.numpy import save
@@ -439,6 +443,52 @@ def test_numbers_and_paths_that_nothing_holds(
     done = comigs("device", "run", "--alone", *at, *options)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--alone", "--compression", "int8"), "no option of one"),
+        (("--alone", "--retry", 5), "no option of one"),
+        (("--invitation", INVITATION, "--rounds", 2), "are the coordinator's"),
+        (("--invitation", INVITATION, "--training", "t.json"), "are the coordinator's"),
+    ],
+)
+def test_options_that_would_mean_nothing(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, options: tuple[object, ...], words: str
+) -> None:
+    at = ("--home", tmp_path / "home", "--data", text_dir, "--bundle", tiny_bundle.path)
+    done = comigs("device", "run", *at, *options, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+
+
+def test_rounds_of_the_command_line_go_before_those_of_the_file(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    training = training_file(tmp_path / "t.json", rounds=1, local_steps=2)
+    at = (tmp_path / "home", text_dir, "--bundle", tiny_bundle.path, "--training", training)
+    assert run_alone(*at)[-1]["steps"] == 2
+    assert run_alone(*at, "--rounds", 3)[-1]["steps"] == 6
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this machine")
+@pytest.mark.parametrize("command", ["plan", "device run --home home --alone --format json"])
+def test_a_full_disk_behind_standard_output(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path, command: str
+) -> None:
+    of_device = ("--data", text_dir) if "run" in command else ()
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command_of(*command.split(), "--bundle", tiny_bundle.path, *of_device),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+            cwd=tmp_path,
+        )
+    assert "standard output: No space left" in refusal(done, STORAGE)
 
 
 def test_a_configuration_of_other_kinds(
