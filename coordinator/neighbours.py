@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
+
+import numpy as np
 
 from edge_runtime.neighbours import COMPLETE_UP_TO, Graph
 
@@ -47,6 +50,27 @@ def graph_for(devices: int, staying: float) -> Graph:
         f"a group of {devices} devices of which {staying:.0%} need to stay takes more than "
         f"{MAX_NEIGHBOURS} neighbours for each; raise --secure-threshold, or select fewer devices"
     )
+
+
+def enough_signers(graph: Graph, signers: Iterable[int], quorum: int) -> list[int]:
+    """Of `signers`, which bind a group, not many more than it takes for that."""
+    kept = sorted(signers)
+    if graph.is_complete:
+        return kept[:quorum]
+    there = np.zeros(graph.devices + 1, np.int64)
+    there[kept] = 1
+    held = {n: int(there[[n, *graph.neighbours(n)]].sum()) for n in range(1, graph.devices + 1)}
+    for number in tuple(kept):
+        near = [number, *graph.neighbours(number)]
+        if len(kept) == quorum or any(held[n] <= graph.threshold for n in near):
+            continue
+        kept.remove(number)
+        if not graph.binds(kept):
+            kept = sorted([*kept, number])
+            continue
+        for n in near:
+            held[n] -= 1
+    return kept
 
 
 def least_devices(devices: int, staying: float) -> int:

@@ -20,7 +20,7 @@ from cryptography import x509
 
 from coordinator.aggregation import AggregationError
 from coordinator.aggregation.updates import Flat
-from coordinator.neighbours import graph_for, least_devices
+from coordinator.neighbours import enough_signers, graph_for, least_devices
 from coordinator.state import State
 from coordinator.tables import (
     Device,
@@ -42,7 +42,9 @@ from edge_runtime.secure_aggregation import (
     Signer,
     agreement,
     bitmap,
+    members_of,
     noise_share,
+    numbered,
     pair,
     payload_numbers,
     quorum,
@@ -165,6 +167,7 @@ class SecureAggregation:
         self._clock: tuple[tuple[int, str], float] = ((0, ""), 0.0)
         # Of the open round; what does not change any more.
         self._keys: tuple[int, dict[int, bytes]] = (0, {})
+        self._members: tuple[int, bytes] = (0, b"")
         self._settled: tuple[int, tuple[set[int], set[int]]] = (0, (set(), set()))
         self._inboxes: tuple[int, dict[int, pb.IncomingShares]] = (0, {})
         self._agreement: tuple[int, bytes] = (0, b"")
@@ -183,6 +186,11 @@ class SecureAggregation:
         Raises:
             AggregationError: they are too many.
         """
+        divisor = self._masking.divisor
+        if divisor is not None and len(devices) > divisor:  # from before it was started otherwise
+            raise AggregationError(
+                f"{len(devices)} devices have trained, and steps are divided by {divisor}"
+            )
         try:
             graph, terms = self._masking.terms(len(devices))
         except ValueError as error:
@@ -194,7 +202,7 @@ class SecureAggregation:
             {device: index for index, device in enumerate(order, 1)},
             degree=graph.degree,
             terms=terms.SerializeToString(),
-            divisor=self._masking.divisor,
+            divisor=divisor,
         )
 
     def fits(self, number: int, group: MaskingGroup | None) -> bool:
@@ -281,7 +289,7 @@ class SecureAggregation:
         summed = {update.device for update in self._state.updates(number)}
         over = due or not summed - gone - agreed.keys()
         enough = len(agreed) >= _quorum(group)
-        if not enough or not self._ends(group)[0] <= graph.covered(agreed.values()):
+        if not enough or not graph.binds(agreed.values()):
             if over:
                 raise AggregationError(
                     f"{len(agreed)} of {len(summed)} devices stayed to confirm who is summed up, "
@@ -544,7 +552,8 @@ class SecureAggregation:
             raise RefusedStepError("this device was not asked who is summed up")
         keys = pb.KeyAdvertisement.FromString(self._keys_of(group.round)[standing.number])
         signer = self._signer(group.round, keys)
-        signed = signer.has_signed(self._what_is_agreed(group), agreed.signature)
+        told = numbered(self._what_is_agreed(group), standing.number)
+        signed = signer.has_signed(told, agreed.signature)
         if agreed.index != standing.number or not signed:
             raise RefusedStepError("the signature is not of what this device was told")
         return standing
@@ -578,6 +587,14 @@ class SecureAggregation:
             self._keys = number, {m.number: m.keys for m in members if m.number}
         return self._keys[1]
 
+    def _members_of(self, number: int) -> bytes:
+        """Of a settled group."""
+        if self._members[0] != number:
+            keys = sorted(self._keys_of(number).items())
+            told = (pb.KeyAdvertisement.FromString(each) for _, each in keys)
+            self._members = number, members_of(told)
+        return self._members[1]
+
     def _has_keys(self, number: int, index: int, keys: pb.KeyAdvertisement) -> bool:
         known = pb.KeyAdvertisement.FromString(self._keys_of(number)[index])
         return (known.encryption_key, known.mask_key) == (keys.encryption_key, keys.mask_key)
@@ -586,6 +603,8 @@ class SecureAggregation:
         seen = pb.MaskingGroup.FromString(group.terms)
         seen.index = index
         keys = self._keys_of(group.round)
+        if not _graph(group).is_complete:
+            seen.members = self._members_of(group.round)
         for other in _graph(group).neighbours(index):
             neighbour = seen.neighbours.add(index=other)
             neighbour.keys.ParseFromString(keys[other])
@@ -616,12 +635,10 @@ class SecureAggregation:
         """What they sign."""
         if self._agreement[0] != group.round:
             terms = pb.MaskingGroup.FromString(group.terms)
-            keys = self._keys_of(group.round)
-            told = [pb.KeyAdvertisement.FromString(keys[index]) for index in sorted(keys)]
-            task = told[0].task_sha256  # all devices' in a settled group
-            known = told if _graph(group).is_complete else []
-            survivors = self._survivors(group)
-            message = agreement(group.round, self._history, task, terms, known, survivors)
+            first = next(iter(self._keys_of(group.round).values()))
+            task = pb.KeyAdvertisement.FromString(first).task_sha256  # all devices', once settled
+            members, survivors = self._members_of(group.round), self._survivors(group)
+            message = agreement(group.round, self._history, task, terms, members, survivors)
             self._agreement = group.round, message
         return self._agreement[1]
 
@@ -631,7 +648,7 @@ class SecureAggregation:
             signatures = self._state.agreements(group.round)
             agreed = [
                 pb.Agreement(index=number, signature=signatures[number])
-                for number in sorted(signatures)[: _quorum(group)]
+                for number in enough_signers(_graph(group), signatures, _quorum(group))
             ]
             if not _graph(group).is_complete:
                 keys = self._keys_of(group.round)

@@ -97,12 +97,21 @@ class Graph:
         Args:
             dropped: the others that have pairwise masks with them.
         """
-        if not summed | dropped <= self.covered(summed):
-            return False
-        # A part that is joined to no other by a mask would show its own sum. Nothing joins the ends
-        # of a gap that is wider than the reach, and one such gap leaves the circle in one part.
+        return summed | dropped <= self.covered(summed) and self._is_one_part(summed)
+
+    def binds(self, signers: Iterable[int]) -> bool:
+        """Whether signatures of these leave nothing to be had with other signatures: everywhere
+        they are more than half of those that hold shares of a device's secrets, and they hang
+        together."""
+        there = set(signers)
+        return len(self.covered(there)) == self.devices and self._is_one_part(there)
+
+    def _is_one_part(self, numbers: Iterable[int]) -> bool:
+        """A part that is joined to no other by a mask would show its own sum."""
+        # Nothing joins the ends of a gap that is wider than the reach, and one such gap leaves the
+        # circle in one part.
         reach = self.devices if self.is_complete else self.degree // 2
-        places = np.flatnonzero(self._marked(summed))
+        places = np.flatnonzero(self._marked(numbers))
         gaps = np.diff(places, append=places[:1] + self.devices)
         return int((gaps > reach).sum()) <= 1
 

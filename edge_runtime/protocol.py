@@ -8,6 +8,7 @@ sizes.
 | 3 | secure aggregation |
 | 4 | secure aggregation in which devices agree on who is summed up |
 | 5 | likewise, on what they were given, and masks bound to both ends of a pair |
+| 6 | likewise, in a large group too on whose keys are in it |
 
 A device says the newest version that it speaks, the coordinator answers with the newest that both
 do. Whoever is too old for the other is told to update.
@@ -20,12 +21,12 @@ from google.protobuf.message import Message
 from edge_runtime.errors import VersionError
 from edge_runtime.wire import CHUNK_BYTES
 
-NEWEST = 5
+NEWEST = 6
 OLDEST = 1
 # The oldest that can take part in secure aggregation: before 3 devices send updates as they are,
-# with 3 they believe what the coordinator tells them of each other, and with 4 a device's mask does
-# not depend on whom it is shared with.
-SECURE_AGGREGATION = 5
+# with 3 they believe what the coordinator tells them of each other, with 4 a device's mask does not
+# depend on whom it is shared with, and with 5 devices of another group sign in a large one.
+SECURE_AGGREGATION = 6
 
 KIB = 1024
 # Largest serialized message of each kind, in bytes, whoever sends it. `check` refuses what is

@@ -180,15 +180,16 @@ def agreement(
     history: str,
     task: bytes,
     terms: pb.MaskingGroup,
-    keys: Iterable[pb.KeyAdvertisement],
+    members: bytes,
     survivors: pb.Survivors,
 ) -> bytes:
-    """What a device signs; protos/coordinator.proto has it byte by byte.
+    """What devices sign, each with its number (`numbered`); protos/coordinator.proto has it byte by
+    byte.
 
     Args:
         task: as of `task_sha256`.
-        terms: a group, whose `index` and `neighbours` are not looked at.
-        keys: of all its devices in the order of their numbers, if it is complete; else none.
+        terms: a group, whose `index`, `neighbours` and `members` are not looked at.
+        members: of all its devices (`members_of`).
     """
     quantization = terms.quantization
     numbers = struct.pack(
@@ -196,9 +197,18 @@ def agreement(
         *(number, terms.devices, terms.threshold, terms.least_devices, quantization.levels),
         *(quantization.bound, quantization.noise_multiplier, quantization.clip_norm),
     )
-    told = b"".join(each.encryption_key + each.mask_key for each in keys)
     sets = survivors.summed + survivors.dropped
-    return b"comigs survivors" + numbers + task + told + sets + history.encode()
+    return b"comigs survivors" + numbers + task + members + sets + history.encode()
+
+
+def numbered(agreed: bytes, index: int) -> bytes:
+    """An agreement, and which number of the group signs it."""
+    return agreed + struct.pack(">I", index)
+
+
+def members_of(keys: Iterable[pb.KeyAdvertisement]) -> bytes:
+    """A group's devices, in the order of their numbers, as MaskingGroup has them: 64 bytes each."""
+    return b"".join(each.encryption_key + each.mask_key for each in keys)
 
 
 def quorum(terms: pb.MaskingGroup, *, complete: bool) -> int:
@@ -265,6 +275,7 @@ class Session:
         self.advertisement = advertisement(identity, number, history, task, *public)
         """Its public keys, the first that it says."""
         self._group: pb.MaskingGroup | None = None
+        self._members = b""
         self._outgoing = pb.OutgoingShares()
         self._incoming: dict[int, bytes] | None = None
         self._payload = b""
@@ -284,6 +295,7 @@ class Session:
         _require(len(enrolments) == len(signers), "one device is there twice")
         tasks = {self._task, *(each.keys.task_sha256 for each in group.neighbours)}
         _require(len(tasks) == 1, "it gave devices different generalists or trainings")
+        self._members = self._told_members(group)
         self._group, self._signers = group, signers
         holders = [neighbour.index for neighbour in group.neighbours] + [group.index]
         seeds = shamir.split(self._secrets.own, group.threshold, holders)
@@ -356,13 +368,10 @@ class Session:
         _require(len(summed) >= max(group.threshold, group.least_devices), "it sums up too few")
         _require(_graph(group).can_unmask(summed, dropped), "it would learn sums over fewer")
         self._survivors = survivors
-        keys = {each.index: each.keys for each in group.neighbours}
-        keys[group.index] = self.advertisement
-        known = (keys[index] for index in sorted(keys)) if _graph(group).is_complete else ()
         self._agreement = agreement(
-            self._number, self._history, self._task, group, known, survivors
+            self._number, self._history, self._task, group, self._members, survivors
         )
-        signature = sign(self._identity.key, self._agreement)
+        signature = sign(self._identity.key, numbered(self._agreement, group.index))
         return pb.Agreement(index=group.index, signature=signature)
 
     def unmask(self, request: pb.Unmasking) -> pb.RevealedShares:
@@ -373,11 +382,14 @@ class Session:
         assert survivors is not None
         assert incoming is not None, "`agree` saw to it"
         summed, _ = _sets(survivors, group)
+        numbers = {agreed.index for agreed in request.agreed}
+        _require(len(numbers) == len(request.agreed), "it counts a device twice")
         confirmed = {self._signers[group.index].enrolment}
         for agreed in request.agreed:
             signer = self._signers.get(agreed.index) or self._certified(agreed.certificate)
             _require(
-                agreed.index in summed and signer.has_signed(self._agreement, agreed.signature),
+                agreed.index in summed
+                and signer.has_signed(numbered(self._agreement, agreed.index), agreed.signature),
                 "it told another device of other survivors, or passes on what none signed",
             )
             confirmed.add(signer.enrolment)
@@ -385,6 +397,10 @@ class Session:
         _require(
             len(confirmed) >= needed,
             f"{len(confirmed)} devices confirm who is summed up, and {needed} are needed",
+        )
+        _require(
+            _graph(group).binds(numbers | {group.index}),
+            "too few of those that hold shares of a device's secrets confirm who is summed up",
         )
         revealed = pb.RevealedShares()
         revealed.seeds.add(index=group.index, share=self._own_share)
@@ -403,6 +419,25 @@ class Session:
             else:
                 revealed.keys.add(index=index, share=key)
         return revealed
+
+    def _told_members(self, group: pb.MaskingGroup) -> bytes:
+        """All keys of the group; the device's own and its neighbours' are where they should be.
+
+        So what one device signs is of no use beside what those of another group sign."""
+        keys = {each.index: each.keys for each in group.neighbours}
+        keys[group.index] = self.advertisement
+        if _graph(group).is_complete:
+            return members_of(keys[index] for index in sorted(keys))
+        size = 2 * masking.KEY_BYTES
+        _require(len(group.members) == size * group.devices, "it does not tell all keys")
+        _require(
+            all(
+                group.members[size * (index - 1) : size * index] == members_of([each])
+                for index, each in keys.items()
+            ),
+            "among all keys, a device's are others than it told it",
+        )
+        return group.members
 
     def _known_group(self) -> pb.MaskingGroup:
         _require(self._group is not None, "it skipped a stage")

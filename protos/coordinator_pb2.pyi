@@ -1064,6 +1064,7 @@ class MaskingGroup(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     LEAST_DEVICES_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """The device's own number, from 1 to `devices`; masks of a pair are added by the lower one."""
     threshold: _builtins.int
@@ -1072,6 +1073,10 @@ class MaskingGroup(_message.Message):
     """Size of the group."""
     least_devices: _builtins.int
     """Fewest steps that are summed up. With fewer the round is abandoned."""
+    members: _builtins.bytes
+    """If not all are neighbours of all: of each device, in the order of their numbers, its
+    encryption_key and its mask_key. Who is not where it was told to be takes no part.
+    """
     @_builtins.property
     def neighbours(self) -> _containers.RepeatedCompositeFieldContainer[Global___Neighbour]:
         """Its neighbours: all others; or in a large group as many of the next numbers in either direction,
@@ -1091,10 +1096,11 @@ class MaskingGroup(_message.Message):
         devices: _builtins.int = ...,
         least_devices: _builtins.int = ...,
         quantization: Global___Quantization | None = ...,
+        members: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quantization", b"quantization"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "index", b"index", "least_devices", b"least_devices", "neighbours", b"neighbours", "quantization", b"quantization", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "index", b"index", "least_devices", b"least_devices", "members", b"members", "neighbours", b"neighbours", "quantization", b"quantization", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1279,8 +1285,9 @@ class Agreement(_message.Message):
     signature: _builtins.bytes
     """By its certificate's key (ECDSA, SHA-256, DER), of the following, all numbers big-endian: "comigs
     survivors"; the round, `devices`, `threshold`, `least_devices` and `levels` as 4 bytes each,
-    `bound` and `noise_multiplier` as 8 each, `clip_norm` as 1; the device's `task_sha256`; if all
-    are neighbours of all, the two keys of each in the order of their numbers; `summed`, `dropped` and the CheckInReply's `history`.
+    `bound` and `noise_multiplier` as 8 each, `clip_norm` as 1; the device's `task_sha256`; the two
+    keys of each device of the group in the order of their numbers; `summed`, `dropped`, the
+    CheckInReply's `history`, and `index` as 4 bytes.
     """
     certificate: _builtins.bytes
     """Its certificate (X.509, DER). Only in Unmasking, and there only if not all are neighbours of all."""
@@ -1308,7 +1315,7 @@ class Unmasking(_message.Message):
     def agreed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Agreement]:
         """Of devices that are summed up: with the device's own as many as `threshold` if all are neighbours
         of all; else as the smaller of `least_devices` and three fifths of `devices`, rounded down, and
-        one.
+        one, and everywhere as many as `threshold` of a device and its neighbours.
         """
 
     def __init__(

@@ -19,7 +19,7 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 from edge_runtime.identity import Identity, new_key, public_key_of
 from edge_runtime.quantization import grid_for
-from edge_runtime.secure_aggregation import Session, bitmap, task_sha256
+from edge_runtime.secure_aggregation import Session, bitmap, members_of, task_sha256
 from protos import coordinator_pb2 as pb
 
 ROUND = 7
@@ -68,9 +68,9 @@ class Round:
         task: bytes = TASK,
         **masking: float,
     ) -> None:
+        self.identities = {i: world.device(f"device {i}") for i in range(1, devices + 1)}
         self.sessions = {
-            i: Session(world.device(f"device {i}"), number, HISTORY, task)
-            for i in range(1, devices + 1)
+            i: Session(identity, number, HISTORY, task) for i, identity in self.identities.items()
         }
         options = {"staying": 0.6, "clip_norm": None, "noise_multiplier": 0.0} | masking
         self.graph, self.terms = Masking(stage_seconds=60, min_devices=3, **options).terms(devices)
@@ -79,6 +79,9 @@ class Round:
         group = pb.MaskingGroup()
         group.CopyFrom(self.terms)
         group.index = index
+        if not self.graph.is_complete:
+            told = (session.advertisement for _, session in sorted(self.sessions.items()))
+            group.members = members_of(told)
         for other in self.graph.neighbours(index):
             group.neighbours.add(index=other, keys=self.sessions[other].advertisement)
         return group

@@ -92,9 +92,9 @@ def test_a_device_that_is_too_new_says_what_to_update(
 def test_secure_aggregation_of_another_time_is_refused(
     fleet: Fleet, tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
 ) -> None:
-    """A device or a coordinator from before masks were bound to both ends: neither waits."""
+    """From before all keys of a large group were signed, on either side: neither waits."""
     before = comigs_of_another_time(1, protocol.SECURE_AGGREGATION - 1)
-    words = r"speaks version 4 of the protocol, and the oldest understood here is 5; update comigs "
+    words = r"speaks version 5 of the protocol, and the oldest understood here is 6; update comigs "
     options = ("--secure-aggregation", "--min-devices", "3", "--enrolment-port", "0")
     options = (*options, "--deadline", "600")
     served = fleet.serve(tiny_bundle, *options)

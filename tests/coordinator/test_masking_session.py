@@ -19,14 +19,15 @@ from hypothesis import strategies as st
 from masking_help import HISTORY, ROUND, SIZE, TASK, Round, World
 
 from coordinator.accounting import epsilon
-from coordinator.neighbours import MAX_NEIGHBOURS, graph_for
+from coordinator.aggregation import AggregationError
+from coordinator.neighbours import MAX_NEIGHBOURS, enough_signers, graph_for
 from coordinator.secure_aggregation import AnotherTaskError, Masking, SecureAggregation
 from coordinator.state import State
 from coordinator.tables import MaskingGroup, Settings, Update
 from coordinator.tls import administrator
 from edge_runtime import masking, protocol
 from edge_runtime.errors import RefusedError
-from edge_runtime.identity import new_key
+from edge_runtime.identity import new_key, sign
 from edge_runtime.neighbours import Graph
 from edge_runtime.quantization import grid_for, quantize
 from edge_runtime.secure_aggregation import (
@@ -36,6 +37,8 @@ from edge_runtime.secure_aggregation import (
     advertisement,
     agreement,
     bitmap,
+    members_of,
+    numbered,
     pair,
     prepared,
     quorum,
@@ -106,7 +109,8 @@ def test_nothing_is_revealed_before_others_have_seen_the_same(masked: Round) -> 
     for agreed, complaint in (
         ([], "1 devices confirm who is summed up, and 3 are needed"),
         ([second], "2 devices confirm"),
-        ([second, second, own], "2 devices confirm"),
+        ([second, own], "2 devices confirm"),
+        ([second, second, own], "counts a device twice"),
         ([second, told_otherwise], "told another device of other survivors"),
         ([second, renumbered], "none signed"),
         ([second, stranger], "none signed"),
@@ -127,13 +131,14 @@ def test_an_agreement_is_for_one_group_of_one_round(world: World, other: str) ->
     made.agree(made.survivors([1, 2, 3]), 1)
     group = made.group(1)
     keys = [made.sessions[index].advertisement for index in (1, 2, 3)]
-    said = {"number": ROUND, "history": HISTORY, "task": TASK, "terms": group, "keys": keys}
+    said = {"number": ROUND, "history": HISTORY, "task": TASK, "terms": group}
+    said["members"] = members_of(keys)
     survivors = made.survivors([1, 2, 3])
     changes = {
         "round": {"number": ROUND + 1},
         "history": {"history": "the second"},
         "task": {"task": bytes(32)},
-        "keys": {"keys": [*keys[:2], Round(world, 3).sessions[3].advertisement]},
+        "keys": {"members": members_of([*keys[:2], Round(world, 3).sessions[3].advertisement])},
         "terms": {"terms": Masking(0.6, 60, 3, 1.0, 0.0).terms(3)[1]},
     }
     assert agreement(**said, survivors=survivors) == message._agreement
@@ -410,12 +415,82 @@ def test_what_agreeing_costs_in_a_large_group(world: World) -> None:
     )
     graph, terms = masking.terms(1000)
     needed = quorum(terms, complete=graph.is_complete)
+    signers = enough_signers(graph, range(1, 1001), needed)
     keys = Session(world.device("device 1000"), ROUND, HISTORY, TASK).advertisement
     one = pb.Agreement(index=1000, signature=keys.signature, certificate=keys.certificate)
-    size = pb.AggregateReply(unmask=pb.Unmasking(agreed=[one] * needed)).ByteSize()
-    print(f"\n{graph.degree} neighbours, {needed} agreements, {size} bytes")
-    assert (graph.degree, needed) == (118, 601)
+    size = pb.AggregateReply(unmask=pb.Unmasking(agreed=[one] * len(signers))).ByteSize()
+    members = len(members_of([keys])) * 1000
+    print(f"\n{graph.degree} neighbours, {len(signers)} agreements, {size} bytes, keys {members}")
+    assert (graph.degree, needed, len(signers)) == (118, 601, 601)
     assert size < 330_000
+    assert members == 64_000
+
+
+@pytest.fixture(scope="module")
+def large(world: World) -> Round:
+    """A hundred devices of which each knows some."""
+    made = Round(world, 100, staying=0.95)
+    assert not made.graph.is_complete
+    return made
+
+
+def with_another_key(members: bytes, number: int) -> bytes:
+    start = 64 * (number - 1)
+    return members[:start] + bytes(64) + members[start + 64 :]
+
+
+def test_a_device_is_among_all_that_it_is_told_of(large: Round) -> None:
+    group = large.group(1)
+    near, far = group.neighbours[0].index, 50
+    assert far not in large.graph.neighbours(1)
+    for members, complaint in (
+        (group.members[:-1], "does not tell all keys"),
+        (b"", "does not tell all keys"),
+        (with_another_key(group.members, 1), "are others than it told"),
+        (with_another_key(group.members, near), "are others than it told"),
+    ):
+        session, told = large.sessions[1], pb.MaskingGroup()
+        told.CopyFrom(group)
+        told.members = members
+        with pytest.raises(DistrustedError, match=complaint):
+            session.share(told)
+    # What it does not know of a stranger's keys, it signs.
+    signed = [
+        agreement(ROUND, HISTORY, TASK, large.terms, members, pb.Survivors())
+        for members in (group.members, with_another_key(group.members, far))
+    ]
+    assert signed[0] != signed[1]
+
+
+def test_those_who_hold_shares_confirm_everywhere(large: Round) -> None:
+    """Enough in number, but elsewhere: here others could have been told of other survivors."""
+    everyone = large.survivors(range(1, 101))
+    group, session = large.group(1), large.sessions[1]
+    session.share(group)
+    told = (pb.EncryptedShares(index=n.index, sealed=b"garbage") for n in group.neighbours)
+    session.mask(pb.IncomingShares(shares=told), np.zeros(SIZE, np.float32))
+    session.agree(everyone)
+    message = agreement(ROUND, HISTORY, TASK, large.terms, group.members, everyone)
+
+    def signed(number: int, *, as_number: int | None = None) -> pb.Agreement:
+        index, identity = as_number or number, large.identities[number]
+        return pb.Agreement(
+            index=index,
+            signature=sign(identity.key, numbered(message, number)),
+            certificate=large.sessions[number].advertisement.certificate,
+        )
+
+    needed = quorum(large.terms, complete=False)
+    together = range(1, needed + 1)
+    assert len(large.graph.covered(together)) < 100
+    with pytest.raises(DistrustedError, match="too few of those that hold shares"):
+        session.unmask(pb.Unmasking(agreed=[signed(number) for number in together]))
+    spread = enough_signers(large.graph, range(1, 101), needed)
+    elsewhere = [signed(n, as_number=m) for n, m in zip(together, spread, strict=True) if n != m]
+    with pytest.raises(DistrustedError, match="none signed"):
+        session.unmask(pb.Unmasking(agreed=elsewhere))
+    revealed = session.unmask(pb.Unmasking(agreed=[signed(number) for number in spread]))
+    assert [share.index for share in revealed.seeds] == [1], "what the others sent was garbage"
 
 
 def tail(devices: int, marked: int, degree: int, hits: range) -> Fraction:
@@ -476,6 +551,28 @@ def test_a_part_that_shares_no_masks_with_the_rest_is_not_unmasked() -> None:
 
 @settings(max_examples=300)
 @given(st.integers(3, 14), st.data())
+def test_what_binds_a_group_is_more_than_half_everywhere(devices: int, data: st.DataObject) -> None:
+    """So two sets of which that is true have a device in common near each."""
+    degree = data.draw(st.sampled_from([*range(2, devices - 1, 2), devices - 1]))
+    graph = Graph(devices, degree, degree // 2 + 1)
+    signers = data.draw(st.sets(st.integers(1, devices)))
+    held = {n: signers & {n, *graph.neighbours(n)} for n in range(1, devices + 1)}
+    enough = all(len(each) >= graph.threshold for each in held.values())
+    reached, edge = set(), set(sorted(signers)[:1])
+    while edge:
+        reached |= edge
+        edge = set().union(*(held[n] for n in edge)) - reached
+    assert graph.binds(signers) == (enough and reached == signers)
+    if graph.binds(signers):
+        quorum = data.draw(st.integers(graph.threshold, len(signers)))
+        kept = enough_signers(graph, signers, quorum)
+        assert {*kept} <= signers
+        assert len(kept) >= quorum
+        assert graph.binds(kept)
+
+
+@settings(max_examples=300)
+@given(st.integers(3, 14), st.data())
 def test_what_can_be_unmasked_is_one_part(devices: int, data: st.DataObject) -> None:
     """By the definition: shares are counted, and edges followed."""
     degree = data.draw(st.sampled_from([*range(2, devices - 1, 2), devices - 1]))
@@ -491,6 +588,24 @@ def test_what_can_be_unmasked_is_one_part(devices: int, data: st.DataObject) -> 
         edge = set().union(*(held[n] for n in edge)) - reached
     enough = all(len(held[n]) >= graph.threshold for n in summed | dropped)
     assert graph.can_unmask(summed, dropped) == (enough and reached == summed)
+
+
+def test_a_group_is_not_larger_than_what_its_sum_is_divided_by(
+    world: World, tmp_path: Path
+) -> None:
+    """With differential privacy, after a restart with fewer --devices-per-round."""
+    state = State(tmp_path / "state").of("base")
+    options = {"recipe": "mean", "selection": None, "training": "{}", "contract_sha256": "c"}
+    state.begin(Settings(rounds=9, min_devices=3, deadline_seconds=1, **options), b"generalist")
+    secure = SecureAggregation(
+        state=state,
+        masking=Masking(0.75, 60, 3, 1.0, 1.0, divisor=4),
+        training=pb.TrainingConfig(),
+        size=SIZE,
+        authority=x509.load_der_x509_certificate(world.authority.der),
+    )
+    with pytest.raises(AggregationError, match=r"5 devices have trained.* divided by 4"):
+        secure.settle(1, {f"device {n}" for n in range(5)})
 
 
 def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
@@ -562,6 +677,8 @@ def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
     summed = sorted(devices.keys() - absent)
     silent, needed = {1, 8}, quorum(terms, complete=False)
     prompt = sorted({*summed} - {8})[:needed]
+    assert graph.binds(prompt)
+    assert not graph.binds(prompt[:-1])
 
     def agree(number: int) -> None:
         say(number, agreed=sessions[number].agree(asked(number).agree))
@@ -577,9 +694,13 @@ def test_a_sparse_group_sums_up_exactly(world: World, tmp_path: Path) -> None:
     forged = Session(stranger, 1, state.history(), task).advertisement.certificate
     assert 35 not in graph.neighbours(4)
     beyond = next(each for each in told if each.index == 35)
+    others = [each for each in told if each.index != 4]
     for agreed, complaint in (
-        (told[:-1], f"{needed - 1} devices confirm who is summed up, and {needed} are needed"),
-        ([*told[:-1], *([beyond] * 5)], f"{needed - 1} devices confirm"),
+        (
+            others[: needed - 2],
+            f"{needed - 1} devices confirm who is summed up, and {needed} are needed",
+        ),
+        ([*told, *([beyond] * 5)], "counts a device twice"),
         ([pb.Agreement(index=35, certificate=forged)], "a stranger confirms"),
         ([pb.Agreement(index=35, certificate=beyond.certificate)], "none signed"),
     ):
