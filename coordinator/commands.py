@@ -988,7 +988,7 @@ TEXTS = {
     "monitoring": "dashboard on http://{address}/, metrics on http://{address}/metrics",
     "standing_by": "another coordinator uses {state}; this one goes on when that one ends",
     "following": "listening on {address} beside it, enrolment on {enrolment}",
-    "not_following": "{state}: the coordinator that leads has other bundles, so this one waits",
+    "not_following": "{state}: this one waits and does not follow: {reason}",
     "device_enrolled": "{device} has enrolled",
     "device_revoked": "{device} is revoked",
     "round_opened": "round {round}: open",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator.callers import Callers
 from coordinator.calls import Calls
-from coordinator.cohorts import Cohort, Cohorts, group
+from coordinator.cohorts import Cohort, Cohorts, CohortsError, group
 from coordinator.database import FollowedPostgres
 from coordinator.link import Leader, UndecidedError, served
 from coordinator.listening import Ports, watch
@@ -26,7 +26,7 @@ from coordinator.tables import Device
 from coordinator.tls import CA_FILE, Authority
 from edge_runtime.bundle import Bundle
 from edge_runtime.connection import Traffic
-from edge_runtime.errors import StorageError
+from edge_runtime.errors import BundleError, StorageError
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc
 
@@ -121,17 +121,22 @@ class Following:
         leader = Leader(address, authority)
         stack.push_async_callback(leader.close)
         terms = await leader.terms()
-        groups = group(
-            self._bundles,
-            mixed=options.policy.recipe.ranks is not None,
-            known=state.cohorts(),
-            names=options.cohorts,
-        )
+        try:
+            groups = group(
+                self._bundles,
+                mixed=options.policy.recipe.ranks is not None,
+                known=state.cohorts(),
+                names=options.cohorts,
+            )
+        except (BundleError, CohortsError) as error:
+            self._report("not_following", {"state": str(options.state), "reason": str(error)})
+            return
         cohorts = Cohorts(
             [Cohort(each, state=state.of(each.name), counting=leader) for each in groups]
         )
         if served(cohorts) != list(terms.cohorts):
-            self._report("not_following", {"state": str(options.state)})
+            reason = "the leader serves other bundles"
+            self._report("not_following", {"state": str(options.state), "reason": reason})
             return
         calls = Calls(leader)
         callers = Callers(

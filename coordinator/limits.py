@@ -262,9 +262,12 @@ def _close_excess(ports: Collection[int], most: int, known: dict[str, int]) -> d
     turn = max(known.values(), default=0) + 1
     for inode in present:
         known.setdefault(inode, turn)
+    many = {address: each for address, each in inodes.items() if len(each) > most}
+    # Others of this machine may serve the same port; their connections are theirs to count.
+    own = _own_sockets() if many else set()
     excess: dict[str, str] = {}
-    for address, each in inodes.items():
-        for inode in sorted(each, key=known.__getitem__)[most:]:
+    for address, each in many.items():
+        for inode in sorted(own.intersection(each), key=known.__getitem__)[most:]:
             excess[inode] = address
     closed: defaultdict[str, int] = defaultdict(int)
     if excess:
@@ -283,6 +286,14 @@ def _connections(ports: Collection[int]) -> Iterator[tuple[str, str]]:
                 _, local, remote, state, _, _, _, _, _, inode, *_ = line.split(maxsplit=10)
                 if state == ESTABLISHED and local.endswith(wanted):
                     yield remote.partition(":")[0], inode
+
+
+def _own_sockets() -> set[str]:
+    found = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add(_inode(descriptor))
+    return found
 
 
 def _shut_down(inodes: Collection[str]) -> Iterator[str]:

@@ -166,7 +166,7 @@ class Leader:
 
     def __init__(self, address: str, authority: Authority) -> None:
         key = new_key()
-        issued = authority.issue_to_coordinator(public_key_of(key))
+        issued = authority.for_links().issue_to_coordinator(public_key_of(key))
         self._channel = grpc.aio.secure_channel(
             address,
             grpc.ssl_channel_credentials(authority.pem, key.encode(), issued.pem.encode()),

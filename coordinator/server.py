@@ -441,7 +441,9 @@ def _link(
     )
     made = authority.server_credentials([bare(host)])
     pair = (made.private_key, made.certificate_chain)
-    mutual = grpc.ssl_server_credentials([pair], authority.pem, require_client_auth=True)
+    # Devices do not come in here, where nothing limits how much one connection may ask for.
+    callers_of = authority.for_links().pem
+    mutual = grpc.ssl_server_credentials([pair], callers_of, require_client_auth=True)
     return link, bind(link, host, 0, "--listen", mutual)
 
 

@@ -24,6 +24,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from edge_runtime.errors import TrustError
@@ -34,6 +35,7 @@ CA_FILE = "ca.pem"
 CA_KEY_FILE = "ca-key.pem"
 ADMIN_FILE = "admin.json"
 ALWAYS_NAMED = ("localhost", "127.0.0.1", "::1")
+ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of SECP256R1
 VALID_FOR = datetime.timedelta(days=3650)
 # Devices' clocks may be behind the coordinator's.
 CLOCK_SKEW = datetime.timedelta(days=1)
@@ -109,6 +111,14 @@ class Authority:
         exists = (directory / CA_FILE).exists()
         key, certificate = _load(directory) if exists else _create(directory)
         return cls(key, certificate, device_lifetime)
+
+    def for_links(self) -> Authority:
+        """What certifies coordinators to each other: of a key that who has this one's can make, so
+        that where they alone are to come in, no handshake with another certificate succeeds."""
+        secret = self._key.private_numbers().private_value.to_bytes(32, "big")
+        made = HKDF(hashes.SHA256(), 48, salt=None, info=b"comigs links").derive(secret)
+        key = ec.derive_private_key(int.from_bytes(made, "big") % (ORDER - 1) + 1, ec.SECP256R1())
+        return Authority(key, _certify_itself(key, "comigs links"), self._device_lifetime)
 
     def server_credentials(self, names: Iterable[str]) -> Credentials:
         """A fresh server certificate for `names` (host names or IP addresses) and ALWAYS_NAMED."""
@@ -237,8 +247,18 @@ def requested_key(pkcs10: bytes, name: str) -> ec.EllipticCurvePublicKey:
 def _create(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     key = ec.generate_private_key(ec.SECP256R1())
     # Short, since it travels in every invitation.
-    name = _name("comigs CA")
-    certificate = (
+    certificate = _certify_itself(key, "comigs CA")
+    # The key first: a certificate on disk then always has its key. Both files start as 0600.
+    write_atomic(directory / CA_KEY_FILE, _key_pem(key))
+    write_atomic(directory / CA_FILE, certificate.public_bytes(serialization.Encoding.PEM))
+    with storage_errors(directory / CA_FILE):
+        (directory / CA_FILE).chmod(0o644)
+    return key, certificate
+
+
+def _certify_itself(key: ec.EllipticCurvePrivateKey, called: str) -> x509.Certificate:
+    name = _name(called)
+    return (
         _builder(name, key.public_key(), VALID_FOR)
         .issuer_name(name)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -259,12 +279,6 @@ def _create(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certifica
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    # The key first: a certificate on disk then always has its key. Both files start as 0600.
-    write_atomic(directory / CA_KEY_FILE, _key_pem(key))
-    write_atomic(directory / CA_FILE, certificate.public_bytes(serialization.Encoding.PEM))
-    with storage_errors(directory / CA_FILE):
-        (directory / CA_FILE).chmod(0o644)
-    return key, certificate
 
 
 def _load(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:

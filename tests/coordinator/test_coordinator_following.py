@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -36,12 +37,13 @@ from masking_help import Masked, expected, joined, step_of, vector
 from postgres_help import live, replay, rows
 
 from coordinator.administrator import Administrator
+from coordinator.tls import Authority
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 from edge_runtime.connection import Patience, connect
 from edge_runtime.errors import DataError, RefusedError, TrustError, UnreachableError
-from edge_runtime.identity import Identity
+from edge_runtime.identity import Identity, public_key_of
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc, link_pb2, link_pb2_grpc
 
@@ -218,10 +220,22 @@ def test_who_has_other_bundles_or_only_a_devices_certificate_is_not_let_in(
     leader.ready()
     second = fleet.serve(bundle, "--bundle", str(other.path), "--database", url)
     second.wait_for("not_following")
+    strange = fleet.serve(other, "--database", url)
+    assert "another base" in strange.wait_for("not_following")["reason"]
+    assert strange.process.poll() is None
     (ada,) = fleet.enrolled(leader, bundle, "ada")
     assert isinstance(ada.who, Identity)
     ((link,),) = rows(url, "select address from lead")
-    with connect(replace(ada.who, coordinator=link), PATIENCE) as raw:
+    as_device = replace(ada.who, coordinator=link)
+    with connect(as_device, PATIENCE) as raw:
+        stub = link_pb2_grpc.LinkStub(raw.channel)
+        with pytest.raises(grpc.RpcError) as refused:  # in the handshake
+            stub.GetTerms(link_pb2.GetTermsRequest(), timeout=10)
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    # With what certifies coordinators, too, a device would be no coordinator.
+    authority = Authority.open(fleet.state, datetime.timedelta(days=1)).for_links()
+    issued = authority.issue_to_device(public_key_of(as_device.key), "ada", "another")
+    with connect(replace(as_device, certificate=issued.pem), PATIENCE) as raw:
         stub = link_pb2_grpc.LinkStub(raw.channel)
         with pytest.raises(grpc.RpcError, match="this is between coordinators"):
             stub.GetTerms(link_pb2.GetTermsRequest(), timeout=10)

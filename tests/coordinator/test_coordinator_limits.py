@@ -8,6 +8,8 @@ import os
 import resource
 import socket
 import ssl
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,7 +28,7 @@ from coordinator_help import (
     train,
 )
 
-from coordinator.limits import OTHER_FILES, Limits, raise_file_limit
+from coordinator.limits import OTHER_FILES, Limits, _close_excess, raise_file_limit
 from edge_runtime.client import Client
 from edge_runtime.errors import AddressError
 from edge_runtime.identity import Identity
@@ -182,6 +184,48 @@ def test_an_address_keeps_only_so_many_connections(fleet: Fleet) -> None:
         # Other addresses have their own, and 20 are still not too many.
         finish_round(bundle, clients)
         assert ended(flood) == 30
+
+
+LISTENER = """
+import socket, sys
+listening = socket.create_server(("127.0.0.1", 0))
+print(listening.getsockname()[1], flush=True)
+accepted = [listening.accept() for _ in range(int(sys.argv[1]))]
+print("accepted", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_connections_of_another_coordinator_are_not_counted() -> None:
+    """All of a machine may have the same `--listen`."""
+    command = [sys.executable, "-c", LISTENER, "4"]
+    with (
+        contextlib.ExitStack() as stack,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other,
+        socket.create_server(("127.0.0.1", 0)) as listening,
+    ):
+        assert other.stdout
+        ports = [listening.getsockname()[1], int(other.stdout.readline())]
+        for port in ports:
+            for _ in range(4):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        accepted = [stack.enter_context(listening.accept()[0]) for _ in range(4)]
+        assert other.stdout.readline() == "accepted\n"
+        assert not _close_excess(ports, 4, {})
+        assert sum(_close_excess(ports, 3, {}).values()) == 1
+        for each in accepted:
+            each.settimeout(0.1)
+        assert sum(_is_over(each) for each in accepted) == 1
+        other.kill()
+
+
+def _is_over(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
 
 
 def test_calls_that_come_at_once_wait_while_the_coordinator_is_busy() -> None:
