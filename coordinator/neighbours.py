@@ -57,20 +57,24 @@ def enough_signers(graph: Graph, signers: Iterable[int], quorum: int) -> list[in
     kept = sorted(signers)
     if graph.is_complete:
         return kept[:quorum]
-    there = np.zeros(graph.devices + 1, np.int64)
-    there[kept] = 1
-    held = {n: int(there[[n, *graph.neighbours(n)]].sum()) for n in range(1, graph.devices + 1)}
-    for number in tuple(kept):
-        near = [number, *graph.neighbours(number)]
-        if len(kept) == quorum or any(held[n] <= graph.threshold for n in near):
+    devices, reach = graph.devices, graph.degree // 2
+    held, around = graph.shares(kept), np.arange(-reach, reach + 1)
+    before = dict(zip(kept, [kept[-1], *kept], strict=False))
+    after = dict(zip(kept, [*kept[1:], kept[0]], strict=True))
+    wide = sum((after[number] - number) % devices > reach for number in kept)  # gaps: at most one
+    for number in kept:
+        if len(after) <= quorum:
+            break
+        last, following = before[number], after[number]
+        gaps = [(number - last) % devices, (following - number) % devices]
+        then = wide - sum(gap > reach for gap in gaps) + (sum(gaps) > reach)
+        near = (number - 1 + around) % devices
+        if then > 1 or held[near].min() <= graph.threshold:
             continue
-        kept.remove(number)
-        if not graph.binds(kept):
-            kept = sorted([*kept, number])
-            continue
-        for n in near:
-            held[n] -= 1
-    return kept
+        held[near] -= 1
+        wide, after[last], before[following] = then, following, last
+        del after[number]
+    return list(after)
 
 
 def least_devices(devices: int, staying: float) -> int:

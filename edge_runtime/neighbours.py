@@ -81,15 +81,18 @@ class Graph:
 
     def covered(self, holders: Iterable[int]) -> set[int]:
         """The numbers of whose secrets a threshold of shares is with `holders`."""
+        return _numbers(self.shares(holders) >= self.threshold)
+
+    def shares(self, holders: Iterable[int]) -> NDArray[np.int64]:
+        """(devices,), how many shares of each one's secrets are with `holders`."""
         there = self._marked(holders)
         if self.is_complete:
-            held = np.full(self.devices, there.sum())
-        else:
-            # Windows of `reach` on either side, around the circle.
-            reach = self.degree // 2
-            ahead = np.concatenate([[0], there[-reach:], there, there[:reach]]).cumsum()
-            held = ahead[2 * reach + 1 :] - ahead[: self.devices]
-        return _numbers(held >= self.threshold)
+            return np.full(self.devices, there.sum())
+        # Windows of `reach` on either side, around the circle.
+        reach = self.degree // 2
+        ahead = np.concatenate([[0], there[-reach:], there, there[:reach]]).cumsum()
+        held: NDArray[np.int64] = ahead[2 * reach + 1 :] - ahead[: self.devices]
+        return held
 
     def can_unmask(self, summed: set[int], dropped: set[int]) -> bool:
         """Whether the sum over `summed` can be unmasked and shows no sum over fewer.

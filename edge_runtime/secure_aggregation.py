@@ -183,8 +183,8 @@ def agreement(
     members: bytes,
     survivors: pb.Survivors,
 ) -> bytes:
-    """What devices sign, each with its number (`numbered`); protos/coordinator.proto has it byte by
-    byte.
+    """What devices sign, each with its number (`numbered`): a SHA-256, of what
+    protos/coordinator.proto has byte by byte.
 
     Args:
         task: as of `task_sha256`.
@@ -198,7 +198,8 @@ def agreement(
         *(quantization.bound, quantization.noise_multiplier, quantization.clip_norm),
     )
     sets = survivors.summed + survivors.dropped
-    return b"comigs survivors" + numbers + task + members + sets + history.encode()
+    told = b"comigs survivors" + numbers + task + members + sets + history.encode()
+    return hashlib.sha256(told).digest()
 
 
 def numbered(agreed: bytes, index: int) -> bytes:
@@ -566,6 +567,11 @@ def _check(group: pb.MaskingGroup) -> None:
     others = sorted(holders - {group.index})
     _require(
         others == _graph(group).neighbours(group.index), "its neighbours are not the next ones"
+    )
+    # Else two that sign the same could be told of graphs in which different ones are neighbours.
+    _require(
+        _graph(group).is_complete or len(holders) == 2 * group.threshold - 1,
+        "its threshold is not for so many neighbours",
     )
     _require(_graph(group).hides(group.least_devices), "its devices have too few neighbours")
 

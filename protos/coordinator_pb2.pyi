@@ -1068,7 +1068,9 @@ class MaskingGroup(_message.Message):
     index: _builtins.int
     """The device's own number, from 1 to `devices`; masks of a pair are added by the lower one."""
     threshold: _builtins.int
-    """Shares that restore a secret; more than half of those who hold one, the device among them."""
+    """Shares that restore a secret; more than half of those who hold one, the device among them, and if
+    not all are neighbours of all no more than it takes for that.
+    """
     devices: _builtins.int
     """Size of the group."""
     least_devices: _builtins.int
@@ -1283,11 +1285,11 @@ class Agreement(_message.Message):
     index: _builtins.int
     """Its number."""
     signature: _builtins.bytes
-    """By its certificate's key (ECDSA, SHA-256, DER), of the following, all numbers big-endian: "comigs
-    survivors"; the round, `devices`, `threshold`, `least_devices` and `levels` as 4 bytes each,
+    """By its certificate's key (ECDSA, SHA-256, DER), of the SHA-256 of the following, and `index` as 4
+    bytes; all numbers big-endian: "comigs survivors"; the round, `devices`, `threshold`, `least_devices` and `levels` as 4 bytes each,
     `bound` and `noise_multiplier` as 8 each, `clip_norm` as 1; the device's `task_sha256`; the two
-    keys of each device of the group in the order of their numbers; `summed`, `dropped`, the
-    CheckInReply's `history`, and `index` as 4 bytes.
+    keys of each device of the group in the order of their numbers; `summed`, `dropped` and the
+    CheckInReply's `history`.
     """
     certificate: _builtins.bytes
     """Its certificate (X.509, DER). Only in Unmasking, and there only if not all are neighbours of all."""

@@ -462,6 +462,23 @@ def test_a_device_is_among_all_that_it_is_told_of(large: Round) -> None:
     assert signed[0] != signed[1]
 
 
+@pytest.mark.parametrize("fewer", [0, 2])
+def test_all_that_sign_the_same_have_as_many_neighbours(large: Round, fewer: int) -> None:
+    """With other ones, parts of a group share no masks although it seems so to those within."""
+    masking = Masking(
+        staying=0.75, stage_seconds=60, min_devices=3, clip_norm=None, noise_multiplier=0.0
+    )
+    graph, group = masking.terms(1000)
+    told = Graph(1000, graph.degree - fewer, graph.threshold)
+    assert told.hides(group.least_devices)
+    group.index = 1
+    for number in told.neighbours(1):
+        group.neighbours.add(index=number)
+    complaint = "is not for so many neighbours" if fewer else "keys have 32 bytes"
+    with pytest.raises(DistrustedError, match=complaint):
+        large.sessions[1].share(group)
+
+
 def test_those_who_hold_shares_confirm_everywhere(large: Round) -> None:
     """Enough in number, but elsewhere: here others could have been told of other survivors."""
     everyone = large.survivors(range(1, 101))
