@@ -4,6 +4,7 @@ accepted or refused, and their files."""
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import time
 from collections.abc import Sequence
@@ -100,9 +101,10 @@ class UpdateRows(PrivateRows):
             make_directory(path.parent.parent)  # where the update will be
             path.parent.mkdir(exist_ok=True)
             rounds = path.parents[2]  # asynchronous ones are there together
-            for other in rounds.glob(f"*/{path.parent.name}/*"):
-                if other != path:
-                    other.unlink(missing_ok=True)
+            # Not Path.glob: it fails when a round that is over goes meanwhile.
+            for other in glob.glob(f"{glob.escape(str(rounds))}/*/{path.parent.name}/*"):
+                if other != str(path):
+                    Path(other).unlink(missing_ok=True)
             path.touch()
 
     def keep_partial(self, path: Path, number: int, device: str, sha256: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -269,6 +270,12 @@ def until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < end, what
         time.sleep(0.02)
+
+
+def files_of(state: Path, pattern: str) -> list[Path]:
+    """What is there of a coordinator that may be deleting: Path.glob fails where a directory goes
+    meanwhile."""
+    return [state / name for name in glob.glob(pattern, root_dir=state)]
 
 
 def seen(administrator: Administrator, name: str) -> bool:

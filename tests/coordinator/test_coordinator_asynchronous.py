@@ -20,6 +20,7 @@ from coordinator_help import (
     Fleet,
     Served,
     check_in_until,
+    files_of,
     finish,
     free_port,
     header,
@@ -203,7 +204,7 @@ def test_a_slow_device_counts_for_a_later_generalist(fleet: Fleet) -> None:
     served.wait_for("finished")
     behind = [event["behind"] for event in served.events if event["event"] == "update_accepted"]
     assert behind == [0, 0, 1, 0]
-    assert not list(fleet.state.glob("updates/*/*.safetensors"))
+    until(lambda: not files_of(fleet.state, "updates/*/*.safetensors"), "updates stay")
 
 
 def test_a_compressed_step_is_from_the_generalist_that_it_started_from(fleet: Fleet) -> None:
@@ -347,7 +348,7 @@ def test_what_came_whole_and_is_refused_leaves_no_file(fleet: Fleet) -> None:
         yield pb.UploadPart(data=update[100:])
 
     call = ben._stub.Upload.future(parts(), timeout=TIMEOUT)
-    until(lambda: any(fleet.state.glob("updates/*/*/*.partial")), "nothing has come")
+    until(lambda: bool(files_of(fleet.state, "updates/*/*/*.partial")), "nothing has come")
     assert ada.upload(header(1), train(bundle, start, 0, 1)).accepted
     served.wait_for("round_closed", round=1)
     over.set()
@@ -355,7 +356,7 @@ def test_what_came_whole_and_is_refused_leaves_no_file(fleet: Fleet) -> None:
     assert not reply.accepted
     assert "all rounds have the updates that they wanted" in reply.reason
     # That of the update that counted goes a moment after its round is closed.
-    until(lambda: not list(fleet.state.glob("updates/*/*.safetensors")), "updates stay")
+    until(lambda: not files_of(fleet.state, "updates/*/*.safetensors"), "updates stay")
 
 
 def test_every_buffer_has_exactly_its_size(fleet: Fleet) -> None:
@@ -407,7 +408,7 @@ def test_a_roll_back_drops_what_came_of_newer_generalists(fleet: Fleet) -> None:
         for client, base in ((trio[1], 2), (trio[2], 1)):
             refused = client.upload(header(base), train(bundle, start, 1, base))
             assert "roll-back" in refused.reason
-        assert not list(fleet.state.glob("updates/*/*.safetensors"))
+        assert not files_of(fleet.state, "updates/*/*.safetensors")
         join_round(*trio)
         # Aborted, what is in the buffer is gone; the generalist is the same, so what is still
         # being trained on it counts.
@@ -569,4 +570,4 @@ def test_kills_at_random_moments(fleet: Fleet) -> None:
         generalists.append(got)
     assert any(of > base for base, _, of in counted), "somebody was behind"
     # The last round's go after the devices have been told that it is over.
-    until(lambda: not list(fleet.state.glob("updates/*/*.safetensors")), "updates stay")
+    until(lambda: not files_of(fleet.state, "updates/*/*.safetensors"), "updates stay")

@@ -14,6 +14,7 @@ import pytest
 from coordinator_help import (
     Fleet,
     check_in_until,
+    files_of,
     finish,
     free_port,
     header,
@@ -128,7 +129,7 @@ def test_abort(fleet: Fleet) -> None:
     abandoned = served.wait_for("round_abandoned")
     assert abandoned["reason"] == "aborted by the administrator: a test"
     assert abandoned["updates"] == 1
-    assert not list(fleet.state.glob("updates/*/*")), "its updates are dropped"
+    assert not files_of(fleet.state, "updates/*/*"), "its updates are dropped"
     late = ben.upload(header(1), train(bundle, start, 1, 1))
     assert (late.accepted, late.reason) == (False, "round 1 is over")
 
@@ -163,7 +164,7 @@ def test_roll_back(fleet: Fleet) -> None:
     late = pair[1].upload(header(3), newer)
     assert (late.accepted, late.reason) == (False, "round 3 is over")
     assert pair[0].download(4) == starts[2]
-    assert not list(fleet.state.glob("updates/*/*"))
+    assert not files_of(fleet.state, "updates/*/*")
     assert not list(fleet.state.glob("memories/*")), "the optimizer begins anew"
 
     served.kill()

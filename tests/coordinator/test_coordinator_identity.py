@@ -25,6 +25,7 @@ from coordinator_help import (
     aged,
     check_in_until,
     enrol_with,
+    files_of,
     finish,
     free_port,
     header,
@@ -432,7 +433,7 @@ def test_revocation_ends_what_is_open(fleet: Fleet) -> None:
         rest = [next(download).data]
         upload = stub.Upload.future(endless())
         gathered = f"updates/*/{ids(fleet.state)['eve']}/*.partial"
-        until(lambda: any(fleet.state.glob(gathered)), "the upload does not arrive")
+        until(lambda: bool(files_of(fleet.state, gathered)), "the upload does not arrive")
         administrator.revoke("eve")
         assert upload.code() == grpc.StatusCode.UNAUTHENTICATED
         with pytest.raises(grpc.RpcError) as cut:

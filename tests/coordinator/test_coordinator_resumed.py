@@ -17,12 +17,14 @@ from coordinator_help import (
     TIMEOUT,
     Fleet,
     check_in_until,
+    files_of,
     free_port,
     header,
     ids,
     join_round,
     mean_of,
     train,
+    until,
 )
 
 from edge_runtime import wire
@@ -128,7 +130,7 @@ def gathered(state: Path) -> int:
 
 
 def partials(state: Path) -> list[Path]:
-    return list((state / "updates").glob("*/*/*.partial"))
+    return files_of(state, "updates/*/*/*.partial")
 
 
 def test_a_download_goes_on_where_it_broke(fleet: Fleet, tmp_path: Path) -> None:
@@ -185,7 +187,7 @@ def test_an_upload_goes_on_where_it_broke(fleet: Fleet) -> None:
     final = check_in_until(ada, pb.CheckInReply.FINISH)
     got = wire.decode(bundle.manifest, ada.download(final.round))["generalist"]
     assert got.tobytes() == mean_of(bundle, [update]).tobytes()
-    assert not partials(fleet.state)
+    until(lambda: not partials(fleet.state), "they stay")
 
 
 def test_a_device_has_one_unfinished_update(fleet: Fleet) -> None:
@@ -292,7 +294,7 @@ def test_what_is_kept_of_broken_uploads_is_bounded_and_checked(fleet: Fleet) -> 
     assert ada.upload(header(1), good).accepted
     served.wait_for("round_closed")
     check_in_until(ada, pb.CheckInReply.FINISH)
-    assert not partials(fleet.state)
+    until(lambda: not partials(fleet.state), "they stay")
 
 
 def test_an_upload_takes_the_place_of_one_that_hangs(fleet: Fleet) -> None:
@@ -368,5 +370,5 @@ def test_who_hangs_up_again_and_again_does_not_fill_the_disk(fleet: Fleet) -> No
         time.sleep(0.01)
         call.cancel()
         time.sleep(0.1)
-        most = max(most, len(list(fleet.state.glob("updates/*/*.safetensors"))))
+        most = max(most, len(files_of(fleet.state, "updates/*/*.safetensors")))
     assert most <= 2, "the last one, and one that is being kept"

@@ -14,6 +14,7 @@ from coordinator_help import (
     Served,
     check_in_until,
     enrol_with,
+    files_of,
     finish,
     free_port,
     header,
@@ -356,7 +357,7 @@ def test_a_restart_keeps_the_round_and_restarts_its_clock(fleet: Fleet) -> None:
     final = check_in_until(ada, pb.CheckInReply.FINISH)
     assert ada.download(final.round) == wire.encode(bundle.manifest, {"generalist": expected})
     # Updates are personal; they are gone once they are in the average.
-    assert not list(fleet.state.glob("updates/*/*"))
+    until(lambda: not files_of(fleet.state, "updates/*/*"), "updates stay")
 
 
 def beyond(payload: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -53,12 +54,10 @@ def memory(pid: int) -> list[bytes]:
 
 def disk(state: Path) -> list[bytes]:
     contents = []
-    for path in state.rglob("*"):
-        try:
-            if path.is_file():
-                contents.append(path.read_bytes())
-        except FileNotFoundError:
-            continue
+    for directory, _, names in os.walk(state):  # goes on where one is deleted meanwhile
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                contents.append(Path(directory, name).read_bytes())
     return contents
 
 
