@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, inspect, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from coordinator import database
 from coordinator.database import Database, FollowedPostgres, InUseError, Postgres, Sqlite
@@ -45,6 +45,7 @@ LOCK = "lock"
 GENERALISTS = "generalists"
 MEMORIES = "memories"
 FITTED = "fitted"
+ASKED_AT_ONCE = 1000  # a database takes so many values in a query, and many more
 
 
 class State(UpdateRows):
@@ -366,19 +367,16 @@ class State(UpdateRows):
         that are beyond the number to keep; what cannot be deleted now is another time."""
         # Looked for before the rows: what another thread writes meanwhile is not in the list.
         updates = list((self.directory / UPDATES).glob("*"))
-        memories = list((self.directory / MEMORIES).glob("*.safetensors"))
+        memories = self._there(MEMORIES)
         with self.keeping_starts():  # else a roll-back could name one between look and deletion
             self._clean(updates, memories)
 
-    def _clean(self, updates: list[Path], memories: list[Path]) -> None:
+    def _clean(self, updates: list[Path], memories: set[str]) -> None:
         try:
             with self._transaction() as session:
                 rounds = session.scalars(select(Round).where(_ongoing())).all()
-                remembered = set(
-                    session.scalars(
-                        select(Round.memory_file).where(~_ongoing(), Round.memory_file.is_not(None))
-                    )
-                )
+                used = {ongoing.memory_file for ongoing in rounds}
+                forgotten = _named(session, Round.memory_file, memories - used)
                 # In asynchronous rounds they are beside others that still count.
                 over = session.scalars(
                     select(Update.file)
@@ -388,7 +386,7 @@ class State(UpdateRows):
                 outdated = self._outdated(session, rounds)
         except StorageError:
             return
-        for file in (*over, *outdated):
+        for file in (*over, *forgotten, *outdated):
             with contextlib.suppress(OSError):
                 (self.directory / file).unlink(missing_ok=True)
         kept = {
@@ -399,31 +397,25 @@ class State(UpdateRows):
         for other in updates:
             if f"{UPDATES}/{other.name}" not in kept:
                 shutil.rmtree(other, ignore_errors=True)
-        forgotten = remembered - {ongoing.memory_file for ongoing in rounds}
-        for path in memories:
-            if f"{MEMORIES}/{path.name}" in forgotten:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
 
     def _outdated(self, session: Session, ongoing: Iterable[Round]) -> set[str]:
         """Files of generalists that need not be kept: no cohort has them among its latest ones, and
         no update that may still count started from them."""
         if self.keep_generalists is None:
             return set()
-        there = {f"{GENERALISTS}/{p.name}" for p in (self.directory / GENERALISTS).glob("*")}
-        named: set[str] = set()
         kept: set[str] = set()
         for current in ongoing:
-            starts = session.execute(
-                select(Round.number, Round.generalist_file)
-                .where(Round.cohort == current.cohort)
-                .order_by(Round.number.desc())
-            ).all()
-            latest = list(dict.fromkeys(file for _, file in starts))
-            named.update(latest)
-            kept.update(latest[: self.keep_generalists])
-            kept.update(file for number, file in starts if number >= current.oldest)
-        return (named & there) - kept
+            own = Round.cohort == current.cohort
+            latest = select(Round.generalist_file).where(own).group_by(Round.generalist_file)
+            latest = latest.order_by(func.max(Round.number).desc()).limit(self.keep_generalists)
+            kept.update(session.scalars(latest))
+            may_count = select(Round.generalist_file).where(own, Round.number >= current.oldest)
+            kept.update(session.scalars(may_count))
+        return _named(session, Round.generalist_file, self._there(GENERALISTS) - kept)
+
+    def _there(self, folder: str) -> set[str]:
+        """The files of a folder, as rows name them."""
+        return {f"{folder}/{path.name}" for path in (self.directory / folder).glob("*.safetensors")}
 
     def _remove_uncounted(self) -> None:
         """Deletes updates that a kill kept from being counted; their devices send them again."""
@@ -550,6 +542,16 @@ def _changes(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
         for name in sorted((known.keys() | wanted.keys()) - beside)
         if known.get(name, 0) != wanted.get(name, 0)
     }
+
+
+def _named(session: Session, column: InstrumentedAttribute[Any], files: set[str]) -> set[str]:
+    """Those of the files that a row has in `column`: another is not written yet, or not ours."""
+    asked, named = list(files), set[str]()
+    for first in range(0, len(asked), ASKED_AT_ONCE):
+        named.update(
+            session.scalars(select(column).where(column.in_(asked[first:][:ASKED_AT_ONCE])))
+        )
+    return named
 
 
 def _ongoing() -> ColumnElement[bool]:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 from typing import Annotated, Any, NoReturn
 
@@ -84,7 +84,7 @@ def build(command: str | None = None) -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    app.callback()(lambda: None)  # so that a single command is named, too
+    app.callback()(_root)  # so that a single command is named, too
     group = _group(command)
     for point in sorted(entry_points(group="comigs.commands"), key=lambda p: p.name):
         if group not in (None, point.name):
@@ -96,6 +96,23 @@ def build(command: str | None = None) -> typer.Typer:
         else:
             register(app)
     return app
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"comigs {version('comigs')}")
+        raise typer.Exit
+
+
+def _root(
+    asked: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_tell_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def _group(command: str | None) -> str | None:

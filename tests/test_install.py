@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
@@ -160,6 +160,11 @@ def comigs(*arguments: object, before: str = "") -> subprocess.CompletedProcess[
         text=True,
         check=False,
     )
+
+
+def test_the_version_is_told() -> None:
+    done = comigs("--version")
+    assert (done.returncode, done.stdout) == (0, f"comigs {version('comigs')}\n")
 
 
 def test_doctor_finds_this_installation_sound(tmp_path: Path) -> None:
