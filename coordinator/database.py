@@ -76,6 +76,10 @@ class Database(ABC):
         """
 
     @abstractmethod
+    def is_there(self) -> bool:
+        """Whether it can be asked without being made."""
+
+    @abstractmethod
     def schema(self) -> int | None:
         """As `mark` wrote it; None in a new database."""
 
@@ -140,6 +144,9 @@ class Sqlite(Database):
         super().close()
 
     def take(self, check: Callable[[Connection], None] = lambda _: None) -> None: ...
+
+    def is_there(self) -> bool:
+        return Path(self.place).exists()
 
     def schema(self) -> int | None:
         with self.engine.begin() as connection:
@@ -212,6 +219,9 @@ class Postgres(Database):
                     "returning term"
                 )
             ).scalar_one()
+
+    def is_there(self) -> bool:
+        return True
 
     def schema(self) -> int | None:
         with self.engine.begin() as connection:

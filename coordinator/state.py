@@ -104,6 +104,7 @@ class State(UpdateRows):
         try:
             with self._storage_errors():
                 self._database.take(self._check_files)
+                self._check_directory()
                 self._check_schema()
                 Base.metadata.create_all(self._engine)
             self._sweep()
@@ -448,6 +449,25 @@ class State(UpdateRows):
                         "the --state that belongs to it"
                     )
 
+    def _check_directory(self) -> None:
+        """Refuses a directory of another database: what this one does not name would be deleted."""
+        latest = 0
+        if self._database.is_there():
+            with self._engine.begin() as connection:
+                if inspect(connection).has_table(Round.__tablename__):
+                    latest = connection.scalar(select(func.max(Round.number))) or 0
+        # A kill leaves what the next round was to start from, or the first one.
+        unknown = [name for name in self._there(GENERALISTS) if _number(name) > latest + 1]
+        if not latest:
+            accepted = (self.directory / UPDATES).glob("*/*.safetensors")
+            unknown += [str(path.relative_to(self.directory)) for path in accepted]
+        if unknown:
+            raise StorageError(
+                f"{self.directory} holds {min(unknown)}, of which {self._database.place} knows "
+                "nothing; "
+                "give the --database that belongs to it, or leave that out, or give another --state"
+            )
+
     def _current(self, session: Session) -> Round:
         chosen = select(Round).where(Round.cohort == self.cohort, _ongoing())
         return session.scalars(chosen).one()
@@ -552,6 +572,12 @@ def _named(session: Session, column: InstrumentedAttribute[Any], files: set[str]
             session.scalars(select(column).where(column.in_(asked[first:][:ASKED_AT_ONCE])))
         )
     return named
+
+
+def _number(file: str) -> int:
+    """Of the round that starts from the generalist of that name; 0 if it is none of ours."""
+    number = Path(file).name.partition("-")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def _ongoing() -> ColumnElement[bool]:

@@ -71,6 +71,12 @@ def test_rounds_with_postgres_and_what_is_kept_there(fleet: Fleet, url: str) -> 
     other = fleet.serve(bundle, *options, state=fleet.directory / "other")
     assert other.process.wait(30) == 17
     assert "give the --state that belongs to it" in other.stderr()
+    # Nor is another database taken for that of the directory.
+    without = tuple(option for option in options if option not in ("--database", url))
+    forgotten = fleet.serve(bundle, *without)
+    assert forgotten.process.wait(30) == 17
+    assert "give the --database that belongs to it" in " ".join(forgotten.stderr().split())
+    assert fleet.serve(bundle, *options).ready()
 
 
 def test_a_database_that_is_gone_for_a_while_loses_nothing(

@@ -144,6 +144,32 @@ def test_a_state_that_cannot_be_taken_may_be_taken_later(tmp_path: Path) -> None
     State(tmp_path).close()
 
 
+@pytest.mark.parametrize("ended", [0, 2])
+def test_what_another_database_names_is_not_deleted(fleet: Fleet, ended: int) -> None:
+    """As when --database was forgotten, or is of an empty one."""
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--min-devices", "2")
+    pair = fleet.enrolled(served, bundle, "ada", "ben")
+    for number in range(1, 2 + ended):
+        join_round(*pair)
+        start = pair[0].download(number)
+        for client in pair if number <= ended else pair[:1]:
+            assert client.upload(header(number), train(bundle, start, 0, number)).accepted
+    served.stop()
+    content = {path: path.read_bytes() for path in fleet.state.glob("*/**/*.safetensors")}
+    assert len(content) >= 2
+    database = fleet.state / "coordinator.sqlite3"
+    database.rename(fleet.directory / "away")
+    wrong = fleet.serve(bundle, "--min-devices", "2")
+    assert wrong.process.wait(30) == StorageError.code
+    assert "give the --database that belongs to it" in " ".join(wrong.stderr().split())
+    assert content == {path: path.read_bytes() for path in fleet.state.glob("*/**/*.safetensors")}
+    assert not database.exists()
+    (fleet.directory / "away").rename(database)
+    again = fleet.serve(bundle, "--min-devices", "2")
+    assert again.wait_for("round_resumed", round=1 + ended)["updates"] == 1
+
+
 def test_a_generalist_that_is_there_but_cannot_be_read_is_tried_again(tmp_path: Path) -> None:
     start = Round(number=3, generalist_file="generalist", generalist_sha256="")
     with pytest.raises(AdapterError, match="is missing; restore"):
