@@ -1,12 +1,12 @@
 """`comigs backup` and `comigs restore`: one file that holds what a coordinator cannot lose.
 
 A backup is a tar file of the state directory without the devices' updates: a copy of the database
-as it was at one moment, the generalists and the server optimizers' memory that it names, keys and
-certificates, and the audit log. The copy is SQLite's online backup, or the rows of a PostgreSQL
-database in a SQLite file. Its last member, MANIFEST, has the SHA-256 of every other one, so that a
-backup which is cut off has none. Generalists are written before the
-rows that name them and never altered; if a file that is needed vanishes meanwhile, since its round
-ended, the backup starts again.
+as it was at one moment, the generalists and the server optimizers' memory that it names, the
+authority's key and certificate, and the audit log. The copy is SQLite's online backup, or the rows
+of a PostgreSQL database in a SQLite file. Its last member, MANIFEST, has the SHA-256 of every other
+one, so that a backup which is cut off has none. Generalists are written before the rows that name
+them and never altered; if a file that is needed vanishes meanwhile, since its round ended, the
+backup starts again.
 
 What a restored coordinator cannot know is what happened after the backup. See `State.begin_anew`.
 """
@@ -39,10 +39,12 @@ from edge_runtime.files import storage_errors, sync
 
 FORMAT = 1
 MANIFEST = "backup.json"
-# Beside the database. Earlier backups may be there, too.
-KEPT = {ADMIN_FILE, CA_FILE, CA_KEY_FILE, LOG}
+# Beside the database. Earlier backups may be there, too. Not the administrator's file: it may have
+# been replaced since, and whoever has the old one would be the administrator again.
+KEPT = {CA_FILE, CA_KEY_FILE, LOG}
 # Rounds end seldom compared with the time that a backup takes.
 ATTEMPTS = 10
+LOST_AND_FOUND = "lost+found"  # in the root of a file system, where a volume is mounted
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class _ChangedError(Exception):
 def back_up(state: Path, out: Path, url: str | None = None) -> Summary:
     """Writes a backup of the state directory `state`, whose coordinator may be running, to `out`.
 
-    Only its owner can read it: it holds the authority's and the administrator's keys.
+    Only its owner can read it: it holds the authority's key.
 
     Args:
         url: of the PostgreSQL database with the rows, if there is one.
@@ -70,12 +72,10 @@ def back_up(state: Path, out: Path, url: str | None = None) -> Summary:
     Raises:
         ValueError: there is no coordinator's state, or `out` exists.
         StorageError: something cannot be read or written; there is no `out` then.
+        VersionError: another version of the program made it.
     """
     if not (state / (GENERALISTS if url else DATABASE)).exists():
-        raise ValueError(
-            f"{state} holds no state of a coordinator; give what `comigs serve` has, --database "
-            "too if it has one"
-        )
+        raise _none_in(state)
     if out.exists():
         raise ValueError(f"{out} exists; choose another name, or move it away")
     with storage_errors(out):
@@ -90,6 +90,7 @@ def back_up(state: Path, out: Path, url: str | None = None) -> Summary:
                     rows.from_postgres(url, directory / DATABASE)
                 else:
                     _copy_database(state / DATABASE, directory / DATABASE)
+                    _check_database(state, directory / DATABASE)
                 try:
                     summary = _write(state, directory / DATABASE, directory / "backup.tar")
                 except _ChangedError as error:
@@ -118,27 +119,42 @@ def restore(file: Path, state: Path, url: str | None = None) -> Summary:
         BackupError: `file` is no backup, is damaged, or is of another version of comigs.
         StorageError: `state` cannot be written; nothing is there then.
     """
-    if state.exists() and (not state.is_dir() or any(state.iterdir())):
+    there = state.exists()
+    if there and (not state.is_dir() or any(p.name != LOST_AND_FOUND for p in state.iterdir())):
         raise ValueError(f"{state} is not empty; give a directory that does not exist yet")
     with storage_errors(state):
-        state.parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(dir=state.parent, prefix=f".{state.name}."))
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # In it, not beside it: it may be a mount point, or its parent be somebody else's.
+        directory = Path(tempfile.mkdtemp(dir=state, prefix=".restored."))
         try:
             summary = _extract(file, directory)
             _begin_anew(file, directory, summary)
-            if url:
-                rows.to_postgres(directory / DATABASE, url)
-                (directory / DATABASE).unlink()
-            for path in sorted(directory.rglob("*")):
-                sync(path)
-            sync(directory)
-            if state.exists():
+            _move(directory, state, url)
+        except BaseException:
+            for path in state.iterdir():
+                if path.name != LOST_AND_FOUND:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not there:
                 state.rmdir()
-            directory.rename(state)
-            sync(state.parent)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        shutil.rmtree(directory, ignore_errors=True)
     return summary
+
+
+def _move(directory: Path, state: Path, url: str | None) -> None:
+    """Puts what was restored in its place; last what makes it a coordinator's state: the rows."""
+    for path in sorted(directory.rglob("*")):
+        sync(path)
+    for path in directory.iterdir():
+        if path.name != DATABASE:
+            path.rename(state / path.name)
+    sync(state)
+    sync(state.parent)
+    if url:
+        rows.to_postgres(directory / DATABASE, url)
+    else:
+        (directory / DATABASE).rename(state / DATABASE)
+        sync(state)
 
 
 def _copy_database(source: Path, target: Path) -> None:
@@ -153,6 +169,25 @@ def _copy_database(source: Path, target: Path) -> None:
             copy.execute("pragma journal_mode=delete")
     except sqlite3.Error as error:
         raise StorageError(f"cannot copy {source}: {error}; nothing was backed up") from error
+
+
+def _check_database(state: Path, copy: Path) -> None:
+    with contextlib.closing(sqlite3.connect(copy)) as connection:
+        (schema,) = connection.execute("pragma user_version").fetchone()
+        tables = connection.execute("select name from sqlite_master where name = 'rounds'")
+        if not tables.fetchone():
+            raise _none_in(state)
+    if schema != SCHEMA:
+        raise VersionError(
+            f"{state / DATABASE} was made by another version of comigs; back it up with that one"
+        )
+
+
+def _none_in(state: Path) -> ValueError:
+    return ValueError(
+        f"{state} holds no state of a coordinator; give what `comigs serve` has, --database too if "
+        "it has one"
+    )
 
 
 def _write(state: Path, database: Path, out: Path) -> Summary:
@@ -280,6 +315,7 @@ def _begin_anew(file: Path, directory: Path, summary: Summary) -> None:
             restored.begin_anew()
     except (StorageError, VersionError) as error:
         raise BackupError(f"{file} cannot be used: {error}") from error
+    (directory / ADMIN_FILE).unlink(missing_ok=True)  # of backups that were made earlier
     if (directory / LOG).exists():
         with contextlib.closing(AuditLog(directory)) as log:
             log.append([("restored", COORDINATOR, {"made_at": summary.made_at})])

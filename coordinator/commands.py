@@ -704,8 +704,7 @@ def backup(
     else:
         _print(f"{out}: {summary.files} files, {summary.bytes} bytes")
     messages.print(
-        f"{out} holds the keys of the authority and of the administrator: whoever reads it can let "
-        "devices in",
+        f"{out} holds the authority's key: whoever reads it can let devices in, and command",
         soft_wrap=True,
         markup=False,
         highlight=False,
@@ -732,7 +731,8 @@ def restore(
         _print(f"{state} is as it was on {summary.made_at}: {summary.files} files")
     messages.print(
         "what happened since is forgotten: revoke again who was revoked, invite again who "
-        "enrolled, and see that the coordinator that this was copied from does not run any more",
+        "enrolled, and see that the coordinator that this was copied from does not run any more; "
+        "the next start makes another administrator's file",
         soft_wrap=True,
         markup=False,
         highlight=False,

@@ -25,6 +25,7 @@ from coordinator_help import (
 )
 
 from coordinator import backup
+from coordinator.administrator import Administrator
 from coordinator.state import DATABASE
 from coordinator.tables import SCHEMA
 from edge_runtime import adapters, wire
@@ -98,11 +99,11 @@ def test_rounds_go_on_from_an_older_backup(fleet: Fleet, tmp_path: Path) -> None
 
     made = comigs("backup", "--state", fleet.state, "--out", tmp_path / "b", "--format", "json")
     assert made.returncode == 0, made.stderr
-    assert "keys of the authority" in made.stderr
+    assert "the authority's key" in made.stderr
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o600
     with tarfile.open(tmp_path / "b") as archive:
         names = archive.getnames()
-    assert {"coordinator.sqlite3", "ca-key.pem", "admin.json", "audit.jsonl"} <= {*names}
+    assert {"coordinator.sqlite3", "ca-key.pem", "audit.jsonl"} <= {*names}
     assert not [name for name in names if "updates" in name], "they are personal"
 
     # What the backup knows nothing of: a round, and the device that came for it.
@@ -259,6 +260,77 @@ def test_a_list_of_files_that_no_backup_has(tmp_path: Path, files: object) -> No
     with pytest.raises(BackupError, match="damaged"):
         backup.restore(tmp_path / "bad", tmp_path / "target")
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "volume"])
+def test_a_directory_that_is_there_and_empty_is_filled(
+    fleet: Fleet, tmp_path: Path, kind: str
+) -> None:
+    """systemd's state directory may be a link, a container's is a mount point."""
+    fleet.serve(fleet.bundle()).ready()
+    good, place = tmp_path / "good", tmp_path / "place"
+    backup.back_up(fleet.state, good)
+    (tmp_path / "bad").write_bytes(good.read_bytes()[:-12_000])
+    place.mkdir()
+    if kind == "link":
+        target = tmp_path / "target"
+        target.symlink_to(place)
+    else:
+        target = place
+        mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "comigs-test", str(place)]
+        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+        if mounted.returncode != 0:
+            pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+        (place / "lost+found").mkdir()
+    before = list(place.iterdir())
+    try:
+        with pytest.raises(BackupError):
+            backup.restore(tmp_path / "bad", target)
+        assert list(place.iterdir()) == before
+        backup.restore(good, target)
+        assert (place / DATABASE).exists()
+        served = fleet.serve(fleet.bundle(), state=target)
+        served.ready()
+        served.stop()
+    finally:
+        if kind == "volume":
+            subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_restored_coordinator_has_another_administrator(fleet: Fleet, tmp_path: Path) -> None:
+    """The file may have been replaced since the backup, because somebody had taken it."""
+    served = fleet.serve(fleet.bundle(), listen=f"127.0.0.1:{free_port()}")
+    taken = served.administrator()
+    backup.back_up(fleet.state, tmp_path / "backup")
+    served.stop()
+    fleet.state = tmp_path / "restored"
+    backup.restore(tmp_path / "backup", fleet.state)
+    again = fleet.serve(fleet.bundle(), listen=taken.coordinator)
+    with Administrator(again.administrator()) as administrator:
+        assert not administrator.devices()
+    with Administrator(taken) as thief, pytest.raises(TrustError, match="was replaced"):
+        thief.devices()
+
+
+@pytest.mark.parametrize(
+    ("mark", "words", "code"),
+    [("user_version=1", "another version", 23), ("user_version=0", "holds no state", 2)],
+)
+def test_what_cannot_be_restored_is_not_backed_up(
+    fleet: Fleet, tmp_path: Path, mark: str, words: str, code: int
+) -> None:
+    served = fleet.serve(fleet.bundle())
+    served.ready()
+    served.stop()
+    with sqlite3.connect(fleet.state / DATABASE) as connection:
+        connection.execute(f"pragma {mark}")
+        if code == 2:  # killed at its first start, before there were tables
+            connection.execute("pragma foreign_keys=off")
+            connection.execute("alter table rounds rename to others")
+    done = comigs("backup", "--state", fleet.state, "--out", tmp_path / "backup")
+    assert done.returncode == code, done.stderr
+    assert words in " ".join(done.stderr.replace("│", " ").split())
+    assert not (tmp_path / "backup").exists()
 
 
 def test_a_backup_holds_no_earlier_ones(fleet: Fleet) -> None:
