@@ -160,7 +160,7 @@ def load_peft(manifest: pb.Manifest, role: str, path: Path) -> Vector:
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"{source} is not a LoRA configuration of PEFT: {error}") from error
     odd = [option for option in BEYOND_LORA if config.get(option)]
-    if str(config.get("init_lora_weights")).startswith(BESIDE_THE_BASE):
+    if str(config.get("init_lora_weights")).lower().startswith(BESIDE_THE_BASE):
         odd.append("init_lora_weights")
     if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
         raise AdapterError(

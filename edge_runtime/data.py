@@ -25,7 +25,7 @@ SHARES = (0.8, 0.1, 0.1)
 PIECE_CHARACTERS = 2**16
 ENCODING_BYTES = 160
 # Where a tokenizer that works on words begins a new one, whatever stands around.
-_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W_])")
 
 # The fewest characters that make a split: about one sequence of 64 tokens.
 SHORTEST_PART = 256

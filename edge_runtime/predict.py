@@ -197,15 +197,21 @@ class Predictor:
         Raises:
             ParityError: the result is the same, so a person's adapters would mean nothing.
         """
-        before = self._extend("decode", [0])["logits"].copy()
+        before = self._of_two_tokens()
         self.use({role: vector + np.float32(0.1) for role, vector in vectors.items()})
-        after = self._extend("decode", [0])["logits"]
+        after = self._of_two_tokens()
         self.use(vectors)
         if np.array_equal(before, after):
             raise ParityError(
                 "the bundle's decode program gives the same with any adapters; export it again, "
                 "and report this if it happens twice"
             )
+
+    def _of_two_tokens(self) -> NDArray[np.float32]:
+        """Logits (V,) after any two: after one alone queries and keys have no say."""
+        for tokens in [[0, 1]] if self._any_length else [[0], [1]]:
+            output = self._extend("decode", tokens)
+        return output["logits"].copy()
 
     def _program_for(self, tokens: int) -> str:
         """The fastest of the two for so many tokens, loaded."""

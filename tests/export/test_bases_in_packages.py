@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter, RopeScalingType
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from edge_runtime.adapters import load_fresh
 from edge_runtime.data import Batches, load_tokenizer, tokenize
@@ -57,6 +63,7 @@ def write_gguf(
     *,
     end: str = "<|endoftext|>",
     merges: tuple[str, ...] = ("a b",),
+    tokenizer: str = "gpt2",
 ) -> None:
     config = model.config
     writer = GGUFWriter(path, "llama")
@@ -71,13 +78,7 @@ def write_gguf(
     writer.add_rope_dimension_count(config.head_dim)
     if more is not None:
         more(writer)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = [end, *sorted(bases._bytes_tokenizer().get_vocab()), "ab"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens + [f"<{i}>" for i in range(config.vocab_size - len(tokens))])
-    writer.add_token_merges(list(merges))
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    add_tokenizer(writer, config.vocab_size, end=end, merges=merges, kind=tokenizer)
     names = {
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
@@ -100,10 +101,68 @@ def write_gguf(
             elif theirs == "attn_k":
                 value = interleaved(value, config.num_key_value_heads)
             writer.add_tensor(f"blk.{layer}.{theirs}.weight", np.ascontiguousarray(value))
+    write(writer)
+
+
+def add_tokenizer(
+    writer: GGUFWriter,
+    size: int,
+    *,
+    end: str = "<|endoftext|>",
+    merges: tuple[str, ...] = ("a b",),
+    kind: str = "gpt2",
+) -> None:
+    tokens = [end, *sorted(bases._bytes_tokenizer().get_vocab()), "ab"]
+    writer.add_vocab_size(size)
+    writer.add_tokenizer_model(kind)
+    writer.add_token_list(tokens + [f"<{i}>" for i in range(size - len(tokens))])
+    writer.add_token_merges(list(merges))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+
+def write(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_gpt2_of_any_length_as_gguf(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=260, n_positions=96, n_embd=32, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(config)
+    state = {k.removeprefix("transformer."): v.numpy() for k, v in model.state_dict().items()}
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "gpt2")
+    writer.add_block_count(2)
+    writer.add_context_length(96)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(2)
+    writer.add_layer_norm_eps(1e-5)
+    add_tokenizer(writer, 260)
+    names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
+    for layer in range(2):
+        for ours, theirs in {
+            "ln_1": "attn_norm",
+            "attn.c_attn": "attn_qkv",
+            "attn.c_proj": "attn_output",
+            "ln_2": "ffn_norm",
+            "mlp.c_fc": "ffn_up",
+            "mlp.c_proj": "ffn_down",
+        }.items():
+            names[f"h.{layer}.{ours}"] = f"blk.{layer}.{theirs}"
+    for ours, theirs in names.items():
+        weight = state[f"{ours}.weight"]
+        turned = weight.T if ".c_" in ours else weight
+        writer.add_tensor(f"{theirs}.weight", np.ascontiguousarray(turned))
+        if f"{ours}.bias" in state:
+            writer.add_tensor(f"{theirs}.bias", state[f"{ours}.bias"])
+    write(writer)
+    base = load_base(str(tmp_path / "tiny.gguf"))
+    assert base.architecture.positions == 96
+    assert base.tensors.keys() == state.keys() - {"lm_head.weight"}
+    for key, value in base.tensors.items():
+        np.testing.assert_array_equal(value.numpy(), state[key])
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
@@ -194,6 +253,16 @@ def test_gguf_files_that_hold_more_than_is_read(tmp_path: Path) -> None:
             load_base(str(path))
     write_gguf(path, small_llama(tie_word_embeddings=True), unscaled)
     load_base(str(path))
+    write_gguf(path, small_llama(), lambda writer: writer.add_add_space_prefix(False))
+    load_base(str(path))  # GPT-2's way to cut has none anyhow
+    write_gguf(
+        path,
+        small_llama(),
+        lambda writer: writer.add_add_space_prefix(False),
+        tokenizer="llama",
+    )
+    with pytest.raises(BaseModelError, match="without a first space"):
+        load_base(str(path))
 
 
 def unscaled(writer: GGUFWriter) -> None:

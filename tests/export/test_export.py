@@ -25,10 +25,22 @@ from executorch.exir.lowered_backend_module import LoweredBackendModule
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import TIER, ExportTiny
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+)
 
 from edge_runtime import adapters, planner
-from edge_runtime.adapters import Stacks
+from edge_runtime.adapters import ADAPTER_CONFIG, Stacks
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.engines import _OnnxProgram, allocate, load_engine
 from edge_runtime.errors import AdapterError, BaseModelError, BundleError, ParityError, StorageError
@@ -631,6 +643,9 @@ def test_adapters_of_peft_that_do_not_fit(
     refused(saved("dora", use_dora=True), "more than LoRA .use_dora")
     refused(saved("pattern", rank_pattern={"c_fc": 8}), "more than LoRA .rank_pattern")
     refused(saved("pissa", init_lora_weights="pissa"), "more than LoRA .init_lora_weights")
+    shouted = saved("olora", init_lora_weights="olora") / ADAPTER_CONFIG
+    shouted.write_text(shouted.read_text().replace("olora", "OLoRA"))  # which PEFT takes as well
+    refused(shouted.parent, "more than LoRA .init_lora_weights")
     refused(saved("targets", target_modules=["mlp.c_fc"]), "adapter's targets")
     refused(tmp_path / "nowhere", "cannot read")
     broken = saved("broken")
@@ -726,6 +741,69 @@ def test_text_is_cut_as_the_saved_tokenizer_says(tiny_base_dir: Path, tmp_path: 
     of_class["tokenizer_class"] = "GPT2Tokenizer"
     (path / "tokenizer_config.json").write_text(json.dumps(of_class))
     assert load_base(str(path)).tokenizer.encode("12").tokens == ["1", "2"]
+
+
+@pytest.mark.parametrize("of_class", ["LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", ""])
+def test_a_saved_tokenizer_is_taken_as_it_is(tmp_path: Path, of_class: str) -> None:
+    """transformers' classes have models and decoders of their own, and add tokens."""
+    saved = Tokenizer(Unigram([("<unk>", 0.0), ("▁the", -1.0), ("▁caf", -2.0), ("é", -3.0)], 0))
+    saved.pre_tokenizer, saved.decoder = Metaspace(), MetaspaceDecoder()
+    llama = LlamaConfig(
+        vocab_size=saved.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    LlamaForCausalLM(llama).save_pretrained(tmp_path)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    config = {"unk_token": "<unk>", "pad_token": "<pad>"}
+    config |= {"tokenizer_class": of_class} if of_class else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_base(str(tmp_path)).tokenizer
+    ids = tokenizer.encode("the café").ids
+    assert ids == saved.encode("the café").ids == [1, 2, 3]
+    assert tokenizer.decode(ids) == "the café"
+
+
+def test_a_directory_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    """transformers makes an empty tokenizer, which puts its first token before any text."""
+    tiny = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    LlamaForCausalLM(tiny).save_pretrained(tmp_path)
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match="has no tokenizer"):
+        load_base(str(tmp_path))
+
+
+def test_a_base_that_stays_quantised_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(
+        tiny_llama_dir, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    ).save_pretrained(tmp_path)
+    copy_tokenizer(tiny_llama_dir, tmp_path)
+    with pytest.raises(BaseModelError, match="save it dequantised"):
+        load_base(str(tmp_path))
+
+
+def test_names_of_one_function(tiny_base_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base_dir, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["activation_function"] = "gelu_pytorch_tanh"
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert load_base(str(tmp_path / "base")).sha256 == load_base(str(tiny_base_dir)).sha256
+    text = torch.arange(16)[None]
+    with torch.no_grad():
+        one, other = (
+            AutoModelForCausalLM.from_pretrained(path)(text).logits
+            for path in (tmp_path / "base", tiny_base_dir)
+        )
+    torch.testing.assert_close(one, other)
 
 
 def test_a_llama_with_biases_stretched_positions_and_its_own_head(
