@@ -469,6 +469,7 @@ def serve(
     from coordinator.buffering import buffer
     from coordinator.cohorts import CohortsError
     from coordinator.database import postgres_engine
+    from coordinator.event_log import EventLog
     from coordinator.limits import Limits
     from coordinator.options import Options
     from coordinator.policy import Policy
@@ -571,8 +572,10 @@ def serve(
         traces=traces,
         keep_generalists=keep_generalists,
     )
+    line = _json_line if output is Format.JSON else _text_line
     try:
-        asyncio.run(run(options, _print_json if output is Format.JSON else _print_text))
+        with contextlib.closing(EventLog(sys.stdout, line)) as log:
+            asyncio.run(run(options, log))
     except (CohortsError, UnsoundError) as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -974,13 +977,13 @@ def _moment(time: float) -> str:
     return datetime.datetime.fromtimestamp(time).strftime("%Y-%m-%d %H:%M")
 
 
-def _print_json(event: str, fields: dict[str, Any]) -> None:
-    _log(dumps({"event": event, **fields}, separators=(",", ":"), ensure_ascii=False))
+def _json_line(event: str, fields: dict[str, Any]) -> str:
+    return dumps({"event": event, **fields}, separators=(",", ":"), ensure_ascii=False)
 
 
-def _print_text(event: str, fields: dict[str, Any]) -> None:
+def _text_line(event: str, fields: dict[str, Any]) -> str:
     cohort = f"{fields['cohort']}: " if "cohort" in fields else ""
-    _log(cohort + TEXTS[event].format(**fields, **_readable(fields)))
+    return cohort + TEXTS[event].format(**fields, **_readable(fields))
 
 
 TEXTS = {
@@ -1012,6 +1015,7 @@ TEXTS = {
     "not_ready": "this one can neither follow nor lead for now: {reason}",
     "storage_failed": "nothing can be stored for now, and devices try again: {reason}",
     "storage_recovered": "the state can be written again",
+    "lines_lost": "{lines} lines were left out: whoever reads this had stopped",
     "paused": "paused by the administrator; updates of the open round are still accepted",
     "resumed": "the administrator lets rounds go on",
     "rolled_back": "round {round}: starts from what round {to} started from",
@@ -1047,13 +1051,6 @@ def _readable(fields: dict[str, Any]) -> dict[str, str]:
             f"{name} {new}, was {old}" for name, (old, new) in fields["changes"].items()
         )
     return words
-
-
-def _log(line: str) -> None:
-    """Prints; on a full disk later, with the next line that fits. Rounds go on also when nobody
-    reads any more."""
-    with contextlib.suppress(OSError):
-        _print(line)
 
 
 def _print(line: str) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from google.protobuf import json_format
 
@@ -166,6 +166,12 @@ def open_bundle(path: Path) -> Bundle:
             f"{FORMAT_VERSION}; export it again (of the same base and options it is the same for "
             "coordinators and homes)"
         )
+    # Experts are also written under these names, elsewhere.
+    for name in (*(role.path for role in manifest.roles), *(f.path for f in manifest.files)):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise BundleError(
+                f"{file} is not a valid manifest: {name} leads out of the bundle; copy it again"
+            )
     sizes = {role.name: role.size for role in manifest.roles}
     for tensor in manifest.tensors:
         if tensor.offset + math.prod(tensor.shape) > sizes.get(tensor.role, 0):

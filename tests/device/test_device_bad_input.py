@@ -109,6 +109,10 @@ def older_manifest(bundle: Path) -> None:
     change_manifest(bundle, lambda manifest: manifest.update({"format_version": 3}))
 
 
+def leading_out(bundle: Path) -> None:
+    change_manifest(bundle, lambda manifest: manifest["roles"][0].update(path="../elsewhere"))
+
+
 def cut_weights(bundle: Path) -> None:
     weights = bundle / "onnx" / "weights.bin"
     with weights.open("r+b") as file:
@@ -156,6 +160,7 @@ def remove_tokenizer(bundle: Path) -> None:
         (older_manifest, "of format 3.*export it again"),
         (no_engines, "does not say what engine onnxruntime costs; copy the bundle again"),
         (no_micro_batch, "a micro-batch of 0; copy the bundle again"),
+        (leading_out, "leads out of the bundle"),
         (cut_weights, r"weights\.bin has \d+ bytes instead of \d+; copy the bundle again"),
         (alter_program, "SHA-256.*copy the bundle again"),
         (remove_programs, "missing; copy the bundle again"),
