@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -132,6 +133,7 @@ class Cohort:
         }
         """Contract -> size of the largest update that an honest device sends."""
         self._digests: dict[Path, bytes] = {}
+        self._fitting = threading.Lock()
 
     @property
     def rounds(self) -> Rounds:
@@ -159,9 +161,10 @@ class Cohort:
             return path, bytes.fromhex(wanted.generalist_sha256)
         start = self.fitted_as(device.contract_sha256)
         fitted = self.state.directory / FITTED / f"{start}{wanted.generalist_sha256}.safetensors"
-        if fitted not in self._digests or not fitted.exists():
-            self._digests[fitted] = self._fit(path, manifest, fitted)
-        return fitted, self._digests[fitted]
+        with self._fitting:  # once, however many ask for it
+            if fitted not in self._digests or not fitted.exists():
+                self._digests[fitted] = self._fit(path, manifest, fitted)
+            return fitted, self._digests[fitted]
 
     def fitted_as(self, contract: str) -> str:
         """How the names of the files begin that have the generalist as a bundle wants it."""

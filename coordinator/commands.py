@@ -32,6 +32,7 @@ SELECTION = "Selection"
 ASYNCHRONOUS = "Asynchronous rounds"
 MIN_DEVICES = 2
 DEADLINE_SECONDS = 600.0
+CERTIFICATE_DAYS = 30.0
 PRIVACY = "Privacy"
 QUALITY = "Quality gate"
 QUALITY_TOLERANCE = 0.01
@@ -301,6 +302,7 @@ def serve(
         int | None,
         typer.Option(
             min=0,
+            max=MOST,
             help="Refuse updates that started from an earlier generalist than so many before.",
             show_default="10",
             rich_help_panel=ASYNCHRONOUS,
@@ -387,14 +389,15 @@ def serve(
         ),
     ] = None,
     certificate_days: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=1e-5,
             max=3650,
             help="How long a device may stay away: its certificate.",
+            show_default="30",
             rich_help_panel=CERTIFICATES,
         ),
-    ] = 30,
+    ] = None,
     database: Annotated[str | None, _database(OPERATION)] = None,
     monitor: Annotated[
         str | None,
@@ -477,6 +480,14 @@ def serve(
     from coordinator.selection import select
     from coordinator.server import serve as run
 
+    if insecure:
+        _refuse_certified(
+            {
+                "--cohort": cohort or None,
+                "--enrolment-port": enrolment_port,
+                "--certificate-days": certificate_days,
+            }
+        )
     least = asynchronous or (MIN_DEVICES if min_devices is None else min_devices)
     try:
         recipe = choose(
@@ -555,7 +566,7 @@ def serve(
         ),
         enrolment_port=enrolment_port,
         names=tuple(name or ()),
-        certificate_lifetime=datetime.timedelta(days=certificate_days),
+        certificate_lifetime=datetime.timedelta(days=certificate_days or CERTIFICATE_DAYS),
         limits=Limits(
             connections=max_connections,
             connections_per_address=max_connections_per_address,
@@ -578,6 +589,16 @@ def serve(
             asyncio.run(run(options, log))
     except (CohortsError, UnsoundError) as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def _refuse_certified(options: dict[str, Any]) -> None:
+    """With --insecure nobody is invited, into a cohort or at all, and nobody gets a certificate."""
+    for option, value in options.items():
+        if value is not None:
+            raise typer.BadParameter(
+                f"{option} is about invitations and certificates, and --insecure has none; leave "
+                "one out"
+            )
 
 
 StateOption = Annotated[

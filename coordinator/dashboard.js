@@ -127,6 +127,10 @@ function drawNow(group, now) {
     place("now", make("div", { class: "line" }, make("strong", {}, "All rounds are over"), make("span", { class: "rest" }, `${round.done} of ${group.rounds_wanted} aggregated`)));
     return;
   }
+  if (round.status === "waiting" && group.budget_spent) {
+    place("now", make("div", { class: "line" }, make("strong", {}, "All rounds are over"), make("span", { class: "rest" }, `the privacy budget is spent; ${round.done} of ${group.rounds_wanted} aggregated`)));
+    return;
+  }
   const state = round.paused ? "paused" : round.status;
   const rest = [];
   if (round.status === "open") {
@@ -241,7 +245,7 @@ function drawTiers(tiers) {
 function drawRounds(group) {
   const heading = [["Round", "number"], ["Status"], ["Devices", "number"], ["Accepted", "number"], ["Refused", "number"], ["No report", "number"], ["Seconds", "number"], ["Ended"], ["Aggregation, remarks"]];
   // After the last round another one waits that will not be.
-  const shown = group.rounds.filter((round) => round.status !== "waiting" || round.done < group.rounds_wanted);
+  const shown = group.rounds.filter((round) => round.status !== "waiting" || (round.done < group.rounds_wanted && !group.budget_spent));
   const rows = shown.reverse().map((round) => make("tr", {},
     make("td", { class: "number" }, round.round),
     make("td", {}, make("span", { class: round.status }, round.paused ? "paused" : round.status)),

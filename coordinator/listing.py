@@ -123,7 +123,7 @@ def _counted() -> Select[Round, int, int, int]:
 def _row(found: Round, participants: int, accepted: int, refused: int) -> Row:
     seconds = None
     if found.opened_at is not None:
-        seconds = round((found.closed_at or time.time()) - found.opened_at, 3)
+        seconds = round(max(0.0, (found.closed_at or time.time()) - found.opened_at), 3)
     return Row(
         cohort=found.cohort,
         round=found.number,

@@ -6,6 +6,7 @@ Labels have few values, and none of them is chosen by a device: no metric names 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -159,6 +160,8 @@ class Metrics:
                 self._rounds.labels(cohort, "abandoned").inc()
             case "rolled_back":
                 self._generalist.labels(cohort).set(fields["round"])
+                with contextlib.suppress(KeyError):  # until the gate has looked at that one again
+                    self._perplexity.remove(cohort)
             case "update_accepted":
                 self._accepted.labels(cohort).inc()
             case "update_refused":

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from coordinator import listing
@@ -49,16 +49,18 @@ def of_cohort(
     session: Session, state: Path, cohort: str, latest: int | None = None
 ) -> list[Generalist]:
     """Those of one cohort, in order; only the `latest` ones if that is given."""
-    chosen = select(Round).where(Round.cohort == cohort).order_by(Round.number)
-    rounds = session.scalars(chosen).all()
-    makers = [None, *rounds]
-    first: dict[str, tuple[Round | None, Round]] = {}
-    for maker, found in zip(makers, rounds, strict=False):
-        first.setdefault(found.generalist_sha256, (maker, found))
-    current = rounds[-1].generalist_sha256
+    own = Round.cohort == cohort
+    number = func.min(Round.number).label("number")
+    firsts = select(number).where(own).group_by(Round.generalist_sha256)
+    those = firsts.order_by(number.desc()).limit(latest).subquery()
+    wanted = select(those.c.number).union(select(those.c.number - 1))  # and what made them
+    chosen = select(Round).where(own, Round.number.in_(wanted))
+    rounds = {found.number: found for found in session.scalars(chosen)}
+    last = select(Round.generalist_sha256).where(own).order_by(Round.number.desc()).limit(1)
+    current = session.scalars(last).one()
     return [
-        _generalist(state, maker, found, current)
-        for maker, found in list(first.values())[-(latest or 0) :]
+        _generalist(state, rounds.get(first - 1), rounds[first], current)
+        for first in sorted(session.scalars(select(those.c.number)))
     ]
 
 
@@ -76,13 +78,21 @@ def _generalist(state: Path, maker: Round | None, found: Round, current: str) ->
     )
 
 
-@functools.lru_cache(maxsize=4096)
 def _step(before: Path, after: Path) -> float | None:
-    """Files of generalists never change: their names hold their hashes."""
     try:
-        old, new = load_file(before), load_file(after)
+        return _distance(before, after)
     except (OSError, SafetensorError):
         return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _distance(before: Path, after: Path) -> float | None:
+    """Files of generalists never change: their names hold their hashes.
+
+    Raises:
+        OSError, SafetensorError: one cannot be read, for now.
+    """
+    old, new = load_file(before), load_file(after)
     if old.keys() != new.keys():
         return None
     # One tensor at a time in float64.

@@ -7,6 +7,7 @@ threads of its own, so that whoever watches does not hold up devices.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 import threading
@@ -25,6 +26,8 @@ from edge_runtime.finite import dumps
 MOST_CONNECTIONS = 32
 # A connection that says nothing for so long is closed.
 IDLE_SECONDS = 5.0
+# Nor does one last longer, whatever it says meanwhile.
+LONGEST_SECONDS = 15.0
 PAGE = {
     "/": ("dashboard.html", "text/html; charset=utf-8"),
     "/dashboard.css": ("dashboard.css", "text/css; charset=utf-8"),
@@ -104,15 +107,23 @@ class _Server(ThreadingHTTPServer):
         super().__init__((host, port), handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread can be started
+            self._free.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        late = threading.Timer(LONGEST_SECONDS, _hang_up, [request])
+        late.daemon = True
+        late.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            late.cancel()
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -167,6 +178,11 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             return name.lower() in self._hosts  # browsers send lower case, whatever was typed
         return True
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _json(value: Callable[[], dict[str, Any]]) -> bytes:

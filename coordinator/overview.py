@@ -55,9 +55,12 @@ class Overview:
         self._made = 0.0
         self._kept: dict[str, Any] = {}
         self._privacy: dict[str, dict[str, float | None]] = {}
+        self._spent: set[str] = set()
 
     def observe(self, event: str, fields: dict[str, Any]) -> None:
         """Takes the coordinator's events: the last that says what privacy was spent."""
+        if event == "budget_spent":
+            self._spent.add(fields.get("cohort", ""))
         if "epsilon" in fields:
             spent = {name: fields.get(name) for name in ("epsilon", "delta", "budget")}
             self._privacy[fields.get("cohort", "")] = spent
@@ -100,6 +103,8 @@ class Overview:
                     # That a round begins with.
                     "min_devices": 1 if setting.asynchronous else setting.min_devices,
                     "ended": _ended(session, setting.cohort),
+                    # Of privacy: no round begins any more.
+                    "budget_spent": setting.cohort in self._spent,
                     "privacy": self._privacy.get(setting.cohort, self._privacy.get("")),
                     "rounds": _rounds(session, setting.cohort),
                     "generalists": [

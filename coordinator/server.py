@@ -343,7 +343,8 @@ def _monitor(
     """Starts to serve metrics and dashboard. Returns their address."""
     assert options.monitor is not None
     host, port = split(options.monitor)
-    monitor = Monitor(host, port, names=options.names, metrics=metrics.text, overview=overview)
+    names = (*options.names, host)
+    monitor = Monitor(host, port, names=names, metrics=metrics.text, overview=overview)
     stack.callback(monitor.close)
     for measuring in (metrics.watch_loop(), overview.sample()):
         stack.callback(asyncio.create_task(measuring).cancel)

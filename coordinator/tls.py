@@ -118,16 +118,21 @@ class Authority:
         secret = self._key.private_numbers().private_value.to_bytes(32, "big")
         made = HKDF(hashes.SHA256(), 48, salt=None, info=b"comigs links").derive(secret)
         key = ec.derive_private_key(int.from_bytes(made, "big") % (ORDER - 1) + 1, ec.SECP256R1())
-        return Authority(key, _certify_itself(key, "comigs links"), self._device_lifetime)
+        since = self._certificate.not_valid_before_utc
+        return Authority(key, _certify_itself(key, "comigs links", since), self._device_lifetime)
 
     def server_credentials(self, names: Iterable[str]) -> Credentials:
         """A fresh server certificate for `names` (host names or IP addresses) and ALWAYS_NAMED."""
         key = ec.generate_private_key(ec.SECP256R1())
         alternatives = [_general_name(name) for name in dict.fromkeys([*ALWAYS_NAMED, *names])]
         certificate = self._sign(
-            _builder(_name("comigs coordinator"), key.public_key(), VALID_FOR).add_extension(
-                x509.SubjectAlternativeName(alternatives), critical=False
-            ),
+            _builder(
+                _name("comigs coordinator"),
+                key.public_key(),
+                VALID_FOR,
+                # Not from now: the clock may be ahead, and be put right.
+                since=self._certificate.not_valid_before_utc,
+            ).add_extension(x509.SubjectAlternativeName(alternatives), critical=False),
             ExtendedKeyUsageOID.SERVER_AUTH,
         )
         return Credentials(
@@ -256,10 +261,12 @@ def _create(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certifica
     return key, certificate
 
 
-def _certify_itself(key: ec.EllipticCurvePrivateKey, called: str) -> x509.Certificate:
+def _certify_itself(
+    key: ec.EllipticCurvePrivateKey, called: str, since: datetime.datetime | None = None
+) -> x509.Certificate:
     name = _name(called)
     return (
-        _builder(name, key.public_key(), VALID_FOR)
+        _builder(name, key.public_key(), VALID_FOR, since)
         .issuer_name(name)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(
@@ -304,7 +311,10 @@ def _load(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate
 
 
 def _builder(
-    subject: x509.Name, key: ec.EllipticCurvePublicKey, lifetime: datetime.timedelta
+    subject: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    lifetime: datetime.timedelta,
+    since: datetime.datetime | None = None,
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
@@ -312,7 +322,7 @@ def _builder(
         .subject_name(subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - min(CLOCK_SKEW, lifetime / 10))
+        .not_valid_before(since or now - min(CLOCK_SKEW, lifetime / 10))
         .not_valid_after(now + lifetime)
     )
 

@@ -4,6 +4,7 @@ import asyncio
 import datetime
 import socket
 import sqlite3
+import ssl
 import stat
 import time
 from dataclasses import replace
@@ -103,6 +104,11 @@ def test_server_certificates(fleet: Fleet) -> None:
     for name in ("ca-key.pem", "admin.json"):
         assert stat.S_IMODE((fleet.state / name).stat().st_mode) == 0o600
     ca = x509.load_pem_x509_certificate((fleet.state / "ca.pem").read_bytes())
+    # Not from when it was made: the clock may have been ahead.
+    shown = x509.load_pem_x509_certificate(
+        ssl.get_server_certificate(("127.0.0.1", int(port))).encode()
+    )
+    assert shown.not_valid_before_utc == ca.not_valid_before_utc
     assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
@@ -225,6 +231,10 @@ def test_starts_that_are_refused(fleet: Fleet, served: Served) -> None:
         (fleet.serve(bundle), StorageError.code, "in use by another coordinator"),
         (fleet.serve(bundle, state=old), VersionError.code, "made by another version"),
         (fleet.serve(damaged, **elsewhere), BundleError.code, "0 bytes instead of"),
+        *(
+            (fleet.serve(bundle, "--insecure", *pair, **elsewhere), 2, f"{pair[0]} is about")
+            for pair in (("--cohort", "a"), ("--enrolment-port", "0"), ("--certificate-days", "3"))
+        ),
         (fleet.serve(bundle, "--rounds", "0", **elsewhere), 2, "--rounds"),
         (fleet.serve(bundle, "--rounds", str(10**20), **elsewhere), 2, "--rounds"),
         (fleet.serve(bundle, "--min-devices", "0", **elsewhere), 2, "--min-devices"),

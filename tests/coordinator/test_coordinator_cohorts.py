@@ -5,7 +5,9 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from coordinator_help import (
     enrol_with,
     finish,
     header,
+    in_parallel,
     invited,
     join_round,
     make_bundle,
@@ -28,9 +31,12 @@ from coordinator_help import (
 from google.protobuf import json_format
 
 from coordinator.administrator import Administrator
-from coordinator.cohorts import group
+from coordinator.aggregation.ranks import fit_generalist
+from coordinator.cohorts import Cohort, group
+from coordinator.state import State
+from coordinator.tables import Device, Settings
 from edge_runtime import wire
-from edge_runtime.adapters import views
+from edge_runtime.adapters import load_fresh, views
 from edge_runtime.bundle import MANIFEST, Bundle, contract_sha256, open_bundle
 from edge_runtime.client import Client
 from edge_runtime.connection import Unproven
@@ -260,6 +266,31 @@ def test_bundles_of_one_rank_may_come_in_another_order(tmp_path: Path) -> None:
         assert [each.bundles for each in groups] == [(first, second, small)] * len(groups)
     with pytest.raises(BundleError, match="largest rank"):
         group([second, small], mixed=True, known={"base": begun}, names=[])
+
+
+def test_a_generalist_is_fitted_once_however_many_ask(
+    ranks: list[Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = []
+
+    def counted(*arguments: Any) -> Any:
+        fits.append(arguments)
+        time.sleep(0.05)
+        return fit_generalist(*arguments)
+
+    monkeypatch.setattr("coordinator.cohorts.fit_generalist", counted)
+    (shared,) = group(ranks, mixed=True, known={}, names=[])
+    small, large = shared.bundles[1].manifest, shared.bundles[0].manifest
+    settings = Settings(rounds=9, min_devices=1, deadline_seconds=1, recipe="mean", training="{}")
+    settings.contract_sha256 = shared.contract_sha256
+    with closing(State(tmp_path)) as whole:
+        state = whole.of(shared.name)
+        state.begin(settings, wire.encode(large, load_fresh(shared.bundles[0])))
+        cohort = Cohort(shared, state=state, counting=None)
+        device = Device(contract_sha256=contract_sha256(small))
+        got = in_parallel(*[lambda: cohort.fitted(device, state.current())] * 4)
+        assert len({*got}) == 1
+        assert len(fits) == 1
 
 
 def scaled_products(bundle: Bundle, payload: bytes) -> list[np.ndarray]:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from coordinator_help import Fleet, header, join_round, train
 
+from coordinator.listing import reading
+from coordinator.models import of_cohort
 from edge_runtime import wire
 
 
@@ -50,6 +52,10 @@ def test_generalists_of_aggregated_and_abandoned_rounds(fleet: Fleet) -> None:
     for before, after, row in zip(vectors, vectors[1:], rows[1:], strict=False):
         step = np.linalg.norm(after.astype(np.float64) - before.astype(np.float64))
         assert row["step"] == pytest.approx(step, rel=1e-12)
+
+    with reading(fleet.state) as session:
+        latest = of_cohort(session, fleet.state, rows[0]["cohort"], 2)
+    assert [vars(found) for found in latest] == rows[1:]
 
     (lost,) = (fleet.state / "generalists").glob("2-*")
     lost.unlink()

@@ -29,6 +29,7 @@ from coordinator_help import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator import listing
+from coordinator import monitor as monitor_module
 from coordinator.administrator import Administrator
 from coordinator.audit import LOG, AuditLog, Auditor
 from coordinator.calls import Calls
@@ -315,6 +316,49 @@ def test_what_the_monitor_refuses(fleet: Fleet) -> None:
     assert request(address, "/", "localhost").status == 200
     for connection in idle:
         connection.close()
+
+
+def test_whoever_talks_slowly_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "LONGEST_SECONDS", 1.0)
+    monitor = Monitor("127.0.0.1", 0, names=(), metrics=lambda: b"", overview=dict)
+    with contextlib.closing(monitor):
+        host, _, port = monitor.address.rpartition(":")
+        with socket.create_connection((host, int(port))) as slow:
+
+            def talk() -> None:
+                slow.sendall(b"GET / HTTP/1.1\r\nX: ")
+                end = time.monotonic() + TIMEOUT
+                while time.monotonic() < end:  # a byte now and then, never silent
+                    slow.sendall(b"x")
+                    time.sleep(0.05)
+
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                talk()
+
+
+def test_what_was_rolled_back_tells_no_perplexity_and_a_spent_budget_no_rounds(
+    tmp_path: Path,
+) -> None:
+    with (
+        contextlib.closing(State(tmp_path)) as whole,
+        contextlib.closing(AuditLog(tmp_path)) as log,
+        contextlib.closing(Auditor(log)) as auditor,
+    ):
+        settings = Settings(contract_sha256="", rounds=3, min_devices=2, deadline_seconds=9.0)
+        settings.recipe = settings.training = ""
+        whole.of("a").begin(settings, b"start")
+        live = Live(calls=Calls(auditor), traffic=Traffic())
+        overview, metrics = Overview(tmp_path, live), Metrics(live)
+        metrics.observe("quality_measured", {"cohort": "a", "perplexity": 50.0})
+        assert b'comigs_generalist_perplexity{cohort="a"} 50' in metrics.text()
+        for _ in range(2):
+            metrics.observe("rolled_back", {"cohort": "a", "round": 2, "to": 1})
+        assert b"comigs_generalist_perplexity{" not in metrics.text()
+        spent = {"cohort": "a", "epsilon": 2.5, "delta": 1e-6, "budget": 3.0, "round": 2}
+        overview.observe("privacy_spent", spent)
+        assert not overview()["cohorts"][0]["budget_spent"]
+        overview.observe("budget_spent", spent)
+        until(lambda: overview()["cohorts"][0]["budget_spent"], "it says nothing")
 
 
 def test_an_address_that_is_taken(fleet: Fleet) -> None:
