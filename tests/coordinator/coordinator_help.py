@@ -26,10 +26,11 @@ import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from typer.testing import CliRunner
 
 from coordinator.administrator import Administrator
 from coordinator.tls import CA_KEY_FILE
-from edge_runtime import adapters, wire
+from edge_runtime import adapters, cli, wire
 from edge_runtime.bundle import (
     FORMAT_VERSION,
     Bundle,
@@ -91,6 +92,14 @@ def make_bundle(path: Path, width: int = 16, rank: int = 2) -> Bundle:
 def serve_command(bundle: Path, state: Path, *options: str) -> list[str]:
     command = [sys.executable, "-m", "coordinator", "serve"]
     return [*command, "--bundle", str(bundle), "--state", str(state), *options]
+
+
+def misused(bundle: Bundle, *options: str) -> str:
+    """What `comigs serve` says to options that it refuses before it does anything."""
+    command = serve_command(bundle.path, bundle.path / "state", "--listen", "127.0.0.1:0", *options)
+    done = CliRunner().invoke(cli.build("serve"), command[3:])
+    assert done.exit_code == 2, (options, done.output)
+    return " ".join(done.output.replace("│", " ").split())
 
 
 class Served:
