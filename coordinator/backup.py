@@ -31,6 +31,7 @@ from typing import IO, Any
 
 from coordinator import rows
 from coordinator.audit import COORDINATOR, LOG, AuditLog
+from coordinator.database import read_only
 from coordinator.state import DATABASE, GENERALISTS, MEMORIES, State
 from coordinator.tables import SCHEMA
 from coordinator.tls import ADMIN_FILE, CA_FILE, CA_KEY_FILE
@@ -160,9 +161,8 @@ def _move(directory: Path, state: Path, url: str | None) -> None:
 def _copy_database(source: Path, target: Path) -> None:
     """Into one file, without a write-ahead log beside it."""
     try:
-        uri = f"{source.resolve().as_uri()}?mode=ro"
         with (
-            contextlib.closing(sqlite3.connect(uri, uri=True)) as running,
+            contextlib.closing(sqlite3.connect(read_only(source), uri=True)) as running,
             contextlib.closing(sqlite3.connect(target)) as copy,
         ):
             running.backup(copy)

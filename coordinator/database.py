@@ -9,6 +9,7 @@ fails.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 from abc import ABC, abstractmethod
@@ -302,6 +303,15 @@ class FollowedPostgres(Postgres):
             if found is not None and found.address is not None:
                 return found.term, found.address
         return None
+
+
+def read_only(file: Path) -> str:
+    """URI of a SQLite database that is only read, also on a disk that nobody can write."""
+    uri = f"{file.resolve().as_uri()}?mode=ro"
+    # SQLite makes files beside one with a write-ahead log, unless it never changes.
+    log = file.with_name(f"{file.name}-wal")
+    alone = not log.exists() and not os.access(file.resolve().parent, os.W_OK)
+    return f"{uri}&immutable=1" if alone else uri
 
 
 def postgres_engine(url: str, options: str = "") -> Engine:

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, NullPool, Select, create_engine, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from coordinator.database import postgres_engine
+from coordinator.database import postgres_engine, read_only
 from coordinator.state import DATABASE
 from coordinator.tables import Participant, Refusal, Round, Settings, Status, Update
 from edge_runtime.errors import StorageError
@@ -85,7 +85,8 @@ def reading(state: Path, url: str | None = None) -> Iterator[Session]:
     except DBAPIError as error:
         reason = " ".join(str(error.orig).split())
         raise StorageError(
-            f"cannot read {place}: {reason}; it is damaged or of another version of comigs"
+            f"cannot read {place}: {reason}; check that it is there, whole, and of this version of "
+            "comigs"
         ) from error
     finally:
         engine.dispose()
@@ -99,7 +100,7 @@ def _sqlite(state: Path) -> Engine:
             "too if it has one"
         )
     # Its own connections: SQLAlchemy's URLs cannot say "read only" for every path.
-    uri = f"{database.resolve().as_uri()}?mode=ro"
+    uri = read_only(database)
     return create_engine(
         "sqlite://", creator=lambda: sqlite3.connect(uri, uri=True), poolclass=NullPool
     )

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from coordinator_help import Fleet, header, join_round, train
 
+from coordinator.backup import back_up, restore
 from edge_runtime.errors import StorageError
 
 
@@ -82,6 +84,28 @@ def test_rounds_while_a_coordinator_runs_and_after_it_was_killed(fleet: Fleet) -
     ]
     assert lines[2].endswith("mean; too few updates at its deadline")
     assert lines[3].split() == ["default", "3", "waiting", "0", "0", "0"]
+
+
+def test_a_state_on_a_disk_that_nobody_can_write(fleet: Fleet, tmp_path: Path) -> None:
+    served = fleet.serve(fleet.bundle())
+    served.ready()
+    served.stop()
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    for options in (("--bind", str(fleet.state)), ("-o", "remount,ro,bind")):
+        command = ["mount", *options, str(shown)]
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+        if mounted.returncode != 0:
+            subprocess.run(["umount", str(shown)], capture_output=True, check=False)
+            pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
+    try:
+        done = listed(shown)
+        back_up(shown, tmp_path / "backup")
+    finally:
+        subprocess.run(["umount", str(shown)], check=True)
+    assert done.returncode == 0, done.stderr
+    assert "waiting" in done.stdout
+    restore(tmp_path / "backup", tmp_path / "restored")
 
 
 def test_what_is_no_state_is_told(tmp_path: Path) -> None:
