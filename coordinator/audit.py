@@ -80,6 +80,7 @@ class AuditLog:
         self.path = directory / LOG
         self._lock = threading.Lock()
         self._number, self._hash, self._size = 0, BEGINNING, 0
+        self._doubtful = False  # whether something may follow that was not written whole
         with storage_errors(self.path):
             new = not self.path.exists()
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -116,14 +117,23 @@ class AuditLog:
                 line = _line(number, event, by, fields, digest)
                 digest = hashlib.sha256(line).hexdigest()
                 lines.append(line + b"\n")
+            self._take_back()
             try:
+                self._doubtful = True
                 _write(self._file, b"".join(lines))
                 os.fsync(self._file)
             except OSError:
-                os.ftruncate(self._file, self._size)
+                self._take_back()
                 raise
+            self._doubtful = False
             self._size += sum(map(len, lines))
             self._number, self._hash = number, digest
+
+    def _take_back(self) -> None:
+        """What was written of entries that failed, if need be when the disk works again."""
+        if self._doubtful:
+            os.ftruncate(self._file, self._size)
+            self._doubtful = False
 
     def _find_end(self) -> int:
         """Goes to the end of the last whole line. Returns how many bytes after it were cut off."""

@@ -94,9 +94,12 @@ class State(UpdateRows):
                 sync(directory.parent)
             self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            with storage_errors(directory / LOCK):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except StorageError as error:
             os.close(self._lock)
+            if not isinstance(error.__cause__, BlockingIOError):
+                raise
             raise InUseError(
                 f"{directory} is in use by another coordinator; stop that one first, or choose "
                 "another --state"

@@ -1,6 +1,7 @@
 """The audit log: what is in it, that it survives kills, and that `comigs audit` finds changes."""
 
 import contextlib
+import errno
 import json
 import resource
 import subprocess
@@ -264,6 +265,27 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert (tmp_path / audit.LOG).read_bytes() == content
+        log.append([("act", "admin", {})])
+    assert checked((tmp_path / audit.LOG).read_bytes())[0] == 4
+
+
+def test_half_an_entry_that_could_not_be_taken_back_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails may keep one from shortening a file, too."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "it fails")
+
+    content = written(tmp_path, 3)
+    with contextlib.closing(AuditLog(tmp_path)) as log:
+        with monkeypatch.context() as failing:
+            failing.setattr("os.fsync", fail)
+            failing.setattr("os.ftruncate", fail)
+            for _ in range(2):
+                with pytest.raises(StorageError):
+                    log.append([("act", "admin", {})])
+        assert (tmp_path / audit.LOG).read_bytes() != content
         log.append([("act", "admin", {})])
     assert checked((tmp_path / audit.LOG).read_bytes())[0] == 4
 
