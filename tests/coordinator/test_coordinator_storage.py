@@ -271,7 +271,7 @@ def test_a_full_disk_may_be_the_one_with_the_log(fleet: Fleet, small_disk: Full)
     """What it prints comes when there is room again, and meanwhile it serves."""
     bundle = fleet.bundle()
     state, listen = fleet.directory / "other", free_address()
-    options = ("--listen", listen, "--enrolment-port", "0", "--rounds", "1", "--exit-when-done")
+    options = ("--listen", listen, "--rounds", "1", "--exit-when-done")
     with (fleet.state / "log").open("w") as log:
         command = [*serve_command(bundle.path, state, *options), "--insecure", "--format", "json"]
         process = subprocess.Popen(command, stdout=log)
