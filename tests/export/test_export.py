@@ -743,19 +743,18 @@ def test_text_is_cut_as_the_saved_tokenizer_says(tiny_base_dir: Path, tmp_path: 
     assert load_base(str(path)).tokenizer.encode("12").tokens == ["1", "2"]
 
 
+def save_narrow_llama(vocabulary: int, path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=vocabulary, num_attention_heads=4, **sizes)
+    LlamaForCausalLM(config).save_pretrained(path)
+
+
 @pytest.mark.parametrize("of_class", ["LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", ""])
 def test_a_saved_tokenizer_is_taken_as_it_is(tmp_path: Path, of_class: str) -> None:
     """transformers' classes have models and decoders of their own, and add tokens."""
     saved = Tokenizer(Unigram([("<unk>", 0.0), ("▁the", -1.0), ("▁caf", -2.0), ("é", -3.0)], 0))
     saved.pre_tokenizer, saved.decoder = Metaspace(), MetaspaceDecoder()
-    llama = LlamaConfig(
-        vocab_size=saved.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-    )
-    LlamaForCausalLM(llama).save_pretrained(tmp_path)
+    save_narrow_llama(saved.get_vocab_size(), tmp_path)
     saved.save(str(tmp_path / "tokenizer.json"))
     config = {"unk_token": "<unk>", "pad_token": "<pad>"}
     config |= {"tokenizer_class": of_class} if of_class else {}
@@ -768,14 +767,7 @@ def test_a_saved_tokenizer_is_taken_as_it_is(tmp_path: Path, of_class: str) -> N
 
 def test_a_directory_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     """transformers makes an empty tokenizer, which puts its first token before any text."""
-    tiny = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-    )
-    LlamaForCausalLM(tiny).save_pretrained(tmp_path)
+    save_narrow_llama(64, tmp_path)
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(BaseModelError, match="has no tokenizer"):
