@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import signal
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
@@ -49,12 +50,18 @@ CacheOption = Annotated[
 def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
     bench = typer.Typer(no_args_is_help=True, help="Measure programs beside what else there is.")
+    bench.callback()(_clean_up_at_the_end)
     bench.command("train")(bench_train)
     bench.command("decode")(bench_decode)
     bench.command("tier")(bench_tier)
     bench.command("profile")(bench_profile)
     bench.command("coordinator")(bench_coordinator)
     app.add_typer(bench, name="bench")
+
+
+def _clean_up_at_the_end() -> None:
+    """Ended by SIGTERM, too, it leaves no processes and no temporary files."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def demo(
@@ -75,6 +82,7 @@ def demo(
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Compile, learn together, predict: the whole story on this machine."""
+    _clean_up_at_the_end()
     from benchmarks import report
     from benchmarks.demo import Demo
     from benchmarks.users import default_users, load_users

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import edge_runtime
 import export
+import protos
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.doctor import installed
 from export.base import Base
@@ -18,7 +19,7 @@ from export.bundle import export_bundle
 from export.mixture import Mixture
 from export.tiers import Tier
 
-LIBRARIES = ("torch", "onnxruntime", "executorch")
+LIBRARIES = ("torch", "onnxruntime", "executorch", "onnx", "transformers", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class Compiler:
     ) -> Bundle:
         """The bundle of one engine."""
         mixture = mixture or Mixture()
-        made_from = (self.base.sha256, tier, engine, precision, mixture, programs, sources_digest())
+        base = self.base.fingerprint
+        made_from = (base, tier, engine, precision, mixture, programs, sources_digest())
         name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
         path = self.folder / f"{engine}-{precision}-{name}"
         if path.exists():
@@ -69,10 +71,10 @@ def kept_in(folder: Path | None) -> Iterator[Path]:
 
 
 def sources_digest() -> str:
-    """Of all that decides about a bundle beside its base, whose hash tells of the weights: the
-    compiler with its data, what it has of the device's, and what both of them build on."""
+    """Of all that decides about a bundle beside its base: the compiler with its data, what it has
+    of the device's, and what both of them build on."""
     digest = hashlib.sha256()
-    for package, pattern in ((export, "*"), (edge_runtime, "*.py")):
+    for package, pattern in ((export, "*"), (edge_runtime, "*.py"), (protos, "*.py")):
         root = Path(str(package.__file__)).parent
         for path in sorted(path for path in root.rglob(pattern) if path.is_file()):
             name = path.relative_to(root)

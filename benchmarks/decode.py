@@ -9,6 +9,8 @@ weights.
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import subprocess
 import sys
 import time
@@ -48,6 +50,12 @@ PEERS = {
     "pytorch": ("float32",),
 }
 PEERS_PYTHON = Path(".venv-peers/bin/python")
+# What tells the versions of all packages there.
+INSTALLED = (
+    "from importlib.metadata import distributions\n"
+    "print(sorted(f'{each.name} {each.version}' for each in distributions()))"
+)
+SAVED = "saved"  # beside a whole model
 BITS = {"float32": 32, "int8": 8, "int4": 4}
 BARE = Mixture(specialists=0, rank=1, targets=("attn.c_proj",))
 BARE_LLAMA = replace(BARE, targets=("self_attn.o_proj",))
@@ -269,8 +277,8 @@ def _peers(
 
 def _saved(base: Base, folder: Path) -> Path:
     """The base as transformers saves it, with a tokenizer of one word for each token."""
-    path = folder / f"peers-{base.sha256[:16]}"
-    if (path / "model.safetensors").exists():
+    path = folder / f"peers-{base.fingerprint[:16]}"
+    if (path / SAVED).exists():
         return path
     model: Any = AutoModelForCausalLM.from_config(base.config)  # type: ignore[no-untyped-call]
     prefix = model.base_model_prefix + "."
@@ -284,26 +292,30 @@ def _saved(base: Base, folder: Path) -> Path:
     )
     tokenizer.save_pretrained(path)
     model.save_pretrained(path)
+    (path / SAVED).touch()
     return path
 
 
 def _convert(command: list[str], out: Path) -> str:
-    """Converts unless an earlier run has; why it could not, or nothing."""
-    done_before = out / "converted"
-    if done_before.exists():
-        return ""
+    """Converts unless an earlier run of the same versions has; why it could not, or nothing."""
     if not Path(command[0]).exists():
         return f"no Python at {command[0]}; benchmarks/peers/README.md says how to install peers"
-    done = subprocess.run(
-        command,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+    installed = run(command[0], "-c", INSTALLED).stdout
+    sources = [path.read_text() for path in sorted((ROOT / "benchmarks" / "peers").glob("*.py"))]
+    made_by = hashlib.sha256("\n".join([installed, *sources]).encode()).hexdigest()
+    done_before = out / "converted"
+    if done_before.exists() and done_before.read_text() == made_by:
+        return ""
+    shutil.rmtree(out, ignore_errors=True)
+    done = run(*command)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
-    done_before.touch()
+    done_before.write_text(made_by)
     return ""
 
 

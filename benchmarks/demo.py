@@ -450,8 +450,8 @@ def _compile(
     micro_batch = 2 if base.parameters > LARGE and batch % 2 == 0 else batch
     tier = replace(tiers()["laptop"], micro_batches=(micro_batch,))
     key = hashlib.sha256(
-        f"{base.sha256} {base.tokenizer.to_str()} {demo.precision} {mixture} {tier} {demo.engine} "
-        f"{programs} {demo.seed} {sources_digest()}".encode()
+        f"{base.fingerprint} {demo.precision} {mixture} {tier} {demo.engine} {programs} "
+        f"{demo.seed} {sources_digest()}".encode()
     ).hexdigest()[:16]
     out = demo.out / "bundles" / f"{name}-{key}"
     if not out.exists():

@@ -19,7 +19,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any, TypedDict
 
 import numpy as np
@@ -162,13 +161,23 @@ def onnx_operators(bundle: Bundle, threads: int, program: str, calls: int) -> li
         events = json.loads(Path(loaded.session.end_profiling()).read_text())
         os.chdir("/")
     runs = [event for event in events if event["name"] == "model_run"][3:]
+    kernels = [
+        event
+        for event in events
+        if event["name"].endswith("_kernel_time") and event["ts"] >= runs[0]["ts"]
+    ]
     seconds: Counter[str] = Counter()
     count: Counter[str] = Counter()
-    for event in events:
-        if event["name"].endswith("_kernel_time") and event["ts"] >= runs[0]["ts"]:
-            operator = event["args"]["op_name"]
-            seconds[operator] += event["dur"]
-            count[operator] += 1
+    around: list[tuple[str, int]] = []  # operators of which others are part, and when they end
+    for event in sorted(kernels, key=lambda event: (event["ts"], -event["dur"])):
+        while around and event["ts"] >= around[-1][1]:
+            around.pop()
+        if around:
+            seconds[around[-1][0]] -= event["dur"]
+        operator = event["args"]["op_name"]
+        seconds[operator] += event["dur"]
+        count[operator] += 1
+        around.append((operator, event["ts"] + event["dur"]))
     total = sum(seconds.values())
     rows = [
         {
@@ -180,14 +189,14 @@ def onnx_operators(bundle: Bundle, threads: int, program: str, calls: int) -> li
         for operator, spent in seconds.most_common(SHOWN)
     ]
     rest = [operator for operator, _ in seconds.most_common()[SHOWN:]]
-    between = median(run["dur"] for run in runs) / 1e3 - total / calls / 1e3
+    between = (sum(run["dur"] for run in runs) - total) / calls / 1e3
     for name, spent, number in (
         (
             "other operators",
             sum(seconds[o] for o in rest) / calls / 1e3,
             sum(count[o] for o in rest),
         ),
-        ("between operators", max(0.0, between), 0),
+        ("between operators", between, 0),
     ):
         share = spent * 1e3 * calls / total
         rows.append(

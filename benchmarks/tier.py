@@ -117,7 +117,7 @@ def run(
     """
     weights = "random" if random_weights else "pretrained"
     classes = device_classes()
-    made_from = load_base(base_name, random_weights=random_weights).sha256
+    made_from = load_base(base_name, random_weights=random_weights).fingerprint
     rows = []
     with kept_in(cache) as folder:
         jobs = []
@@ -143,7 +143,7 @@ def run(
 
 def _export(options: dict[str, str], made_from: str, folder: Path) -> tuple[Bundle, Exporting]:
     """What `comigs export` wrote with these options, now or in an earlier run of the same code on
-    a base with the hash `made_from`."""
+    a base with the fingerprint `made_from`."""
     key = repr((sorted(options.items()), made_from, sources_digest())).encode()
     path = folder / f"tier-{hashlib.sha256(key).hexdigest()[:16]}"
     figures = path.with_suffix(".json")
@@ -236,6 +236,7 @@ def _suggest(
     latencies: list[float] = []
     prefills: list[float] = []
     starts: list[float] = []
+    peak = 0.0
     for counts in turns(count, progress, warm_up=1):
         with Contestant("suggesting", command, limit=limit) as each:
             each.ask("prefill", prompt)
@@ -244,7 +245,7 @@ def _suggest(
             each.ask("prefill", prompt)  # loads the program for long texts, if there is room for it
             prefill, _ = each.ask("prefill", prompt)
             seconds, _ = each.ask("decode", tokens)
-            peak: float = each.ask("peak")
+            peak = max(peak, each.ask("peak"))
         if counts:
             starts.append(start)
             prefills.append(prompt / prefill)

@@ -101,6 +101,12 @@ class Base:
         return digest.hexdigest()
 
     @property
+    def fingerprint(self) -> str:
+        """Hash of all that programs are made of: the weights, the configuration, the tokenizer."""
+        whole = [self.sha256, self.config.to_json_string(use_diff=False), self.tokenizer.to_str()]
+        return hashlib.sha256("\n".join(whole).encode()).hexdigest()
+
+    @property
     def parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
 

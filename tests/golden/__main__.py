@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 
 from edge_runtime.adapters import Vector
 from edge_runtime.compression import BLOCK, NAMES, compress, decompress
-from protos import coordinator_pb2, manifest_pb2
+from protos import coordinator_pb2, link_pb2, manifest_pb2
 
 HERE = Path(__file__).parent
 RELEASED = HERE.parents[1] / "protos" / "released.binpb"
@@ -32,7 +32,7 @@ INTEGERS = {
 
 
 def current() -> list[Descriptor]:
-    files = (coordinator_pb2.DESCRIPTOR, manifest_pb2.DESCRIPTOR)
+    files = (coordinator_pb2.DESCRIPTOR, link_pb2.DESCRIPTOR, manifest_pb2.DESCRIPTOR)
     return [message for file in files for message in file.message_types_by_name.values()]
 
 
