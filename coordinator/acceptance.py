@@ -12,6 +12,7 @@ from coordinator.policy import Policy, Reason, RefusedUpdateError, Report, TryAg
 from coordinator.secure_aggregation import SecureAggregation
 from coordinator.state import State
 from coordinator.tables import Change, Device, MaskingStep, Refusal, Round, Standing, Status, Update
+from edge_runtime.protocol import CLOSING
 from protos import coordinator_pb2 as pb
 
 
@@ -129,7 +130,7 @@ class Acceptance:
             return self._place_in_buffer(self._policy.buffering, current, device, header, beside)
         if header.round == self._closing:
             # Not refused: paused now, the round goes on, and its device should still be in it.
-            raise TryAgainError(f"round {header.round} is being closed")
+            raise TryAgainError(f"round {header.round} {CLOSING}")
         if header.round < current.number:
             raise RefusedUpdateError(f"round {header.round} is over", Reason.LATE)
         if header.round > current.number or current.status != Status.OPEN:

@@ -199,6 +199,8 @@ class Connection(Closing):
                 trouble = str(error)
             except grpc.RpcError as error:
                 trouble = self._check_transient(error)
+                if trouble.endswith(protocol.CLOSING):
+                    self.progress()  # it is there, and will say what became of the round
             left = max(started, self._progress) + self._patience.seconds - time.monotonic()
             if left <= 0:
                 tls = "with TLS" if self._secure else "without TLS as this device does"

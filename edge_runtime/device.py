@@ -31,10 +31,17 @@ from edge_runtime.data import (
     encoding_bytes,
     load_tokenizer,
     read_splits,
+    stored_bytes,
     tokenize,
 )
 from edge_runtime.engines import Engine
-from edge_runtime.errors import AdapterError, DivergedError, RefusedError, UnreachableError
+from edge_runtime.errors import (
+    AdapterError,
+    BudgetError,
+    DivergedError,
+    RefusedError,
+    UnreachableError,
+)
 from edge_runtime.identity import Identity
 from edge_runtime.memory import peak_bytes, return_freed_memory
 from edge_runtime.planner import Plan
@@ -114,6 +121,11 @@ class Device:
 
     def __post_init__(self) -> None:
         tokenizer = load_tokenizer(self.bundle)
+        if self.memory_bytes is not None and (size := stored_bytes(self.data)) > self.memory_bytes:
+            raise BudgetError(
+                f"{self.data} holds {size / 2**20:.0f} MiB of text, which does not even fit into "
+                f"--memory {self.memory_bytes / 2**20:.0f}MiB; give less text, or more memory"
+            )
         splits = read_splits(self.data)
         self._text_bytes = sum(map(sys.getsizeof, splits.values())) + max(
             encoding_bytes(tokenizer, text) for text in splits.values()
@@ -383,8 +395,8 @@ class Device:
         """
         if not self.progress.curve:
             self._measure_curve()
-        if self.progress.round == 0 and self.state.expert_steps:
-            # Trained in other rounds: it joins these where their other devices are.
+        if self.progress.round == 0:
+            # Whatever it has trained before: it joins these rounds where their other devices are.
             before = (number - 1) * config.local_steps
             self.progress.schedule_start = self.state.expert_steps - before
         self.progress.round = number

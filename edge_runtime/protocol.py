@@ -28,6 +28,10 @@ OLDEST = 1
 # depend on whom it is shared with, and with 5 devices of another group sign in a large one.
 SECURE_AGGREGATION = 6
 
+# How the answer ends that an upload gets while its round is closed, which may take long: whether it
+# counts is not known yet.
+CLOSING = "is being closed"
+
 KIB = 1024
 # Largest serialized message of each kind, in bytes, whoever sends it. `check` refuses what is
 # larger; gRPC does not even read what is larger than the largest.

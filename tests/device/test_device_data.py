@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +20,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 import export
-from edge_runtime.data import SPLITS, read_splits, split_text, tokenize
+from edge_runtime.data import SPLITS, encoding_bytes, read_splits, split_text, tokenize
 from edge_runtime.errors import DataError
 
 # --- splits ------------------------------------------------------------------------------------
@@ -78,8 +81,30 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Of GPT-4o: words take an apostrophe's with them, punctuation slashes.
+MARKS = r"\p{Lm}\p{Lo}\p{M}"
+O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{MARKS}]*[\p{{Ll}}{MARKS}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{MARKS}]+[\p{{Ll}}{MARKS}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 WORDS_AND_SPACES = [
-    *("a", "It", "is", "é", "²", "1", "'s", "?", "a It", " is", "<|endoftext|>"),
+    *(
+        "a",
+        "It",
+        "is",
+        "é",
+        "²",
+        "1",
+        "'s",
+        "?",
+        "a It",
+        " is",
+        "<|endoftext|>",
+        "\u2019s",
+        "\u0301",
+    ),
+    *(",", ".", "/", "(", "<", "a.It", "[", "]", "_", "日", "。", "「"),
     *(" ", "\n", "\t", "\r", "\x1c", "\u3000"),
 ]
 
@@ -104,12 +129,16 @@ TOKENIZERS = {
     "llama3": trained(
         pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES])
     ),
+    "gpt-4o": trained(
+        pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(O200K), "isolated"), BYTES])
+    ),
     # Of these, some pieces would not be what they are within the text.
     "metaspace": trained(pre_tokenizers.Metaspace()),
     "metaspace, first": trained(pre_tokenizers.Metaspace(prepend_scheme="first")),
     "a space before the text": trained(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "not cut": trained(BYTES),
     "an added token of two words": trained(WORDS, AddedToken("a It")),
+    "an added token with punctuation": trained(WORDS, AddedToken("a.It")),
     "an added token with its space": trained(WORDS, AddedToken("is", rstrip=True)),
 }
 
@@ -126,16 +155,24 @@ def test_pieces_are_the_whole(name: str, text: str, most: int) -> None:
     assert got.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 
 
+READ = """
+import sys
+from pathlib import Path
+from edge_runtime.data import read_splits
+
+read_splits(Path(sys.argv[1]))
+"""
 MEASURE = """
 import sys
 from tokenizers import Tokenizer
-from edge_runtime.data import SPLITS, read_splits, split_text, tokenize
+from edge_runtime.data import SPLITS, encoding_bytes, read_splits, split_text, tokenize
 from edge_runtime.memory import peak_bytes
 
 tokenizer = Tokenizer.from_file(sys.argv[1])
-words = [f"word{n % 977} and line {n}.\\n" for n in range(200_000)]
-text = "".join(words)
-del words
+if sys.argv[2:]:
+    text = sys.stdin.read()
+else:
+    text = "".join(f"word{n % 977} and line {n}.\\n" for n in range(200_000))
 tokenize(tokenizer, text[:100_000])
 before = peak_bytes()
 tokens = tokenize(tokenizer, text)
@@ -154,6 +191,48 @@ def test_megabytes_of_text_take_little_more_than_their_tokens() -> None:
     characters, tokens, grown = map(int, done.stdout.split())
     assert characters > 4_000_000
     assert grown < 1.25 * 4 * tokens + 24 * 2**20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "他说这是一个很长的故事\uff0c没有人知道它从哪里来。她不相信。\n\n" * 8_000,
+        json.dumps([{"n": n, "words": [n * 7, n * 13]} for n in range(15_000)], indent=1),
+        "QmFzZSA2NCBpcyBvbmUgbG9uZyB3b3Jk" * 20_000,
+    ],
+    ids=["Chinese", "JSON", "base 64"],
+)
+def test_what_encoding_takes_is_known(text: str) -> None:
+    """Also of text without spaces between words, and of one word."""
+    tokenizer = TOKENIZERS["gpt2-mini"]
+    known = encoding_bytes(tokenizer, text)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(GPT2_MINI), "-"],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=True,
+    )
+    _, tokens, grown = map(int, done.stdout.split())
+    assert grown < 4 * 1.25 * tokens + known + 24 * 2**20
+    assert known < 2**20 or text.isalnum()
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(PROSE * 100)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.txt").write_text(PROSE * 100)
+    (tmp_path / "b").chmod(0)
+    command = [sys.executable, "-c", READ, str(tmp_path)]
+    # Root may read everything, but for the want of a capability.
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("nobody here may be kept from reading")
+        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "DataError" in done.stderr
+    assert "b cannot be read: Permission denied" in done.stderr
 
 
 def test_text_that_is_not_utf8_is_refused() -> None:
