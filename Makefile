@@ -36,14 +36,16 @@ KEPT := --cache build/bench --format json
 ONNX := onnxruntime,onnxruntime:int8
 PTE := executorch,executorch:int8
 DECODED := onnxruntime:int8,onnxruntime:int4,executorch:int8,executorch:int4
+# What was measured before stays until it is measured anew.
+into = > benchmarks/results/$(1).json.new && mv benchmarks/results/$(1).json.new benchmarks/results/$(1).json
 results: $(STAMP) ## Measure again, for an hour and more on an idle machine, and write benchmarks/RESULTS.md
-	$(BENCH) train --engines $(ONNX) $(KEPT) > benchmarks/results/train-1x128.json
-	$(BENCH) train --engines $(PTE) $(KEPT) > benchmarks/results/train-1x128-executorch.json
-	$(BENCH) train --batch 4 --engines $(ONNX) $(KEPT) > benchmarks/results/train-4x128.json
-	$(BENCH) decode --engines $(DECODED) --peers $(KEPT) > benchmarks/results/decode.json
-	$(BENCH) tier $(KEPT) > benchmarks/results/tier.json
-	$(BENCH) profile $(KEPT) > benchmarks/results/profile.json
-	$(BENCH) coordinator --peers --peer-devices 100 --format json > benchmarks/results/coordinator.json
+	$(BENCH) train --engines $(ONNX) $(KEPT) $(call into,train-1x128)
+	$(BENCH) train --engines $(PTE) $(KEPT) $(call into,train-1x128-executorch)
+	$(BENCH) train --batch 4 --engines $(ONNX) $(KEPT) $(call into,train-4x128)
+	$(BENCH) decode --engines $(DECODED) --peers $(KEPT) $(call into,decode)
+	$(BENCH) tier $(KEPT) $(call into,tier)
+	$(BENCH) profile $(KEPT) $(call into,profile)
+	$(BENCH) coordinator --peers --peer-devices 100 --format json $(call into,coordinator)
 	$(BIN)/python -m benchmarks.results
 
 clean: ## Remove everything that the other targets made

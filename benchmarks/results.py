@@ -42,8 +42,8 @@ def page(results: Results, folder: Path) -> str:
         "# Results",
         "Made by `python -m benchmarks.results` from `benchmarks/results/*.json`; change those and "
         "`benchmarks/results/notes.md`, not this page. A figure is a median, with the first and "
-        "the third quartile in parentheses. Contestants of a table took turns in one run, each in "
-        "a process of its own while the others stood still.",
+        "the third quartile in parentheses. Of training steps and suggestions, the contestants of "
+        "a table took turns in one run, each in a process of its own while the others stood still.",
         (folder / "notes.md").read_text(encoding="utf-8").strip(),
     ]
     sections: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (

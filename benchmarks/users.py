@@ -29,6 +29,7 @@ from pathlib import Path
 from edge_runtime.data import SPLITS, read_splits, read_text, split_text
 from edge_runtime.errors import DataError
 from edge_runtime.files import write_atomic
+from edge_runtime.invitation import NAMING, is_name
 
 # Documents outside these lengths say little, or would fill a split alone.
 SHORTEST_DOCUMENT = 200
@@ -109,6 +110,11 @@ def load_users(directory: Path) -> list[UserText]:
         raise DataError(f"{directory}: {error.strerror}; name a folder with --users") from None
     if not folders:
         raise DataError(f"{directory} holds no folder; make one folder of text files per user")
+    for folder in folders:
+        if not is_name(folder.name):
+            raise DataError(
+                f"{directory}: {NAMING}, and so a user's folder; rename {folder.name!r}"
+            )
     return [_load_user(folder) for folder in folders]
 
 

@@ -144,7 +144,10 @@ def restore(file: Path, state: Path, url: str | None = None) -> Summary:
 
 def _move(directory: Path, state: Path, url: str | None) -> None:
     """Puts what was restored in its place; last what makes it a coordinator's state: the rows."""
+    owner = state.stat()
     for path in sorted(directory.rglob("*")):
+        if os.geteuid() == 0:  # on behalf of whoever the directory is of, as of a service
+            os.chown(path, owner.st_uid, owner.st_gid)
         sync(path)
     for path in directory.iterdir():
         if path.name != DATABASE:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -121,6 +122,8 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> Base
     """
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # It tells of each time that it tries again.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if random_weights and name in PUBLISHED:
         torch.manual_seed(seed)
         config = PUBLISHED[name]()

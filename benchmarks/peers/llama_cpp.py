@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.child import Commands
 from benchmarks.peers.common import config, greedy, main
 
-SETTINGS = "llama_decode; GGUF F32, Q8_0, Q4_0, the tied head included; built with GGML_NATIVE=ON"
+SETTINGS = "llama_decode; GGUF F32, Q8_0, Q4_0, the tied head included; built from source"
 # transformers' name of a block's part -> GGUF's.
 BLOCK = {
     "ln_1": "attn_norm",

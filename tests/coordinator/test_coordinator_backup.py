@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import sqlite3
 import subprocess
@@ -283,12 +284,16 @@ def test_a_directory_that_is_there_and_empty_is_filled(
             pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
         (place / "lost+found").mkdir()
     before = list(place.iterdir())
+    if os.geteuid() == 0:
+        os.chown(place, 65534, 65534)
     try:
         with pytest.raises(BackupError):
             backup.restore(tmp_path / "bad", target)
         assert list(place.iterdir()) == before
         backup.restore(good, target)
         assert (place / DATABASE).exists()
+        owner = place.stat().st_uid
+        assert all(path.stat().st_uid == owner for path in place.rglob("*") if path not in before)
         served = fleet.serve(fleet.bundle(), state=target)
         served.ready()
         served.stop()
