@@ -69,6 +69,12 @@ def lines(text: str) -> set[str]:
     return {line.strip() for line in text.splitlines() if len(line.strip()) >= 20}
 
 
+def test_a_folder_is_named_as_a_device_may_be(tmp_path: Path) -> None:
+    (tmp_path / ("n" * 65)).mkdir()
+    with pytest.raises(DataError, match="a device's name has 1 to 64 bytes"):
+        load_users(tmp_path)
+
+
 def test_default_users_are_long_enough_and_the_same_every_time(users: list[UserText]) -> None:
     assert [user.name for user in users] == ["python", "cpp", "mathematics", "data-analysis"]
     assert users == default_users()

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from coordinator.administrator import Administrator
 from coordinator.quality import Quality, QualityGate
 from edge_runtime import adapters, wire
 from edge_runtime.bundle import Bundle
+from edge_runtime.connection import Patience
 from edge_runtime.data import load_tokenizer, tokenize
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import (
@@ -101,6 +103,31 @@ def test_a_worse_generalist_is_refused_and_a_better_one_is_not(
     assert lines[1].endswith(refused["reason"])
     good = perplexity(better)
     assert lines[2].endswith(f"perplexity {before:.2f} to {good:.2f}")
+
+
+def test_who_comes_while_a_round_is_being_closed_waits_as_long_as_that_takes(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path
+) -> None:
+    """It was selected beside the one whose update sufficed."""
+    selection = ("--devices-per-round", "1", "--over-selection", "2", "--min-devices", "1")
+    gate = ("--quality-gate", str(text_dir / "test.txt"), "--quality-tolerance", "1000")
+    served = fleet.serve(tiny_bundle, "--rounds", "9", *selection, *gate)
+    ada, ben = fleet.enrolled(served, tiny_bundle, "ada", "ben")
+    join_round(ada, ben)
+    update = moved(tiny_bundle, ada.download(1), 0.02)
+    hasty = fleet.client(ben.who, Patience(1.0, on_wait=lambda _: None))
+    coordinator = psutil.Process(served.process.pid)
+    assert ada.upload(header(1), update).accepted
+    until(coordinator.children, "nobody measures")
+    (measuring,) = coordinator.children()
+    measuring.suspend()
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(hasty.upload, header(1), update)
+        time.sleep(3)
+        measuring.resume()
+        reply = late.result()
+    assert (reply.accepted, reply.reason) == (False, "round 1 is over")
+    assert served.wait_for("round_closed")["updates"] == 1
 
 
 def test_commands_while_a_round_is_being_closed(
