@@ -467,8 +467,8 @@ class State(UpdateRows):
         if unknown:
             raise StorageError(
                 f"{self.directory} holds {min(unknown)}, of which {self._database.place} knows "
-                "nothing; "
-                "give the --database that belongs to it, or leave that out, or give another --state"
+                "nothing; give the --database that belongs to it, or leave that out, or give "
+                "another --state"
             )
 
     def _current(self, session: Session) -> Round:
