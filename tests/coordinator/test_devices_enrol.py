@@ -34,14 +34,11 @@ class Site:
         self.training = fleet.directory / "training.json"
         self.training.write_text('{"local_steps": 2, "batch_sequences": 2}')
         self.listen, self.enrolment_port = f"127.0.0.1:{free_port()}", free_port()
-        self.served = self.serve(self.listen)
+        self.served = self.serve(self.listen, "--enrolment-port", str(self.enrolment_port))
 
     def serve(self, listen: str, *options: object) -> Served:
-        options = (
-            *("--rounds", "1", "--min-devices", "1", "--training", str(self.training)),
-            *("--enrolment-port", str(self.enrolment_port), *options),
-        )
-        served = self.fleet.serve(self.bundle, *options, listen=listen)
+        one_round = ("--rounds", "1", "--min-devices", "1", "--training", str(self.training))
+        served = self.fleet.serve(self.bundle, *one_round, *options, listen=listen)
         served.ready()
         return served
 
