@@ -402,6 +402,7 @@ class Device:
         self.progress.round = number
         self.progress.round_start = self.state.expert_steps
         self.progress.round_seconds = 0.0
+        self.progress.stopped = 0
         self.progress.uploaded = False
         self._save()
         fields = {"seconds_left": round(seconds_left, 1)} if seconds_left else {}
@@ -452,10 +453,13 @@ class Device:
         Never before the first step of a round."""
         if self.compute_seconds is None or made == 0:
             return False
+        if self.progress.stopped == self.state.expert_steps:
+            return True  # after a restart, too: what was sent of the update must be its beginning
         recent = self._gradient_seconds[-5:]
         expected = due * (max(recent) if recent else self.progress.round_seconds / made)
         stop = self.progress.round_seconds + expected > self.compute_seconds
         if stop:
+            self.progress.stopped = self.state.expert_steps
             self.report(
                 {
                     "event": "compute_budget",

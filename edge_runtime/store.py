@@ -75,6 +75,7 @@ class Progress:
     round_start: int = 0  # expert step at which it began
     schedule_start: int = 0  # expert step at which the rounds' first one began, or would have
     round_seconds: float = 0.0  # training time spent in it
+    stopped: int = 0  # expert step at which the compute budget ended it, 0 while it has not
     task: str = ""  # `task_sha256` (hex) of what it began with
     uploaded: bool = False  # the coordinator has answered to its update
     finished: int = 0  # round whose generalist is in place as the final one, 0 before

@@ -56,6 +56,7 @@ def aggregate(
 
     Raises:
         DamagedUpdateError: the file of a contribution is missing or damaged.
+        StorageError: it cannot be read now.
         AdapterError: so is the memory.
         AggregationError: too few contributions, or numbers beyond float32.
     """

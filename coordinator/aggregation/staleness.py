@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from coordinator.aggregation.updates import Contribution, DamagedUpdateError, Flat, Layout, Update
+from coordinator.aggregation.updates import Contribution, Flat, Layout, Update, trouble
 from edge_runtime import wire
 from edge_runtime.errors import AdapterError
 from protos import manifest_pb2 as pb
@@ -53,7 +53,8 @@ class Beginnings:
         """`update`, which is that of `contribution`, in a round that starts from elsewhere.
 
         Raises:
-            AdapterError: the generalist that it started from is missing or damaged.
+            DamagedUpdateError: the generalist that it started from is missing or damaged.
+            StorageError: it cannot be read now.
         """
         if contribution.began is None:
             return update
@@ -73,4 +74,4 @@ class Beginnings:
             payload = contribution.began.read_bytes()
             return self._layout.flatten(wire.decode(self._manifest, payload))
         except (OSError, AdapterError) as error:
-            raise DamagedUpdateError(contribution, contribution.began) from error
+            raise trouble(contribution, error, contribution.began) from error

@@ -6,6 +6,7 @@ file is what the device sent (see `wire.encode`), in whatever order its tensors 
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -22,13 +23,15 @@ from coordinator import direct
 from edge_runtime import wire
 from edge_runtime.adapters import Vector, Vectors
 from edge_runtime.bundle import shared_tensors
-from edge_runtime.errors import AdapterError
+from edge_runtime.errors import AdapterError, ComigsError, StorageError
 from protos import manifest_pb2 as pb
 
 # Of a file, so many are read at once.
 READ_NUMBERS = 2**17
 # Smaller pieces are read through the page cache.
 DIRECT_BYTES = 2**18
+# Reasons for which a file cannot be read, now or ever.
+LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 
 Flat = NDArray[np.float64]
 """D numbers, or a piece of them."""
@@ -189,6 +192,14 @@ class DamagedUpdateError(AdapterError):
         self.device = contribution.device
 
 
+def trouble(contribution: Contribution, error: Exception, began: Path | None = None) -> ComigsError:
+    """What an update's file, or `began`, that cannot be read comes to: the update was acknowledged,
+    so it is given up only if that is gone, or the disk has lost it."""
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in LOST:
+        return StorageError(f"cannot read {began or contribution.path}: {error.strerror}")
+    return DamagedUpdateError(contribution, began)
+
+
 class StoredUpdate:
     """A contribution whose numbers are read from its file when they are asked for."""
 
@@ -198,6 +209,7 @@ class StoredUpdate:
         """
         Raises:
             DamagedUpdateError: the file is missing, or not what was accepted.
+            StorageError: it cannot be read now.
         """
         self.tokens = contribution.tokens
         self._contribution = contribution
@@ -212,7 +224,7 @@ class StoredUpdate:
             ValueError,
             RecursionError,
         ) as error:
-            raise DamagedUpdateError(self._contribution) from error
+            raise trouble(contribution, error) from error
 
     def began(self, incoming: Flat, start: int, stop: int) -> Flat:
         return incoming[start:stop]
@@ -221,6 +233,7 @@ class StoredUpdate:
         """
         Raises:
             DamagedUpdateError: the file is missing or truncated.
+            StorageError: it cannot be read now.
         """
         numbers = np.empty(stop - start) if out is None else out
         done = start
@@ -240,7 +253,7 @@ class StoredUpdate:
                             raise DamagedUpdateError(self._contribution)
                         numbers[at - start : done - start] = np.frombuffer(stored, "<f4")
         except (OSError, OverflowError, ValueError) as error:
-            raise DamagedUpdateError(self._contribution) from error
+            raise trouble(self._contribution, error) from error
         numbers[done - start :] = 0
         return numbers
 

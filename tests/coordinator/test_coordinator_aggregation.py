@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import random
+import resource
 import statistics
 import tempfile
 import tracemalloc
@@ -34,7 +35,7 @@ from coordinator.aggregation.means import Mean
 from coordinator.aggregation.optimizers import Adam, Momentum, ServerOptimizer, Yogi
 from coordinator.aggregation.updates import Layout, StoredUpdate
 from edge_runtime import wire
-from edge_runtime.errors import AdapterError
+from edge_runtime.errors import AdapterError, StorageError
 from protos import manifest_pb2 as pb
 
 MANIFEST = make_manifest(width=3)
@@ -575,3 +576,22 @@ def test_wrong_choices_are_told_in_one_line(wrong: dict[str, object], message: s
     with pytest.raises(ValueError, match=message) as refused:
         options(**wrong)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_an_update_that_cannot_be_read_for_now_is_not_given_up(
+    tmp_path: Path, opened: bool
+) -> None:
+    """Too many files are open, as under a flood."""
+    path = tmp_path / "update"
+    path.write_bytes(wire.encode(MANIFEST, {"generalist": np.ones(SIZE, np.float32)}))
+    given = Contribution("a", path, 1)
+    update = StoredUpdate(Layout(MANIFEST), given) if opened else None
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="Too many open files"):
+            (update or StoredUpdate(Layout(MANIFEST), given)).read(0, SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert StoredUpdate(Layout(MANIFEST), given).read(0, SIZE).tolist() == [1.0] * SIZE

@@ -565,6 +565,9 @@ def test_a_compute_budget_ends_a_round_early_and_says_so(
     stops = [event for event in got if event["event"] == "compute_budget"]
     assert [(stop["round"], stop["steps"]) for stop in stops] == [(1, 1), (2, 1)]
     assert got[-1]["steps"] == 2
+    for _ in range(3):  # it would go on where it was, and makes no other step
+        again = run_alone(tmp_path / "little", text_dir, *options, "--compute", "0.001s")
+        assert not [event for event in again if event["event"] in ("step", "compute_budget")]
     said = comigs("plan", "--bundle", tiny_bundle.path, "--compute", "0.001s").stdout
     assert said.endswith("would exceed 0.001 s in a round, after at least one\n")
     got = run_alone(tmp_path / "plenty", text_dir, *options, "--compute", "5m")
