@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime import denormals
 from edge_runtime.bundle import Bundle
 from edge_runtime.errors import BundleError, MissingPartError
 from edge_runtime.memory import return_freed_memory
@@ -174,9 +175,11 @@ class OnnxRuntime:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         # Worker threads may wait actively between the operators of a run, but not between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if denormals.CAN_BE_FLUSHED:
+            options.add_session_config_entry("session.set_denormal_as_zero", "1")  # for its threads
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        with bundle.checking(entry.data_files):
+        with bundle.checking(entry.data_files), denormals.flushed():  # which it leaves on here
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
@@ -208,7 +211,8 @@ class _OnnxProgram:
 
         def call() -> None:
             assert kept
-            self.session.run_with_iobinding(binding)
+            with denormals.flushed():
+                self.session.run_with_iobinding(binding)
 
         return call
 

@@ -9,7 +9,7 @@ from benchmarks.peers.common import greedy, main
 
 SETTINGS = (
     "graph of fused operators (gpt2_onnx.py), I/O binding, cache in place; int8: quantize_dynamic "
-    "per channel; int4: MatMulNBits, blocks of 32, accuracy_level=4"
+    "per channel; int4: MatMulNBits, blocks of 32, accuracy_level=4; denormal numbers as zeros"
 )
 
 
@@ -40,6 +40,7 @@ def load(path: Path, weights: str, threads: int, context: int) -> Commands:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     file = str(path / "model.onnx")
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     shapes = {port.name: port.shape for port in session.get_inputs()}

@@ -10,7 +10,7 @@ from benchmarks.peers.common import config, greedy, main
 
 SETTINGS = (
     "Generator, greedy, past_present_share_buffer; graph of fused operators (gpt2_onnx.py); int8 "
-    "and int4: MatMulNBits, blocks of 32, accuracy_level=4"
+    "and int4: MatMulNBits, blocks of 32, accuracy_level=4; denormal numbers as zeros"
 )
 
 
@@ -69,6 +69,7 @@ def load(path: Path, weights: str, threads: int, context: int) -> Commands:
     described["model"]["decoder"]["session_options"] = {
         "intra_op_num_threads": threads,
         "inter_op_num_threads": 1,
+        "session.set_denormal_as_zero": "1",
     }
     file.write_text(json.dumps(described, indent=2))
     model = genai.Model(str(path))
