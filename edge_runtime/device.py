@@ -395,10 +395,9 @@ class Device:
         """
         if not self.progress.curve:
             self._measure_curve()
-        if self.progress.round == 0:
-            # Whatever it has trained before: it joins these rounds where their other devices are.
-            before = (number - 1) * config.local_steps
-            self.progress.schedule_start = self.state.expert_steps - before
+        # Whatever it trained before, missed or had no time for: it is where the other devices are.
+        before = (number - 1) * config.local_steps
+        self.progress.schedule_start = self.state.expert_steps - before
         self.progress.round = number
         self.progress.round_start = self.state.expert_steps
         self.progress.round_seconds = 0.0

@@ -73,7 +73,7 @@ class Progress:
 
     round: int = 0  # round being trained, 0 before the first
     round_start: int = 0  # expert step at which it began
-    schedule_start: int = 0  # expert step at which the rounds' first one began, or would have
+    schedule_start: int = 0  # expert step at which the first round began, had it taken part in all
     round_seconds: float = 0.0  # training time spent in it
     stopped: int = 0  # expert step at which the compute budget ended it, 0 while it has not
     task: str = ""  # `task_sha256` (hex) of what it began with

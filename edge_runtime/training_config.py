@@ -52,7 +52,7 @@ def load(path: Path | None) -> pb.TrainingConfig:
             raise ValueError("it is no object")
         json_format.ParseDict(values, config)
         for field, value in UNCHOSEN.ListFields():
-            if not {field.name, field.json_name} & values.keys():
+            if values.get(field.name, values.get(field.json_name)) is None:
                 setattr(config, field.name, value)
     except (OSError, ValueError, json_format.ParseError) as error:
         raise ValueError(f"{path} is not a TrainingConfig in JSON: {error}") from error

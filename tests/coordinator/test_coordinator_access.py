@@ -292,6 +292,11 @@ def test_training_config(tmp_path: Path) -> None:
     own = training_config.load(file)
     assert (own.local_steps, own.learning_rate, own.router_steps) == (3, 0.5, 10)
     assert (own.tau, own.weight_decay) == (default.tau, default.weight_decay)
+    file.write_text('{"tau": null, "weightDecay": null}')  # in proto3's JSON: not named
+    assert training_config.load(file) == default
+    file.write_text('{"tau": 0, "weightDecay": 0}')
+    own = training_config.load(file)
+    assert (own.tau, own.weight_decay) == (0, 0)
     for text in ("{", '{"stepz": 1}', '{"tau": -1}', '{"weight_decay": "NaN"}', '{"beta2": 1.0}',
                  '{"final_rate_share": 2}'):  # fmt: skip
         file.write_text(text)

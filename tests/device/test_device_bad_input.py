@@ -565,6 +565,9 @@ def test_a_compute_budget_ends_a_round_early_and_says_so(
     stops = [event for event in got if event["event"] == "compute_budget"]
     assert [(stop["round"], stop["steps"]) for stop in stops] == [(1, 1), (2, 1)]
     assert got[-1]["steps"] == 2
+    _, progress = Home(tmp_path / "little").load_state(tiny_bundle)
+    # Its second round is at the learning rate of everybody's second round.
+    assert progress.round_start - progress.schedule_start == 100
     for _ in range(3):  # it would go on where it was, and makes no other step
         again = run_alone(tmp_path / "little", text_dir, *options, "--compute", "0.001s")
         assert not [event for event in again if event["event"] in ("step", "compute_budget")]
