@@ -45,12 +45,14 @@ NO_BUNDLE = (
 async def storage_errors(
     context: grpc.aio.ServicerContext[Any, Any], report: Report
 ) -> AsyncIterator[None]:
-    """A full disk is the operator's to mend; who called may try again meanwhile."""
+    """A disk that is full or gone is the operator's to mend; who called may try again meanwhile."""
     try:
         yield
-    except StorageError as error:
+    except (TimeoutError, ConnectionError):
+        raise  # of the call, though Python counts them among a disk's
+    except (StorageError, OSError) as error:
         report("storage_failed", {"reason": str(error)})
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator cannot write to its disk")
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator cannot use its disk")
 
 
 async def common_protocol(newest: int, context: Context, oldest: int | None = None) -> int:

@@ -186,7 +186,7 @@ class Course(Acceptance):
             self._report("round_resumed", fields)
             group = self._state.masking_group(current.number)
             if self._masked is None:
-                unfit = group is not None
+                unfit = group is not None or self._state.count_masking(current.number) > 0
             else:
                 plain = group is None and bool(updates)
                 unfit = plain or not self._masked.fits(current.number, group)

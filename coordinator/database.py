@@ -38,8 +38,11 @@ FILE = "coordinator.sqlite3"
 # "comigs", as the number that PostgreSQL wants.
 LOCK = int.from_bytes(b"comigs", "big")
 CONNECT_SECONDS = 5
-# A coordinator whose machine vanished loses its lock within about 25 seconds.
-KEEPALIVE = "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
+# A coordinator whose machine vanished loses its lock within about 25 seconds, and one whose
+# database vanished is told within as long, instead of standing still.
+KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+KEEPALIVE = " ".join(f"-c tcp_{name}={value}" for name, value in KEEPALIVES.items())
+UNANSWERED_MS = 25_000
 READ_ONLY = "-c default_transaction_read_only=on"
 LOOPBACK = "127.0.0.1"
 
@@ -331,7 +334,12 @@ def postgres_engine(url: str, options: str = "") -> Engine:
     # Without `url` in the message: there may be a password in it.
     if parsed is None or parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError("give postgresql://USER:PASSWORD@HOST:PORT/NAME; SQLite needs no URL")
-    connecting = {"connect_timeout": CONNECT_SECONDS, "options": f"{KEEPALIVE} {options}"}
+    connecting = {
+        "connect_timeout": CONNECT_SECONDS,
+        "options": f"{KEEPALIVE} {options}",
+        "tcp_user_timeout": UNANSWERED_MS,
+        **KEEPALIVES,
+    }
     try:
         return create_engine(parsed.set(drivername="postgresql+psycopg"), connect_args=connecting)
     except ImportError as error:

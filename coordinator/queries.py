@@ -41,6 +41,8 @@ class Queries:
             rounds.c.cohort == _given("cohort"),
             (rounds.c.status == Status.WAITING) | (rounds.c.status == Status.OPEN),
         )
+        # The only one, and the last: looked for from the end of what may be a long history.
+        self.current = self.current.order_by(rounds.c.number.desc()).limit(1)
         self.standing = select(
             joined.scalar_subquery(),
             accepted.with_only_columns(updates.c.sha256).scalar_subquery(),

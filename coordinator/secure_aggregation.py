@@ -19,7 +19,7 @@ import numpy as np
 from cryptography import x509
 
 from coordinator.aggregation import AggregationError
-from coordinator.aggregation.updates import Flat
+from coordinator.aggregation.updates import Flat, is_lost
 from coordinator.neighbours import enough_signers, graph_for, least_devices
 from coordinator.state import State
 from coordinator.tables import (
@@ -32,6 +32,7 @@ from coordinator.tables import (
     Update,
 )
 from edge_runtime import masking, shamir
+from edge_runtime.errors import StorageError
 from edge_runtime.neighbours import Graph
 from edge_runtime.quantization import Grid, Integers, Residues, grid_for, signed
 from edge_runtime.secure_aggregation import (
@@ -393,7 +394,8 @@ class SecureAggregation:
         try:
             content = (self._state.directory / update.file).read_bytes()
         except OSError as error:
-            raise AggregationError(f"cannot read {update.file}: {error.strerror}") from error
+            said = f"cannot read {update.file}: {error.strerror}"
+            raise (AggregationError if is_lost(error) else StorageError)(said) from error
         if len(content) != 4 * numbers or hashlib.sha256(content).digest() != update.sha256:
             raise AggregationError(f"{update.file} is damaged, though it was accepted")
         return np.frombuffer(content, "<u4").astype(np.uint32, copy=False)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from cryptography import x509
 from google.protobuf import json_format
+from threadpoolctl import threadpool_limits
 
 from coordinator import accounting
 from coordinator.admin import Address, Admin
@@ -89,6 +90,9 @@ async def serve(options: Options, report: Report) -> None:
     """
     os.umask(0o077)  # the state may be in a directory that others can enter
     share_heap()
+    threadpool_limits(
+        1
+    )  # of numpy's products: else two cohorts that close rounds undo each other's
     report = to_all(report, _tell_service_manager)
     bundles = [open_bundle(path) for path in options.bundles]
     fresh = {bundle.path: adapters.load_fresh(bundle) for bundle in bundles}

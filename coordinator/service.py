@@ -111,8 +111,10 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
             except TooSlowError as error:
                 await context.abort(grpc.StatusCode.ABORTED, str(error))
             except FileNotFoundError:
+                gone = wanted.number < cohort.state.current().number
                 await context.abort(
-                    grpc.StatusCode.ABORTED, "the generalist of another round took its place"
+                    grpc.StatusCode.NOT_FOUND if gone else grpc.StatusCode.ABORTED,
+                    "the generalist of another round took its place",
                 )
             finally:
                 self._downloading.discard(device.id)

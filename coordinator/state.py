@@ -370,8 +370,11 @@ class State(UpdateRows):
         """Deletes the updates and the optimizer's memory of rounds that are over, and generalists
         that are beyond the number to keep; what cannot be deleted now is another time."""
         # Looked for before the rows: what another thread writes meanwhile is not in the list.
-        updates = list((self.directory / UPDATES).glob("*"))
-        memories = self._there(MEMORIES)
+        try:
+            updates = list((self.directory / UPDATES).glob("*"))
+            memories = self._there(MEMORIES)
+        except OSError:
+            return
         with self.keeping_starts():  # else a roll-back could name one between look and deletion
             self._clean(updates, memories)
 
@@ -388,7 +391,7 @@ class State(UpdateRows):
                     .where(_ongoing(), Update.counted < Round.number)
                 ).all()
                 outdated = self._outdated(session, rounds)
-        except StorageError:
+        except (StorageError, OSError):
             return
         for file in (*over, *forgotten, *outdated):
             with contextlib.suppress(OSError):
@@ -423,11 +426,12 @@ class State(UpdateRows):
 
     def _remove_uncounted(self) -> None:
         """Deletes updates that a kill kept from being counted; their devices send them again."""
+        files = (self.directory / UPDATES).glob("*/*.safetensors")
+        found = {path.relative_to(self.directory).as_posix() for path in files}
         with self._transaction() as session:
-            counted = set(session.scalars(select(Update.file)))
-        for path in (self.directory / UPDATES).glob("*/*.safetensors"):
-            if path.relative_to(self.directory).as_posix() not in counted:
-                path.unlink(missing_ok=True)
+            counted = _named(session, Update.file, found)
+        for file in found - counted:
+            (self.directory / file).unlink(missing_ok=True)
 
     # The inside
 
@@ -473,7 +477,7 @@ class State(UpdateRows):
 
     def _current(self, session: Session) -> Round:
         chosen = select(Round).where(Round.cohort == self.cohort, _ongoing())
-        return session.scalars(chosen).one()
+        return session.scalars(chosen.order_by(Round.number.desc()).limit(1)).one()
 
     def _end(
         self,
@@ -538,9 +542,9 @@ class State(UpdateRows):
         columns = {GENERALISTS: Round.generalist_file, MEMORIES: Round.memory_file}
         with self._naming:
             for folder, column in columns.items():
-                files = (self.directory / folder).glob(f"{those}*.safetensors")
-                found = {f"{folder}/{path.name}" for path in files}
                 with contextlib.suppress(StorageError, OSError):
+                    files = (self.directory / folder).glob(f"{those}*.safetensors")
+                    found = {f"{folder}/{path.name}" for path in files}
                     with self._transaction() as session:
                         named = set(
                             session.scalars(

@@ -12,8 +12,10 @@ import hashlib
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,8 @@ from protos import coordinator_pb2 as pb
 # Held-out text looked at after each round for the learning curve, in tokens.
 CURVE_TOKENS = 2048
 CHECK_IN_SECONDS = 10.0
+# Latest steps whose time the summary is about.
+TIMED = 1000
 # Before it checks in again when the coordinator has not what it has just spoken of.
 GONE_SECONDS = 1.0
 # Training time after which the state is saved, and its share of a budget: time since then is
@@ -116,8 +120,8 @@ class Device:
     _start: _Start | None = field(init=False, default=None)
     _trainer: Trainer | None = field(init=False, default=None)
     _evaluator: Evaluator | None = field(init=False, default=None)
-    _step_seconds: list[float] = field(init=False, default_factory=list)
-    _gradient_seconds: list[float] = field(init=False, default_factory=list)
+    _step_seconds: deque[float] = field(init=False, default_factory=partial(deque, maxlen=TIMED))
+    _gradient_seconds: deque[float] = field(init=False, default_factory=partial(deque, maxlen=5))
 
     def __post_init__(self) -> None:
         tokenizer = load_tokenizer(self.bundle)
@@ -454,7 +458,7 @@ class Device:
             return False
         if self.progress.stopped == self.state.expert_steps:
             return True  # after a restart, too: what was sent of the update must be its beginning
-        recent = self._gradient_seconds[-5:]
+        recent = self._gradient_seconds
         expected = due * (max(recent) if recent else self.progress.round_seconds / made)
         stop = self.progress.round_seconds + expected > self.compute_seconds
         if stop:

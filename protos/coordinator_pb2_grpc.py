@@ -183,7 +183,7 @@ class CoordinatorServicer:
     def Aggregate(self, request, context):
         """One step of secure aggregation, after training: the device says what the last reply asked for,
         and is told what comes next. May be held open for up to `wait_seconds` until that is known.
-        Repeating a step is harmless. FAILED_PRECONDITION if rounds have no secure aggregation,
+        Repeating a step is harmless. It is over, with the reason, if rounds have no secure aggregation.
         INVALID_ARGUMENT if the step is not what was asked for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

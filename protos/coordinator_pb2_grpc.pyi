@@ -101,7 +101,7 @@ class CoordinatorStub:
     Aggregate: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.AggregateRequest, _coordinator_pb2.AggregateReply]
     """One step of secure aggregation, after training: the device says what the last reply asked for,
     and is told what comes next. May be held open for up to `wait_seconds` until that is known.
-    Repeating a step is harmless. FAILED_PRECONDITION if rounds have no secure aggregation,
+    Repeating a step is harmless. It is over, with the reason, if rounds have no secure aggregation.
     INVALID_ARGUMENT if the step is not what was asked for.
     """
     Renew: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SigningRequest, _coordinator_pb2.Certificate]
@@ -127,7 +127,7 @@ class CoordinatorAsyncStub(CoordinatorStub):
     Aggregate: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.AggregateRequest, _coordinator_pb2.AggregateReply]  # type: ignore[assignment]
     """One step of secure aggregation, after training: the device says what the last reply asked for,
     and is told what comes next. May be held open for up to `wait_seconds` until that is known.
-    Repeating a step is harmless. FAILED_PRECONDITION if rounds have no secure aggregation,
+    Repeating a step is harmless. It is over, with the reason, if rounds have no secure aggregation.
     INVALID_ARGUMENT if the step is not what was asked for.
     """
     Renew: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SigningRequest, _coordinator_pb2.Certificate]  # type: ignore[assignment]
@@ -180,7 +180,7 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_coordinator_pb2.AggregateReply, _abc.Awaitable[_coordinator_pb2.AggregateReply]]:
         """One step of secure aggregation, after training: the device says what the last reply asked for,
         and is told what comes next. May be held open for up to `wait_seconds` until that is known.
-        Repeating a step is harmless. FAILED_PRECONDITION if rounds have no secure aggregation,
+        Repeating a step is harmless. It is over, with the reason, if rounds have no secure aggregation.
         INVALID_ARGUMENT if the step is not what was asked for.
         """
 

@@ -17,6 +17,7 @@ from coordinator_help import (
     Fleet,
     Served,
     check_in_until,
+    files_of,
     finish,
     free_port,
     header,
@@ -25,13 +26,14 @@ from coordinator_help import (
     mean_of,
     serve_command,
     train,
+    until,
 )
 
 from coordinator.closing import read_start
 from coordinator.state import State
 from coordinator.tables import Refusal, Round, Settings
 from edge_runtime import wire
-from edge_runtime.connection import Unproven
+from edge_runtime.connection import GoneError, Unproven
 from edge_runtime.errors import AdapterError, StorageError
 from protos import coordinator_pb2 as pb
 
@@ -115,6 +117,35 @@ def test_a_full_disk_loses_nothing(fleet: Fleet, full: Full) -> None:
     for seed, client in enumerate(clients):
         assert client.upload(header(2), train(bundle, mean, seed, 2)).accepted
     check_in_until(cy, pb.CheckInReply.FINISH)
+
+
+def test_a_generalist_that_cannot_be_read_for_now_is_asked_for_again(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle)
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    (file,) = (fleet.state / "generalists").glob("1-*")
+    aside = file.rename(file.with_suffix(".aside"))
+    file.symlink_to(file)  # "too many levels of symbolic links"
+
+    def mend() -> None:
+        assert file.name in served.wait_for("storage_failed")["reason"]
+        aside.replace(file)
+
+    got, _ = in_parallel(lambda: ada.download(1), mend)
+    assert got == file.read_bytes()
+
+
+def test_who_asks_for_a_generalist_that_is_not_kept_is_told_that_it_is_gone(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--min-devices", "1", "--keep-generalists", "1")
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    join_round(ada)
+    assert ada.upload(header(1), train(bundle, ada.download(1), 0, 1)).accepted
+    served.wait_for("round_closed", round=1)
+    until(lambda: not files_of(fleet.state, "generalists/1-*"), "the first is deleted")
+    with pytest.raises(GoneError, match="another round"):
+        ada.download(1)
+    assert ada.download(2)
 
 
 def test_a_device_that_is_refused_without_end_does_not_fill_the_disk(tmp_path: Path) -> None:

@@ -257,6 +257,52 @@ def test_a_device_goes_on_when_rounds_are_without_it_from_now_on(fleet: Fleet) -
     assert reply.over.reason == "rounds are without secure aggregation"
 
 
+def test_a_round_that_began_with_keys_is_not_gone_on_with_without_them(fleet: Fleet) -> None:
+    """Its device would not train in it again, and would be waited for until the deadline."""
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, *MASKED)
+    clients = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+    reply = say(clients[0], number, keys=Masked(clients[0], number).session.advertisement)
+    assert reply.WhichOneof("next") == "wait"
+    address = served.ready()
+    served.stop()
+    served = fleet.serve(bundle, "--min-devices", "3", listen=address)
+    assert "it began with other training or privacy" in served.wait_for("round_abandoned")["reason"]
+
+
+def test_a_masked_step_that_cannot_be_read_for_now_is_not_given_up(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, *MASKED, "--rounds", "1")
+    clients = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+    start = vector(bundle, clients[0].download(number))
+    maskers = [Masked(client, number) for client in clients]
+    asked, one_at_a_time = threading.Event(), threading.Lock()
+    aside = fleet.directory / "aside"
+    hidden: list[Path] = []
+
+    def hide() -> None:  # when all have sent theirs, and before anybody reveals what sums them up
+        with one_at_a_time:
+            if asked.is_set() and not hidden:
+                hidden.append(files_of(fleet.state, "updates/*/*.safetensors")[0])
+                hidden[0].rename(aside)
+                hidden[0].symlink_to(hidden[0])  # "too many levels of symbolic links"
+
+    def mend() -> None:
+        assert "cannot read updates/" in served.wait_for("storage_failed")["reason"]
+        aside.replace(hidden[0])
+
+    for masker in maskers:
+        masker.reached = ("unmask", asked)
+    steps = [step_of(bundle, index, number) for index in range(3)]
+    pairs = zip(maskers, steps, strict=True)
+    in_parallel(*(lambda m=m, step=step: m.run(step, pause=hide) for m, step in pairs), mend)
+    assert served.wait_for("round_closed", round=number)["updates"] == 3
+    got = vector(bundle, clients[0].download(number + 1))
+    np.testing.assert_array_equal(got, expected(start, steps, group=3))
+
+
 def test_two_cohorts_at_once(fleet: Fleet) -> None:
     """Each sums up its own devices, in a round of the same number, though one of each vanishes."""
     bundles = [fleet.bundle(), fleet.bundle(width=24)]
