@@ -37,12 +37,14 @@ class Queries:
         )
         accepted = select(updates).where(of_round(updates), updates.c.device == device)
         self.enrolled = select(devices).where(devices.c.enrolment == _given("enrolment"))
-        self.current = select(rounds).where(
-            rounds.c.cohort == _given("cohort"),
-            (rounds.c.status == Status.WAITING) | (rounds.c.status == Status.OPEN),
-        )
+        unfinished = (rounds.c.status == Status.WAITING) | (rounds.c.status == Status.OPEN)
         # The only one, and the last: looked for from the end of what may be a long history.
-        self.current = self.current.order_by(rounds.c.number.desc()).limit(1)
+        self.current = (
+            select(rounds)
+            .where(rounds.c.cohort == _given("cohort"), unfinished)
+            .order_by(rounds.c.number.desc())
+            .limit(1)
+        )
         self.standing = select(
             joined.scalar_subquery(),
             accepted.with_only_columns(updates.c.sha256).scalar_subquery(),

@@ -179,7 +179,8 @@ class OnnxRuntime:
             options.add_session_config_entry("session.set_denormal_as_zero", "1")  # for its threads
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        with bundle.checking(entry.data_files), denormals.flushed():  # which it leaves on here
+        # A process's first session switches this thread, too, and leaves it so.
+        with bundle.checking(entry.data_files), denormals.flushed():
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )

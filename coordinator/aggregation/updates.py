@@ -194,13 +194,13 @@ class DamagedUpdateError(AdapterError):
 
 def is_lost(error: OSError) -> bool:
     """Whether a file that could not be read is gone, rather than out of reach for now."""
-    return error.errno in LOST
+    return error.errno is None or error.errno in LOST
 
 
 def trouble(contribution: Contribution, error: Exception, began: Path | None = None) -> ComigsError:
     """What an update's file, or `began`, that cannot be read comes to: the update was acknowledged,
     so it is given up only if that is gone, or the disk has lost it."""
-    if isinstance(error, OSError) and error.errno is not None and not is_lost(error):
+    if isinstance(error, OSError) and not is_lost(error):
         return StorageError(f"cannot read {began or contribution.path}: {error.strerror}")
     return DamagedUpdateError(contribution, began)
 

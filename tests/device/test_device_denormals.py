@@ -1,3 +1,5 @@
+"""Denormal numbers are zeros in programs, and nowhere else."""
+
 import platform
 import subprocess
 import sys
