@@ -2,7 +2,8 @@
 
 Exponentials of what attention masks are smaller than float32's normal numbers. Intel's processors
 take some hundred cycles for each such result: with zeros a prompt of 128 tokens takes 0.90 of the
-time, one of 500 tokens 0.76 (GPT-2 124M in int8 on ONNX Runtime, Xeon with AMX; the same results).
+time, one of 500 tokens 0.76 (GPT-2 124M in int8 on ONNX Runtime, Xeon with AMX; the same results;
+the programs with and without took turns in one process, which no `comigs bench` does).
 ExecuTorch's programs are as fast either way.
 
 The switch is a part of each thread's floating-point environment. Left on it would change what
