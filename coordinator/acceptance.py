@@ -185,10 +185,10 @@ class Acceptance:
         return number
 
     def _takes_part(self, device: str, number: int) -> bool:
-        """Whether the round is open, not being closed, and `device` is one of its participants."""
+        """Whether the round is open and `device` is one of its participants."""
         current = self._state.current()
         return (
-            number == current.number != self._closing
+            number == current.number
             and current.status == Status.OPEN
             and self._state.standing(number, device).participates
         )

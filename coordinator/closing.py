@@ -53,7 +53,7 @@ class Closing:
         incoming = wire.decode(self._manifest, self.read_start(current))
         if self._masked is not None:
             summed = self._masked.total(current.number, updates)
-            return conclude_sum(
+            outcome = conclude_sum(
                 self._manifest,
                 self._recipe,
                 incoming=incoming,
@@ -63,6 +63,7 @@ class Closing:
                 clipped_coordinates=summed.clipped_coordinates,
                 memory=memory,
             )
+            return replace(outcome, faults=summed.faults)
         return aggregate(
             self._manifest,
             self._recipe,

@@ -50,9 +50,9 @@ from coordinator.aggregation import AggregationError, DamagedUpdateError
 from coordinator.closing import Closing
 from coordinator.commits import to_its_end
 from coordinator.database import DamagedDatabaseError, TakenOverError
-from coordinator.policy import Policy, Report
+from coordinator.policy import Policy, Reason, RefusedUpdateError, Report
 from coordinator.quality import Quality, QualityGate
-from coordinator.secure_aggregation import SecureAggregation
+from coordinator.secure_aggregation import LostSecretError, SecureAggregation
 from coordinator.state import State
 from coordinator.tables import MaskingMember, Round, Status, Update
 from edge_runtime import wire
@@ -343,9 +343,12 @@ class Course(Acceptance):
                 )
                 await to_its_end(aggregated)
         except (AggregationError, AdapterError) as error:
+            given_up = False
             async with self._commits.still:
                 if self._is_still(current):  # else its files may have been deleted meanwhile
-                    self._give_up(current, updates, error)
+                    given_up = self._give_up(current, updates, error)
+            if given_up and isinstance(error, LostSecretError):
+                await self._refuse_all(current, error.faults)
             return
         finally:
             self._closing = None
@@ -361,6 +364,7 @@ class Course(Acceptance):
             },
         )
         self._report_spent(current)
+        await self._refuse_all(current, outcome.faults)
         # A round's files are many; nobody waits for that.
         await asyncio.to_thread(self._state.clean)
 
@@ -374,14 +378,31 @@ class Course(Acceptance):
         gate = self._policy.gate
         return None if gate is None or quality is None else gate.objection(quality)
 
-    def _give_up(self, current: Round, updates: list[Update], error: Exception) -> None:
-        """What there is to do when a round could not be closed."""
+    def _give_up(self, current: Round, updates: list[Update], error: Exception) -> bool:
+        """What there is to do when a round could not be closed. Returns whether it is over."""
         if isinstance(error, DamagedUpdateError):
             self._drop(current, error)
-        elif isinstance(error, AdapterError):
+            return False
+        if isinstance(error, AdapterError):
             raise error
-        else:
-            self._abandon(current, updates, str(error))
+        if isinstance(error, LostSecretError) and self._may_get_more(current.number):
+            return False
+        self._abandon(current, updates, str(error))
+        return True
+
+    def _may_get_more(self, number: int) -> bool:
+        """Whether devices may yet reveal shares of the round's masks."""
+        group = self._state.masking_group(number)
+        if group is None or self._masked is None:
+            return False
+        return self._masked.may_get_more(group, self._state.unreliable(number))
+
+    async def _refuse_all(self, current: Round, faults: Mapping[str, str]) -> None:
+        """Records what devices did (device -> what) to keep a sum from being known."""
+        for device in self._state.devices() if faults else ():
+            if device.id in faults:
+                error = RefusedUpdateError(faults[device.id], Reason.MASKING)
+                await self.refuse(device, current.number, error)
 
     def _drop(self, current: Round, damage: DamagedUpdateError) -> None:
         """Goes on without an accepted update."""

@@ -8,6 +8,7 @@ is killed goes on where it was and never tells of other survivors.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import random
@@ -21,6 +22,7 @@ from cryptography import x509
 from coordinator.aggregation import AggregationError
 from coordinator.aggregation.updates import Flat, is_lost
 from coordinator.neighbours import enough_signers, graph_for, least_devices
+from coordinator.restoring import Restored, Shared, restore
 from coordinator.state import State
 from coordinator.tables import (
     Device,
@@ -61,6 +63,8 @@ STAGE_SECONDS = 60.0
 STAYING = 0.75
 # In a sparse group it takes a look at all to see whether enough is revealed: after every so many.
 LOOK_EVERY = 16
+FALSE_SHARES = "most shares of other devices' secrets that it revealed are false"
+FALSE_DEAL = "the shares of its secrets that it dealt out do not give them"
 _SEALED_BYTES = masking.NONCE_BYTES + 2 * shamir.SHARE_BYTES + 16
 _COMMITMENT_BYTES = 32
 _LAST_STAGES = (MaskingStage.AGREE, MaskingStage.UNMASK)
@@ -68,6 +72,18 @@ _LAST_STAGES = (MaskingStage.AGREE, MaskingStage.UNMASK)
 
 class RefusedStepError(Exception):
     """A device's step is not what was asked for; the message is one line that says why."""
+
+
+class LostSecretError(AggregationError):
+    """The sum is not to be had: what was revealed does not give every secret."""
+
+    def __init__(self, faults: Mapping[str, str]) -> None:
+        """
+        Args:
+            faults: device -> what it did.
+        """
+        super().__init__("shares of the masks are false or missing; what was refused says whose")
+        self.faults = faults
 
 
 class AnotherTaskError(Exception):
@@ -138,6 +154,8 @@ class Sum:
     """Steps whose norm was clipped; 0 with differential privacy, which does not count them."""
     clipped_coordinates: int
     """Likewise."""
+    faults: Mapping[str, str]
+    """Device -> what it did all the same to keep the sum from being known."""
 
 
 class SecureAggregation:
@@ -174,6 +192,8 @@ class SecureAggregation:
         self._agreement: tuple[int, bytes] = (0, b"")
         # As many of its agreements as it takes to be believed; none before there are as many.
         self._agreed: tuple[int, list[pb.Agreement]] = (0, [])
+        # A round, and how many had revealed shares when these did not give every secret.
+        self._short = (0, 0)
 
     # The course of a round
 
@@ -324,19 +344,26 @@ class SecureAggregation:
         count = self._state.count_masking(group.round, said="revealed")
         if not due and count < graph.threshold:
             return False
-        revealed = _numbered(self._state.masking_numbers(group.round, said="revealed"))
-        summed = {update.device for update in self._state.updates(group.round)}
-        over = due or not summed - gone - revealed.keys()
-        if not over and not graph.is_complete and count % LOOK_EVERY:
+        over = not self.may_get_more(group, gone)
+        if not over and (
+            self._short == (group.round, count) or (not graph.is_complete and count % LOOK_EVERY)
+        ):
             return False
+        revealed = _numbered(self._state.masking_numbers(group.round, said="revealed"))
         if self._ends(group)[0] <= graph.covered(revealed.values()):
             return True
         if over:
             raise AggregationError(
-                f"{len(revealed)} of {len(summed)} devices stayed to reveal shares of the masks, "
-                "which is too few"
+                f"{len(revealed)} of {self._state.count_updates(group.round)} devices stayed to "
+                "reveal shares of the masks, which is too few"
             )
         return False
+
+    def may_get_more(self, group: MaskingGroup, gone: set[str]) -> bool:
+        """Whether more shares may be revealed, in the last stage."""
+        revealed = self._state.masking_numbers(group.round, said="revealed")
+        summed = {update.device for update in self._state.updates(group.round)}
+        return bool(self.seconds_left(group) and summed - gone - revealed.keys())
 
     def total(self, number: int, updates: list[Update]) -> Sum:
         """The sum of the steps behind `updates`, all of the round's, without their masks.
@@ -344,8 +371,9 @@ class SecureAggregation:
         Only sums are ever unmasked: masks are taken from the total of all masked steps.
 
         Raises:
-            AggregationError: what was revealed is not what was shared, or a step's file is not
-                what was accepted. No sum without it can be unmasked.
+            LostSecretError: what was revealed is not what was shared.
+            AggregationError: a step's file is not what was accepted. No sum without it can be
+                unmasked.
         """
         group = self._state.masking_group(number)
         if group is None:
@@ -359,23 +387,17 @@ class SecureAggregation:
         if any(update.device not in by_device for update in updates):
             raise AggregationError("it was ended while its steps were summed up")
         summed = {by_device[update.device] for update in updates}
+        restored = self._restored(number, members, summed, graph)
         numbers = payload_numbers(self._size, terms.quantization)
         total = np.zeros(numbers, np.uint32)
         for update in updates:
             total += self._masked_step(update, numbers)
-        seeds, keys = _revealed(members)
         for index, member in members.items():
+            secret = restored.secrets[index]
             if index in summed:
-                shared = pb.OutgoingShares.FromString(member.shares or b"")
-                seed = _restored(seeds.get(index, {}), graph.threshold)
-                if masking.commitment(seed) != shared.commitment:
-                    raise AggregationError("a share that was revealed is of another secret")
-                total -= masking.expand(seed, numbers)
+                total -= masking.expand(secret, numbers)
                 continue
-            key = _restored(keys.get(index, {}), graph.threshold)
             advertised = pb.KeyAdvertisement.FromString(member.keys)
-            if masking.public_key(key) != advertised.mask_key:
-                raise AggregationError("a share that was revealed is of another key")
             # What its neighbours added for it, it would have taken away.
             near = {
                 other: pb.KeyAdvertisement.FromString(members[other].keys)
@@ -383,12 +405,35 @@ class SecureAggregation:
             }
             pairwise = {
                 other: masking.agree(
-                    key, keys.mask_key, pair(number, {index: advertised, other: keys})
+                    secret, keys.mask_key, pair(number, {index: advertised, other: keys})
                 )
                 for other, keys in near.items()
             }
             masking.add_masks(total, pairwise=pairwise, index=index)
-        return self._sum(signed(total), group.divisor or len(updates), terms.quantization)
+        faults = {members[index].device: FALSE_SHARES for index in restored.liars}
+        divisor = group.divisor or len(updates)
+        return self._sum(signed(total), divisor, terms.quantization, faults)
+
+    def _restored(
+        self, number: int, members: Mapping[int, MaskingMember], summed: set[int], graph: Graph
+    ) -> Restored:
+        """The seeds of those who are `summed`, and the keys of the other members.
+
+        Raises:
+            LostSecretError: one is not to be had.
+        """
+        told = {
+            holder: pb.RevealedShares.FromString(member.revealed)
+            for holder, member in members.items()
+            if member.revealed is not None
+        }
+        restored = restore(_shared(members, summed, told, graph), graph.threshold)
+        if restored.lost:
+            self._short = number, len(told)
+            dealers = {members[index].device: FALSE_DEAL for index in restored.dealers}
+            liars = {members[index].device: FALSE_SHARES for index in restored.liars}
+            raise LostSecretError(dealers | liars)
+        return restored
 
     def _masked_step(self, update: Update, numbers: int) -> Residues:
         try:
@@ -400,7 +445,13 @@ class SecureAggregation:
             raise AggregationError(f"{update.file} is damaged, though it was accepted")
         return np.frombuffer(content, "<u4").astype(np.uint32, copy=False)
 
-    def _sum(self, total: Integers, divisor: int, quantization: pb.Quantization) -> Sum:
+    def _sum(
+        self,
+        total: Integers,
+        divisor: int,
+        quantization: pb.Quantization,
+        faults: Mapping[str, str],
+    ) -> Sum:
         grid = Grid(quantization.bound, quantization.levels)
         coordinates, clipped = 0, 0
         if not quantization.noise_multiplier:
@@ -410,6 +461,7 @@ class SecureAggregation:
             divisor=divisor,
             clipped=clipped,
             clipped_coordinates=coordinates,
+            faults=faults,
         )
 
     # What devices say
@@ -694,28 +746,41 @@ def _require(have: int, least: int, did: str) -> None:
         raise AggregationError(f"{have} devices {did}, and {least} are needed")
 
 
-Shares = dict[int, dict[int, bytes]]
-"""Whose secret -> who held the share -> the share."""
+def _shared(
+    members: Mapping[int, MaskingMember],
+    summed: set[int],
+    told: Mapping[int, pb.RevealedShares],
+    graph: Graph,
+) -> dict[int, Shared]:
+    """Whose seed or key -> what was revealed of it.
+
+    Args:
+        told: by holder.
+    """
+    seeds: dict[int, dict[int, bytes]] = {}
+    keys: dict[int, dict[int, bytes]] = {}
+    for holder, revealed in told.items():
+        for share in revealed.seeds:
+            seeds.setdefault(share.index, {})[holder] = share.share
+        for share in revealed.keys:
+            keys.setdefault(share.index, {})[holder] = share.share
+    shared = {}
+    for index, member in members.items():
+        asked = told.keys() & {index, *graph.neighbours(index)}
+        if index in summed:
+            commitment = pb.OutgoingShares.FromString(member.shares or b"").commitment
+            is_right = functools.partial(_is_committed_to, commitment)
+            shared[index] = Shared(seeds.get(index, {}), asked, is_right)
+        else:
+            public = pb.KeyAdvertisement.FromString(member.keys).mask_key
+            is_right = functools.partial(_is_private_of, public)
+            shared[index] = Shared(keys.get(index, {}), asked, is_right)
+    return shared
 
 
-def _revealed(members: Mapping[int, MaskingMember]) -> tuple[Shares, Shares]:
-    """Shares of seeds and of keys."""
-    seeds: Shares = {}
-    keys: Shares = {}
-    for holder, member in members.items():
-        if member.revealed is not None:
-            told = pb.RevealedShares.FromString(member.revealed)
-            for share in told.seeds:
-                seeds.setdefault(share.index, {})[holder] = share.share
-            for share in told.keys:
-                keys.setdefault(share.index, {})[holder] = share.share
-    return seeds, keys
+def _is_committed_to(commitment: bytes, seed: bytes) -> bool:
+    return masking.commitment(seed) == commitment
 
 
-def _restored(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    if len(shares) < threshold:
-        raise AggregationError("a device revealed fewer shares than it was asked for")
-    try:
-        return shamir.combine(dict(sorted(shares.items())[:threshold]))
-    except ValueError as error:
-        raise AggregationError(str(error)) from error
+def _is_private_of(public: bytes, key: bytes) -> bool:
+    return masking.public_key(key) == public

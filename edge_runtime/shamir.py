@@ -43,26 +43,41 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
     Raises:
         ValueError: no secret of 32 bytes has these shares.
     """
-    secret = 0
-    for point, weight in _weights(tuple(shares)).items():
-        secret += weight * int.from_bytes(shares[point], "big")
-    secret %= PRIME
-    if secret >> (8 * SECRET_BYTES):
-        raise ValueError("these shares are of no secret of 32 bytes")
-    return secret.to_bytes(SECRET_BYTES, "big")
+    return Polynomial(shares).secret()
 
 
-@functools.lru_cache(
-    maxsize=16
-)  # in a complete graph all secrets are restored from the same points
-def _weights(points: tuple[int, ...]) -> dict[int, int]:
-    """Point i -> product over the others j of j / (j - i): Lagrange's interpolation at 0."""
-    weights = {}
-    for point in points:
-        above = below = 1
-        for other in points:
-            if other != point:
-                above = above * other % PRIME
-                below = below * (other - point) % PRIME
-        weights[point] = above * pow(below, -1, PRIME) % PRIME
-    return weights
+class Polynomial:
+    """Through some shares, in Newton's form."""
+
+    def __init__(self, shares: Mapping[int, bytes]) -> None:
+        """
+        Args:
+            shares: point -> its share.
+        """
+        self._points = points = list(shares)
+        self._differences = known = [int.from_bytes(share, "big") for share in shares.values()]
+        for order in range(1, len(points)):
+            for i in range(len(points) - 1, order - 1, -1):
+                inverse = _inverse(points[i] - points[i - order])
+                known[i] = (known[i] - known[i - 1]) * inverse % PRIME
+
+    def secret(self) -> bytes:
+        """Raises as `combine`."""
+        secret = self._value(0)
+        if secret >> (8 * SECRET_BYTES):
+            raise ValueError("these shares are of no secret of 32 bytes")
+        return secret.to_bytes(SECRET_BYTES, "big")
+
+    def share_at(self, point: int) -> bytes:
+        return self._value(point).to_bytes(SHARE_BYTES, "big")
+
+    def _value(self, at: int) -> int:
+        value = 0
+        for known, point in zip(reversed(self._differences), reversed(self._points), strict=True):
+            value = (value * (at - point) + known) % PRIME
+        return value
+
+
+@functools.lru_cache(maxsize=4096)  # between numbers of a group
+def _inverse(difference: int) -> int:
+    return pow(difference, -1, PRIME)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from safetensors import SafetensorError
@@ -36,6 +36,8 @@ class Outcome:
     """Updates that were longer than the recipe's norm."""
     clipped_coordinates: int = 0
     """Coordinates of masked steps that were beyond what whole numbers can say."""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """Device -> what it did to keep a sum of masked steps from being known, which it did not."""
 
 
 def aggregate(
