@@ -40,6 +40,7 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 # Ends of GGUF's keys; positions are stretched by these factors, the second one in older files.
 ROPE_TYPE, ATTENTION_SCALE = "rope.scaling.type", "attention.scale"
 ROPE_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
+KEY_HEADS, CAUSAL = "attention.head_count_kv", "attention.causal"
 # GGUF's names (tokenizer.ggml.pre) of the ways to cut text that transformers does not know:
 # llama.cpp cuts these between digits and then as GPT-2 does, those just as GPT-2 does. "default"
 # names none; GPT-2's is the likeliest then.
@@ -214,7 +215,8 @@ def _check_gguf(name: str, path: Path) -> str:
     with _unavailable_errors(name):
         reader = GGUFReader(path)
         # Not of all fields: the tokenizer's hold its whole vocabulary.
-        asked = (ROPE_TYPE, *ROPE_FACTORS, ATTENTION_SCALE, PRE_TOKENIZER, SPACE_FIRST, TOKENIZER)
+        attention = (ATTENTION_SCALE, KEY_HEADS, CAUSAL)
+        asked = (ROPE_TYPE, *ROPE_FACTORS, *attention, PRE_TOKENIZER, SPACE_FIRST, TOKENIZER)
         found = {k: field.contents() for k, field in reader.fields.items() if k.endswith(asked)}
         names = {tensor.name for tensor in reader.tensors}
     kinds = {value for key, value in found.items() if key.endswith(ROPE_TYPE)}
@@ -231,13 +233,19 @@ def _check_gguf(name: str, path: Path) -> str:
             (llama and any(tensor.endswith(".bias") for tensor in names), "biases"),
             (any(key.endswith(ATTENTION_SCALE) for key in found), "attention scaled its own way"),
             (bool(unknown), f"tensors such as {unknown[:1]}"),
+            # Without it transformers leaves queries and keys in GGUF's order.
+            (llama and not any(k.endswith(KEY_HEADS) for k in found), "no number of key heads"),
+            (
+                any(k.endswith(CAUSAL) and not found[k] for k in found),
+                "attention in both directions",
+            ),
             (pieces and not found.get(SPACE_FIRST, True), "a tokenizer without a first space"),
         )
         if wrong
     ]
     if odd:
         raise BaseModelError(
-            f"{name} has {' and '.join(odd)}, which are not read from GGUF files; give the model "
+            f"{name} has {' and '.join(odd)}, which is not read from GGUF files; give the model "
             "as a directory that transformers saved"
         )
     return str(found.get(PRE_TOKENIZER, "default"))
@@ -250,12 +258,16 @@ def _load_weights(name: str, source: _Source, config: Config) -> Any:
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # we say so
+            trust_remote_code=False,
             **source.options,
         )
     model, report = loaded
     # transformers makes up what a checkpoint lacks, and drops what the model has no place for.
     for kind, says in (("missing", "lacks"), ("unexpected", "has"), ("mismatched", "misshapes")):
-        keys = sorted(str(key) for key in report[f"{kind}_keys"] if not _is_buffer(str(key)))
+        # Of mismatched ones the two shapes are told, too.
+        told = (key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"])
+        keys = sorted(key for key in told if not _is_buffer(key))
         if keys:
             raise BaseModelError(
                 f"{name} {says} {keys[0]}"
@@ -272,7 +284,7 @@ def _is_buffer(key: str) -> bool:
 
 def _load_config(name: str, source: _Source) -> Config:
     with _unavailable_errors(name):
-        config = AutoConfig.from_pretrained(source.path, **source.options)
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, **source.options)
     if source.options and isinstance(config, GPT2Config):
         config.n_positions = config.n_ctx  # transformers leaves it as GPT-2 had it
     # Other families derive from Llama's configuration.
@@ -282,6 +294,8 @@ def _load_config(name: str, source: _Source) -> Config:
             f"{', '.join(SUPPORTED)}"
         )
     odd = _odd_gpt2(config) if isinstance(config, GPT2Config) else _odd_llama(config)
+    if not getattr(config, "is_causal", True):
+        odd.append("attention in both directions")
     if odd:
         raise BaseModelError(f"{name} has {' and '.join(odd)}, which is not supported")
     return config
@@ -302,10 +316,13 @@ def _odd_gpt2(config: GPT2Config) -> list[str]:
 def _odd_llama(config: LlamaConfig) -> list[str]:
     parameters = config.rope_parameters or {}
     rope = parameters.get("rope_type", "default")
+    heads = config.num_attention_heads
+    key_heads = config.num_key_value_heads or heads
     cases = (
         (config.hidden_act not in SILU, f"activation {config.hidden_act}"),
         (rope not in STATIC_ROPE, f"rotary positions of type {rope}"),
         (parameters.get("partial_rotary_factor", 1.0) != 1.0, "rotary positions in part of a head"),
+        (heads % key_heads != 0, f"{heads} heads that share {key_heads} of keys"),
     )
     return [text for wrong, text in cases if wrong]
 
@@ -341,11 +358,34 @@ def _saved_tokenizer(source: _Source) -> Tokenizer | None:
 
 def _built_tokenizer(name: str, source: _Source) -> Tokenizer:
     """What transformers makes of older files, or of a GGUF file."""
-    tokenizer = AutoTokenizer.from_pretrained(source.path, use_fast=True, **source.options)
+    pieces = cached_file(
+        source.path, "tokenizer.model", _raise_exceptions_for_missing_entries=False
+    )
+    if pieces and not source.options and not _is_llamas(Path(pieces)):
+        raise BaseModelError(
+            f"{name} has its tokenizer as SentencePiece's tokenizer.model only, of a kind that "
+            "transformers would take for Llama's; give the model its tokenizer.json"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.path, use_fast=True, trust_remote_code=False, **source.options
+    )
     if not tokenizer.is_fast:
         raise BaseModelError(f"{name} has no fast tokenizer (tokenizer.json); convert it first")
     built: Tokenizer = tokenizer.backend_tokenizer
     return built
+
+
+def _is_llamas(path: Path) -> bool:
+    """Whether a SentencePiece model cuts text as that of the first Llamas."""
+    from transformers.utils import sentencepiece_model_pb2_new as messages
+
+    model = messages.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
+    text = model.normalizer_spec
+    return bool(
+        model.trainer_spec.model_type == model.trainer_spec.BPE
+        and (text.name, text.add_dummy_prefix) == ("identity", True)
+        and not text.remove_extra_whitespaces
+    )
 
 
 def _as_gguf_says(name: str, tokenizer: Tokenizer, cut: str, vocabulary: int) -> Tokenizer:
@@ -393,6 +433,8 @@ def _unavailable(name: str, part: str, error: BaseException) -> BaseModelError:
     known = [*BUILT_IN, *PACKAGED]
     if Path(name).exists() or name in known:
         why = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in why:
+            why = f"it comes with code of its own; supported architectures: {', '.join(SUPPORTED)}"
         return BaseModelError(
             f"{part}{name} is not a model as transformers saves it, or no whole GGUF file: {why}"
         )

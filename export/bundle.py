@@ -93,7 +93,9 @@ def export_bundle(
     with storage_errors(staging), removed_on_failure(staging):
         staging.mkdir(parents=True)
         manifest = _manifest(base, mixture, tier, precision)
-        base.tokenizer.save(str(staging / TOKENIZER_FILE))
+        # Not with its own `save`, which raises bare Exception when the disk is full.
+        tokenizer = base.tokenizer.to_str(pretty=True)
+        (staging / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
         vectors = mixtures.fresh(manifest, seed)
         if generalist is not None:
             vectors["generalist"] = adapters.load_peft(manifest, "generalist", generalist)

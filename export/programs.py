@@ -59,6 +59,8 @@ class Blocks:
 
 BLOCKS = {"int8": Blocks(8, 256), "int4": Blocks(4, 32)}
 """Of what continues a text, by precision."""
+# A matrix with another number of inputs has eight bits.
+FOUR_BIT_MULTIPLES = {"onnxruntime": 16, "executorch": 32}
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,13 @@ def specifications(
     on_onnx = engine == "onnxruntime"
     vectors = 16 if decoder.rotary() else 8
     in_place = on_onnx and decoder.architecture.head_dim % vectors == 0
-    four_bits = not on_onnx and manifest.base.precision == "int4"
-    blocks = BLOCKS["int4"] if four_bits else None
+    blocks = BLOCKS["int4"] if manifest.base.precision == "int4" else None
+    multiple = FOUR_BIT_MULTIPLES[engine]
+    if blocks and all(each.inputs % multiple for each in decoder.architecture.maps):
+        raise BaseModelError(
+            f"{engine} has products with weights of four bits for a multiple of {multiple} inputs, "
+            "and no matrix of this base has that; use --precision int8"
+        )
     steps = [(size, False) for size in tier.micro_batches]
     steps += [(min(tier.micro_batches), True)] if on_onnx else []
     kinds = (False, True) if on_onnx and decoder.mixture.specialists else (False,)

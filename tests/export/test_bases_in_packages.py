@@ -64,6 +64,7 @@ def write_gguf(
     end: str = "<|endoftext|>",
     merges: tuple[str, ...] = ("a b",),
     tokenizer: str = "gpt2",
+    tells_key_heads: bool = True,
 ) -> None:
     config = model.config
     writer = GGUFWriter(path, "llama")
@@ -72,7 +73,8 @@ def write_gguf(
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    if tells_key_heads:
+        writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
@@ -245,12 +247,16 @@ def test_gguf_files_that_hold_more_than_is_read(tmp_path: Path) -> None:
         (lambda writer: writer.add_rope_scaling_factor(4.0), "scaled rotary positions"),
         (lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0), "scaled rotary"),
         (lambda writer: writer.add_float32("llama.attention.scale", 0.5), "attention scaled"),
+        (lambda writer: writer.add_causal_attention(False), "attention in both directions"),
         (normed, r"tensors such as .*attn_q_norm"),
     ):
         path = tmp_path / "more.gguf"
         write_gguf(path, small_llama(tie_word_embeddings=True), more)
         with pytest.raises(BaseModelError, match=says):
             load_base(str(path))
+    write_gguf(path, small_llama(num_key_value_heads=4), tells_key_heads=False)
+    with pytest.raises(BaseModelError, match="no number of key heads"):
+        load_base(str(path))
     write_gguf(path, small_llama(tie_word_embeddings=True), unscaled)
     load_base(str(path))
     write_gguf(path, small_llama(), lambda writer: writer.add_add_space_prefix(False))
@@ -285,6 +291,9 @@ def test_weights_that_are_not_the_models(tmp_path: Path, tiny_base_dir: Path) ->
     biased = small_llama(attention_bias=True)
     biased.config.attention_bias = False
     refused(biased, r"has model\.layers\.0\.self_attn\.k_proj\.bias")
+    narrow = small_llama()
+    narrow.config.intermediate_size = 96
+    refused(narrow, r"misshapes model\.layers\.0\.mlp\.down_proj\.weight")
 
 
 def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:

@@ -905,6 +905,9 @@ def test_architectures_that_are_not_supported(
         ("by-layer", tiny_base_dir, {"scale_attn_by_inverse_layer_idx": True}, "scaled by layer"),
         ("wide", tiny_base_dir, {"n_inner": 99}, "MLP of 99"),
         ("gelu", tiny_llama_dir, {"hidden_act": "gelu"}, "activation gelu"),
+        ("both", tiny_base_dir, {"is_causal": False}, "attention in both directions"),
+        ("all", tiny_llama_dir, {"is_causal": False}, "attention in both directions"),
+        ("odd", tiny_llama_dir, {"num_key_value_heads": 3}, "heads that share 3 of keys"),
         (
             "dynamic",
             tiny_llama_dir,
@@ -913,6 +916,40 @@ def test_architectures_that_are_not_supported(
         ),
     ):
         refused(name, base, odd, f"{says}.*not supported")
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "own"
+    path.mkdir()
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_runtime", "export", "--base", path, "--out", tmp_path / "out"],
+        input="y\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == BaseModelError.code
+    assert "code of its own; supported architectures: gpt2, llama" in " ".join(done.stderr.split())
+    assert not done.stdout, "no question"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_that_transformers_would_take_for_another(
+    tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    """Of any SentencePiece model it makes a Llama's."""
+    from transformers.utils import sentencepiece_model_pb2_new as messages
+
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((tiny_llama_dir / file).read_bytes())
+    unigram = messages.ModelProto()  # type: ignore[attr-defined]
+    unigram.pieces.add(piece="a", score=-1.0)
+    (tmp_path / "tokenizer.model").write_bytes(unigram.SerializeToString())
+    with pytest.raises(BaseModelError, match=r"give the model its tokenizer\.json"):
+        load_base(str(tmp_path))
 
 
 def test_random_weights_need_no_download() -> None:

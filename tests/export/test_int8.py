@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import numpy_helper
 from tiny import TIER
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from edge_runtime import engines, training_config
 from edge_runtime.adapters import load_fresh
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import Batches, load_tokenizer
 from edge_runtime.engines import allocate, allocate_outputs, load_engine
-from edge_runtime.errors import BundleError, ParityError
+from edge_runtime.errors import BaseModelError, BundleError, ParityError
 from edge_runtime.predict import Predictor
 from edge_runtime.processor import cuts_sums, features
 from edge_runtime.training import Evaluator, Trainer, new_state
+from export import base as bases
 from export import inference, onnx_engine, onnx_graph, parity
 from export.base import load_base
 from export.bundle import export_bundle
@@ -98,6 +101,29 @@ def test_four_bits_continue_a_text_nearly_as_the_float32_base_does(export: Expor
         likelihood[precision] = np.mean(losses)
     assert likelihood["int8"] == pytest.approx(likelihood["float32"], abs=0.02)
     assert likelihood["int4"] == pytest.approx(likelihood["float32"], abs=0.2)
+
+
+def test_four_bits_where_attention_is_not_over_a_cache_in_place(tmp_path: Path) -> None:
+    """Heads of 20 are not whole vectors; and numbers of inputs that no engine has four bits for."""
+    torch.manual_seed(0)
+    sizes = {"intermediate_size": 640, "num_hidden_layers": 1, "num_attention_heads": 16}
+    config = LlamaConfig(vocab_size=300, hidden_size=320, max_position_embeddings=64, **sizes)
+
+    def exported(config: LlamaConfig, engine: str) -> Bundle:
+        tensors = LlamaForCausalLM(config).model.state_dict()
+        base = replace(load_base("gpt2-mini"), config=config, tensors=tensors)
+        base = replace(base, tokenizer=bases._bytes_tokenizer())
+        out = tmp_path / str(config.hidden_size)
+        return export_bundle(base, Mixture(), TIER, engines=[engine], precision="int4", out=out)
+
+    config.tie_word_embeddings = True
+    graph = onnx.load(exported(config, "onnxruntime").path / "onnx" / "decode.onnx").graph
+    bits = [a.i for node in graph.node for a in node.attribute if a.name == "bits"]
+    assert bits.count(4) == 7, "all maps of a block"
+    config.hidden_size, config.intermediate_size = 336, 656  # multiples of 16, but not of 32
+    config.head_dim = 21
+    with pytest.raises(BaseModelError, match=r"executorch has .* for a multiple of 32 inputs"):
+        exported(config, "executorch")
 
 
 def test_it_learns_as_the_float32_base_does(export: Export) -> None:
