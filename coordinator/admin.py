@@ -61,7 +61,8 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
         if not 0 < request.valid_seconds <= LONGEST_INVITATION_SECONDS:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT,
-                f"an invitation works for up to {LONGEST_INVITATION_SECONDS / 3600:.0f} hours",
+                "an invitation works for more than 0 and up to "
+                f"{LONGEST_INVITATION_SECONDS / 3600:.0f} hours",
             )
         if request.cohort and request.cohort not in self._cohorts:
             await context.abort(

@@ -71,16 +71,15 @@ def back_up(state: Path, out: Path, url: str | None = None) -> Summary:
         url: of the PostgreSQL database with the rows, if there is one.
 
     Raises:
-        ValueError: there is no coordinator's state, or `out` exists.
-        StorageError: something cannot be read or written; there is no `out` then.
+        ValueError: there is no coordinator's state.
+        StorageError: `out` exists, or something cannot be read or written; it is as it was then.
         VersionError: another version of the program made it.
     """
     if not (state / (GENERALISTS if url else DATABASE)).exists():
         raise _none_in(state)
     if out.exists():
-        raise ValueError(f"{out} exists; choose another name, or move it away")
-    with storage_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        raise StorageError(f"{out} exists; choose another name, or move it away")
+    with storage_errors(out):  # a directory that is not there may be mistyped
         directory = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     missing = ""
     try:
@@ -116,13 +115,13 @@ def restore(file: Path, state: Path, url: str | None = None) -> Summary:
         url: of an empty PostgreSQL database for the rows; None: SQLite, in `state`.
 
     Raises:
-        ValueError: `state` exists and is not empty, or the database is not.
+        ValueError: the database is not empty.
         BackupError: `file` is no backup, is damaged, or is of another version of comigs.
-        StorageError: `state` cannot be written; nothing is there then.
+        StorageError: `state` exists and is not empty, or cannot be written; it is as it was then.
     """
     there = state.exists()
     if there and (not state.is_dir() or any(p.name != LOST_AND_FOUND for p in state.iterdir())):
-        raise ValueError(f"{state} is not empty; give a directory that does not exist yet")
+        raise StorageError(f"{state} is not empty; give a directory that is, or one to be made")
     with storage_errors(state):
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         # In it, not beside it: it may be a mount point, or its parent be somebody else's.

@@ -52,7 +52,7 @@ async def storage_errors(
         raise  # of the call, though Python counts them among a disk's
     except (StorageError, OSError) as error:
         report("storage_failed", {"reason": str(error)})
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator cannot use its disk")
+        await context.abort(grpc.StatusCode.UNAVAILABLE, protocol.NO_STORAGE)
 
 
 async def common_protocol(newest: int, context: Context, oldest: int | None = None) -> int:

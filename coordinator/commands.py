@@ -87,6 +87,8 @@ def _cohort_names(names: list[str] | None) -> list[str] | None:
             raise typer.BadParameter(
                 f"{name!r} is no name of a cohort: 1 to 64 letters, digits, '.', '_' or '-'"
             )
+    if len(set(names or ())) < len(names or ()):
+        raise typer.BadParameter("each cohort has a name of its own; leave out what is there twice")
     return names
 
 
@@ -604,10 +606,14 @@ def _refuse_certified(options: dict[str, Any]) -> None:
 StateOption = Annotated[
     Path, typer.Option(help="State directory of a coordinator, running or not.")
 ]
+STATE = Path("state")
 
 
 def rounds(
-    *, state: StateOption, database: DatabaseOption = None, output: FormatOption = Format.TEXT
+    *,
+    state: StateOption = STATE,
+    database: DatabaseOption = None,
+    output: FormatOption = Format.TEXT,
 ) -> None:
     """Lists the rounds of a coordinator, also while it runs."""
     from coordinator import listing
@@ -616,7 +622,10 @@ def rounds(
 
 
 def models(
-    *, state: StateOption, database: DatabaseOption = None, output: FormatOption = Format.TEXT
+    *,
+    state: StateOption = STATE,
+    database: DatabaseOption = None,
+    output: FormatOption = Format.TEXT,
 ) -> None:
     """Lists the generalists: which round starts from each, and how far it is from the last."""
     from coordinator import models
@@ -635,7 +644,8 @@ def _list(
     try:
         rows = read(state, database)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--state") from error
+        hint = "--database" if database else "--state"
+        raise typer.BadParameter(str(error), param_hint=hint) from error
     if output is Format.JSON:
         emit({what: [vars(row) for row in rows]})
         return

@@ -88,7 +88,8 @@ class Rounds(Course):
         current, wanted = self._state.current(), self._state.round(number)
         if wanted is None:
             raise NoSuchRoundError(
-                f"there is no round {number} to roll back; the last one is {current.number}"
+                f"there is no round {number} to roll back; choose one before {current.number}, the "
+                "current one"
             )
         if number == current.number:
             raise RefusedCommandError(

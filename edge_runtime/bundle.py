@@ -142,7 +142,8 @@ def open_bundle(path: Path) -> Bundle:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise BundleError(
-            f"no bundle at {path}: {MANIFEST} is missing; make one with `comigs export`"
+            f"no bundle at {path}: {MANIFEST} is missing; make one with `comigs export`, or, if it "
+            "was moved, say where it is: `comigs device run --bundle DIR` remembers it"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"cannot read {file}: {error}; copy the bundle again") from error

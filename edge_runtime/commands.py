@@ -463,7 +463,12 @@ def perplexity(
     entries = []
     for generalist in generalists or [FRESH]:
         if generalist is not FRESH:
-            for role, vector in wire.decode(opened.manifest, _payload(generalist)).items():
+            try:
+                decoded = wire.decode(opened.manifest, _payload(generalist))
+            except AdapterError as error:
+                message = f"{generalist} is no generalist of this bundle: {error}"
+                raise AdapterError(message) from error
+            for role, vector in decoded.items():
                 # In place: the program is bound to this memory.
                 vectors[role][...] = vector
         entries.append((str(generalist), perplexity_of(evaluator.loss(tokens))))

@@ -202,6 +202,11 @@ class Connection(Closing):
                 if trouble.endswith(protocol.CLOSING):
                     self.progress()  # it is there, and will say what became of the round
             left = max(started, self._progress) + self._patience.seconds - time.monotonic()
+            if left <= 0 and trouble == protocol.NO_STORAGE:
+                raise UnreachableError(
+                    f"the coordinator at {self.address} answers that it cannot use its disk or "
+                    "database; its own log says why"
+                )
             if left <= 0:
                 tls = "with TLS" if self._secure else "without TLS as this device does"
                 raise UnreachableError(
@@ -248,8 +253,8 @@ class Connection(Closing):
             if details != NO_SUCH_METHOD:
                 return VersionError(f"the coordinator at {self.address} says: {details}")
             return RefusedError(
-                f"what answers at {self.address} is no coordinator of this version ({details}); "
-                "check the address, and update comigs on both sides"
+                f"what answers at {self.address} is no coordinator of this version, or is its port "
+                f"for enrolment ({details}); check the address, and update comigs on both sides"
             )
         if code not in TRANSIENT:
             refused = GoneError if code == grpc.StatusCode.NOT_FOUND else RefusedError

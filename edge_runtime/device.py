@@ -367,7 +367,8 @@ class Device:
                 case "wait":
                     time.sleep(0.2)  # a coordinator that is stopping answers at once
                 case _:
-                    return accepted, reply.over.reason
+                    reason = "" if accepted else "the round ended before this device was to send"
+                    return accepted, reply.over.reason or reason
 
     def _receive(self, client: Client, number: int) -> None:
         """Takes over the generalist that round `number` starts from."""

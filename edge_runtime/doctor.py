@@ -115,8 +115,9 @@ def _round_trip(
     home: Path, invitation: pb.Invitation | None, insecure: str | None
 ) -> Finding | None:
     from edge_runtime.client import connect_to_enrol
-    from edge_runtime.connection import Patience, Unproven, connect
+    from edge_runtime.connection import CALL_SECONDS, Patience, Unproven, connect
     from edge_runtime.store import Home
+    from protos.coordinator_pb2_grpc import CoordinatorStub
 
     patience = Patience(3, on_wait=lambda _: None)
     try:
@@ -129,6 +130,9 @@ def _round_trip(
             connection = connect(who, patience)
         with connection:
             milliseconds = 1000 * connection.ping()
+            if not (invitation or insecure):  # whom it knows may ask this; it changes nothing
+                stub = CoordinatorStub(connection.channel)
+                connection.retry(lambda: stub.UploadOffset(pb.UploadHeader(), timeout=CALL_SECONDS))
     except ComigsError as error:
         return Finding("coordinator", str(error), error.code)
     return Finding("coordinator", f"{connection.address} answers in {milliseconds:.0f} ms")

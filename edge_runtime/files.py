@@ -1,6 +1,7 @@
 """Files, and directories, that are either wholly there or not there at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -9,6 +10,9 @@ from pathlib import Path
 
 from edge_runtime.errors import StorageError
 
+# However much space is free.
+NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
+
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
@@ -16,9 +20,10 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        mend = "free some space or choose" if error.errno not in NOT_ALLOWED else "choose"
         raise StorageError(
-            f"cannot write {path}: {error.strerror}; free some space or choose another "
-            "directory, then start again: what was saved before is intact"
+            f"cannot write {path}: {error.strerror}; {mend} another directory, then start again: "
+            "what was saved before is intact"
         ) from error
 
 

@@ -50,15 +50,15 @@ class Plan:
 
 
 def parse_size(text: str) -> int:
-    """Bytes in `text`, such as "512MiB", "1.5 GB" or "300000000".
+    """Bytes in `text`, such as "512MiB", "1.5 GB" or "300000000 B".
 
     Raises:
         ValueError: not a size.
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?b?|b)\s*", text.lower())
     if not match:
         raise ValueError(f"{text!r} is not a size; write for example 512MiB or 1GB")
-    return int(_finite(match[1]) * UNITS[match[2] or ""])
+    return int(_finite(match[1]) * UNITS[match[2].removesuffix("b")])
 
 
 def parse_seconds(text: str) -> float:

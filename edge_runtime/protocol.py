@@ -31,6 +31,8 @@ SECURE_AGGREGATION = 6
 # How the answer ends that an upload gets while its round is closed, which may take long: whether it
 # counts is not known yet.
 CLOSING = "is being closed"
+# What calls get while the coordinator can store nothing.
+NO_STORAGE = "the coordinator cannot use its disk"
 
 KIB = 1024
 # Largest serialized message of each kind, in bytes, whoever sends it. `check` refuses what is

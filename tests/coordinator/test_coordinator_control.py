@@ -240,7 +240,7 @@ def test_what_cannot_be_rolled_back_is_refused(fleet: Fleet) -> None:
     done = command(fleet.state, "rollback", "3")
     assert done.returncode == RefusedError.code
     assert done.stderr.count("\n") == 1
-    assert "no round 3 to roll back; the last one is 2" in done.stderr
+    assert "no round 3 to roll back; choose one before 2" in done.stderr
     assert command(fleet.state, "rollback", "0").returncode == 2
     assert [row["status"] for row in rows(fleet.state)] == ["aggregated", "open"]
     assert ada.upload(header(2), train(bundle, ada.download(2), 0, 2)).accepted, "nothing happened"

@@ -161,6 +161,11 @@ def test_doctor_calls_the_coordinator(site: Site, tmp_path: Path) -> None:
     assert "answers in" not in comigs("doctor", "--home", home).stdout
     events(site.run(home, "--invitation", invitation))
     assert f"{site.listen} answers in" in comigs("doctor", "--home", home).stdout
+    with Administrator(site.served.administrator()) as administrator:
+        administrator.revoke("ada")
+    revoked = comigs("doctor", "--home", home)
+    assert revoked.returncode == TrustError.code
+    assert "this device was revoked" in revoked.stdout
     site.served.stop()
     after = comigs("doctor", "--home", home)
     assert after.returncode == UnreachableError.code

@@ -548,6 +548,8 @@ def test_much_text_counts_towards_the_memory_budget(
     (data / "train.txt").write_text(lines + "\N{GRINNING FACE}\n")
     at = ("--bundle", tiny_bundle.path)
     little = json.loads(comigs("plan", *at, "--format", "json").stdout)["plans"][-1]["total_bytes"]
+    assert "is not a size" in start(tmp_path / "a", data, *at, "--memory", little).stderr
+    little = f"{little} B"
     message = refusal(start(tmp_path / "a", data, *at, "--memory", little), BUDGET)
     found = re.search(r"--memory (\d+)MiB .*, (\d+)MiB of it for the text", message)
     assert found
