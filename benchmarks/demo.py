@@ -174,14 +174,7 @@ class Demo:
         """
         started = time.monotonic()
         steps = self.training.rounds * self.training.local_steps
-        progress = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=messages,
-        )
+        progress = _bars() if messages.is_terminal else _Lines(disable=True)
         _empty(self.out / "homes", self.out / "users")
         write_users(self.users, self.out / "users")
         with progress:
@@ -480,6 +473,39 @@ def _check_tests(users: Sequence[UserText], tokenizer: Tokenizer) -> None:
                 f"user {user.name}: the test split has too few tokens to predict one ({count}, 2 "
                 f"are needed); put more text into {user.name}/test.txt"
             )
+
+
+def _bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=messages,
+    )
+
+
+class _Lines(Progress):
+    """Without a terminal: a line when a task begins to move, and for each quarter of it."""
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._tell(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def _tell(self, task_id: TaskID) -> None:
+        with self._lock:  # devices are read in threads of their own
+            task = self._tasks[task_id]
+            quarters = int(task.percentage // 25)
+            if quarters > task.fields.get("told", -1):
+                task.fields["told"] = quarters
+                done = f"{task.completed:.0f} of {task.total:.0f}"
+                line = f"{task.description}: {done}  {task.fields['note']}".rstrip()
+                messages.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _shower(progress: Progress, task: TaskID) -> Callable[[dict[str, Any]], None]:

@@ -63,6 +63,7 @@ def start_demo(users: Path, base: Path, out: Path) -> subprocess.CompletedProces
 def run_demo(users: Path, base: Path, out: Path) -> dict[str, object]:
     done = start_demo(users, base, out)
     assert done.returncode == 0, done.stderr
+    assert "method: letters: 10 of 10" in done.stderr, "it shows progress without a terminal"
     result: dict[str, object] = json.loads(done.stdout)
     return result
 
