@@ -44,7 +44,9 @@ def measure_here(bundle: Bundle, program: str, engine: Engine, packed: bool) -> 
 def measure(
     bundle: Path, programs: Sequence[str], engine: str, *, packed: bool = True
 ) -> list[dict[str, int]]:
-    """`measure_here` for each of `programs`, each in a process of its own."""
+    """`measure_here` for each of `programs`, each in a process of its own, one after the other."""
+    if not programs:
+        return []
     command = [sys.executable, "-m", "edge_runtime.measure", str(bundle), engine, *programs]
     done = subprocess.run(
         command if packed else [*command, "--unpacked"],
