@@ -7,8 +7,9 @@ integers modulo PRIME; a share is its value at a point from 1 on.
 from __future__ import annotations
 
 import functools
+import itertools
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 SECRET_BYTES = 32
 # The smallest prime above 2^256, so that every secret is a residue.
@@ -43,23 +44,14 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
     Raises:
         ValueError: no secret of 32 bytes has these shares.
     """
-    return Polynomial(shares).secret()
+    return through(shares).secret()
 
 
 class Polynomial:
-    """Through some shares, in Newton's form."""
+    """Modulo PRIME, by its coefficients, that of the constant first."""
 
-    def __init__(self, shares: Mapping[int, bytes]) -> None:
-        """
-        Args:
-            shares: point -> its share.
-        """
-        self._points = points = list(shares)
-        self._differences = known = [int.from_bytes(share, "big") for share in shares.values()]
-        for order in range(1, len(points)):
-            for i in range(len(points) - 1, order - 1, -1):
-                inverse = _inverse(points[i] - points[i - order])
-                known[i] = (known[i] - known[i - 1]) * inverse % PRIME
+    def __init__(self, coefficients: Sequence[int]) -> None:
+        self._coefficients = coefficients
 
     def secret(self) -> bytes:
         """Raises as `combine`."""
@@ -73,9 +65,83 @@ class Polynomial:
 
     def _value(self, at: int) -> int:
         value = 0
-        for known, point in zip(reversed(self._differences), reversed(self._points), strict=True):
-            value = (value * (at - point) + known) % PRIME
+        for coefficient in reversed(self._coefficients):
+            value = (value * at + coefficient) % PRIME
         return value
+
+
+def through(shares: Mapping[int, bytes]) -> Polynomial:
+    """The polynomial on which all these shares are: point -> share."""
+    return Polynomial(_interpolated(shares))
+
+
+def near(shares: Mapping[int, bytes], threshold: int) -> Polynomial | None:
+    """The one polynomial of degree threshold - 1 on which at least (m + threshold) / 2 of m shares
+    are; None if there is none. Decodes a Reed-Solomon code as Gao 2003 does ("A new algorithm for
+    decoding Reed-Solomon codes", algorithm 1)."""
+    there: _Coefficients = [1]
+    for point in shares:
+        there = _sum([0, *there], [-point * each for each in there])
+    # The extended Euclidean algorithm, up to half of its way.
+    rest, follows = there, _interpolated(shares)
+    before, factor = [0], [1]
+    while 2 * (len(follows) - 1) >= len(shares) + threshold:
+        quotient, remainder = _divided(rest, follows)
+        rest, follows = follows, remainder
+        before, factor = factor, _sum(before, [-each for each in _product(quotient, factor)])
+    found, remainder = _divided(follows, factor)
+    polynomial = Polynomial(found)
+    on = sum(polynomial.share_at(point) == share for point, share in shares.items())
+    if remainder or len(found) > threshold or 2 * on < len(shares) + threshold:
+        return None
+    return polynomial
+
+
+_Coefficients = list[int]
+"""Of a polynomial, the constant first, the last one not 0."""
+
+
+def _interpolated(shares: Mapping[int, bytes]) -> _Coefficients:
+    points, known = list(shares), [int.from_bytes(share, "big") for share in shares.values()]
+    for order in range(1, len(points)):  # Newton's divided differences
+        for i in range(len(points) - 1, order - 1, -1):
+            inverse = _inverse(points[i] - points[i - order])
+            known[i] = (known[i] - known[i - 1]) * inverse % PRIME
+    coefficients: _Coefficients = []
+    for point, difference in zip(reversed(points), reversed(known), strict=True):
+        coefficients = [difference, *coefficients]
+        for i in range(len(coefficients) - 1):  # times (x - point), plus the difference
+            coefficients[i] = (coefficients[i] - point * coefficients[i + 1]) % PRIME
+    return _trimmed(coefficients)
+
+
+def _sum(a: _Coefficients, b: _Coefficients) -> _Coefficients:
+    return _trimmed([(x + y) % PRIME for x, y in itertools.zip_longest(a, b, fillvalue=0)])
+
+
+def _product(a: _Coefficients, b: _Coefficients) -> _Coefficients:
+    result = [0] * (len(a) + len(b))
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            result[i + j] += x * y
+    return _trimmed([each % PRIME for each in result])
+
+
+def _divided(a: _Coefficients, b: _Coefficients) -> tuple[_Coefficients, _Coefficients]:
+    """Quotient and remainder."""
+    rest, inverse = list(a), pow(b[-1], -1, PRIME)
+    quotient = [0] * max(0, len(a) - len(b) + 1)
+    for i in range(len(quotient) - 1, -1, -1):
+        quotient[i] = factor = rest[i + len(b) - 1] * inverse % PRIME
+        for j, each in enumerate(b):
+            rest[i + j] = (rest[i + j] - factor * each) % PRIME
+    return _trimmed(quotient), _trimmed(rest)
+
+
+def _trimmed(coefficients: _Coefficients) -> _Coefficients:
+    while coefficients and not coefficients[-1]:
+        coefficients.pop()
+    return coefficients
 
 
 @functools.lru_cache(maxsize=4096)  # between numbers of a group

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import random
 
 import numpy as np
 import pytest
@@ -36,6 +38,23 @@ def test_any_threshold_shares_give_the_secret(
     chosen = data.draw(st.permutations(points))[:threshold]
     assert shamir.combine({point: shares[point] for point in chosen}) == secret
     assert {len(share) for share in shares.values()} == {shamir.SHARE_BYTES}
+
+
+@settings(deadline=None)
+@given(SECRETS, st.integers(1, 6), st.integers(0, 8), st.randoms(use_true_random=False))
+def test_half_of_the_shares_beyond_the_threshold_may_be_false(
+    secret: bytes, threshold: int, beyond: int, draw: random.Random
+) -> None:
+    points = draw.sample(range(1, 100), threshold + beyond)
+    shares = shamir.split(secret, threshold, points)
+    made_up = {point: draw.randbytes(shamir.SHARE_BYTES) for point in points[: beyond // 2]}
+    found = shamir.near(shares | made_up, threshold)
+    assert found is not None
+    assert found.secret() == secret
+    assert all(found.share_at(point) == share for point, share in shares.items())
+    nothing = {point: os.urandom(shamir.SHARE_BYTES) for point in points}
+    if beyond > 1:
+        assert shamir.near(nothing, threshold) is None
 
 
 def test_shares_are_those_of_the_textbook() -> None:
