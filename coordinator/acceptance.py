@@ -85,8 +85,7 @@ class Acceptance:
 
     async def refuse(self, device: Device, number: int, error: RefusedUpdateError) -> None:
         """Records a refused update; the round goes on without it."""
-        refusal = Refusal(round=number, device=device.id, reason=str(error), time=time.time())
-        await self._commits.make(device.id, lambda _: refusal)
+        await self._note_refusal(device, number, str(error))
         self._report(
             "update_refused",
             {
@@ -98,6 +97,16 @@ class Acceptance:
             },
         )
         self._nudged.set()
+
+    async def refuse_shares(self, device: Device, number: int, reason: str) -> None:
+        """Records that shares of masks' secrets that `device` dealt out or revealed are false."""
+        await self._note_refusal(device, number, reason)
+        known = {"device": device.name, "certificate": device.enrolment}
+        self._report("shares_refused", {"round": number, "reason": reason, **known})
+
+    async def _note_refusal(self, device: Device, number: int, reason: str) -> None:
+        refusal = Refusal(round=number, device=device.id, reason=reason, time=time.time())
+        await self._commits.make(device.id, lambda _: refusal)
 
     async def settled(self) -> None:
         """Returns when everything that devices have caused is durable."""

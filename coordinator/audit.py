@@ -200,10 +200,10 @@ class Auditor:
         self._writer.submit(self._flush_what_can_be)
 
     def observe(self, event: str, fields: dict[str, Any]) -> None:
-        """Takes the coordinator's events: notes those of NOTED, and refused updates."""
+        """Takes the coordinator's events: notes those of NOTED, and what was refused."""
         if event in NOTED:
             self.note(event, fields.get("certificate") or COORDINATOR, _without_certificate(fields))
-        elif event == "update_refused":
+        elif event in ("update_refused", "shares_refused"):
             by = fields.get("certificate") or NOBODY
             self.refused(event, by, _without_certificate(fields))
 

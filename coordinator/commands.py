@@ -1029,6 +1029,7 @@ TEXTS = {
     "round_resumed": "round {round}: resumed with {updates} updates",
     "update_accepted": "round {round}: {device} reported ({bytes} bytes{late})",
     "update_refused": "round {round}: refused an update of {device}: {reason}",
+    "shares_refused": "round {round}: of {device}, {reason}",
     "upload_broken": "round {round}: an upload of {device} broke: {reason}",
     "privacy": "differential privacy: epsilon {epsilon} spent at delta {delta}{budgeted}",
     "privacy_spent": "round {round}: epsilon is {epsilon} at delta {delta} now",

@@ -50,7 +50,7 @@ from coordinator.aggregation import AggregationError, DamagedUpdateError
 from coordinator.closing import Closing
 from coordinator.commits import to_its_end
 from coordinator.database import DamagedDatabaseError, TakenOverError
-from coordinator.policy import Policy, Reason, RefusedUpdateError, Report
+from coordinator.policy import Policy, Report
 from coordinator.quality import Quality, QualityGate
 from coordinator.secure_aggregation import LostSecretError, SecureAggregation
 from coordinator.state import State
@@ -348,7 +348,7 @@ class Course(Acceptance):
                 if self._is_still(current):  # else its files may have been deleted meanwhile
                     given_up = self._give_up(current, updates, error)
             if given_up and isinstance(error, LostSecretError):
-                await self._refuse_all(current, error.faults)
+                await self._refuse_shares(current, error.faults)
             return
         finally:
             self._closing = None
@@ -364,9 +364,9 @@ class Course(Acceptance):
             },
         )
         self._report_spent(current)
-        await self._refuse_all(current, outcome.faults)
         # A round's files are many; nobody waits for that.
         await asyncio.to_thread(self._state.clean)
+        await self._refuse_shares(current, outcome.faults)
 
     async def _measure(self, gate: QualityGate, current: Round, generalist: bytes) -> Quality:
         try:
@@ -397,12 +397,12 @@ class Course(Acceptance):
             return False
         return self._masked.may_get_more(group, self._state.unreliable(number))
 
-    async def _refuse_all(self, current: Round, faults: Mapping[str, str]) -> None:
+    async def _refuse_shares(self, current: Round, faults: Mapping[str, str]) -> None:
         """Records what devices did (device -> what) to keep a sum from being known."""
         for device in self._state.devices() if faults else ():
             if device.id in faults:
-                error = RefusedUpdateError(faults[device.id], Reason.MASKING)
-                await self.refuse(device, current.number, error)
+                number, reason = current.number, faults[device.id]
+                await self._insist(functools.partial(self.refuse_shares, device, number, reason))
 
     def _drop(self, current: Round, damage: DamagedUpdateError) -> None:
         """Goes on without an accepted update."""

@@ -92,6 +92,11 @@ class Metrics:
             "device_enrolled": self._counter(
                 "comigs_enrolments", "Invitations that were used.", []
             ),
+            "shares_refused": self._counter(
+                "comigs_shares_refused",
+                "Devices that dealt out or revealed false shares in secure aggregation.",
+                [],
+            ),
             "storage_failed": self._counter(
                 "comigs_storage_failures", "Times that the state could not be written.", []
             ),

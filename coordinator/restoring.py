@@ -50,31 +50,28 @@ def restore(shared: Mapping[int, Shared], threshold: int) -> Restored:
     Args:
         threshold: shares that it takes.
     """
-    secrets, polynomials = {}, {}
+    secrets: dict[int, bytes] = {}
     for owner, each in shared.items():
         chosen = dict(sorted(each.shares.items())[:threshold])
-        polynomial = shamir.through(chosen)
-        if len(chosen) == threshold and (secret := _secret(polynomial, each)) is not None:
-            secrets[owner], polynomials[owner] = secret, polynomial
-    witness = _Witness(threshold)
-    if len(secrets) < len(shared):
-        for owner, polynomial in polynomials.items():
-            witness.look(shared[owner], polynomial)
-    for owner in [owner for owner in shared if owner not in secrets]:
-        each = shared[owner]
-        near = shamir.near(each.shares, threshold)
-        secret = None if near is None else _secret(near, each)
-        if near is not None and secret is not None:
-            witness.look(each, near)
-        else:
-            secret = _tried(each, threshold)
+        secret = _secret(shamir.through(chosen), each) if len(chosen) == threshold else None
         if secret is not None:
             secrets[owner] = secret
+    if len(secrets) == len(shared):
+        return Restored(secrets, set(), set(), set())
+    witness = _Witness()
+    for owner, each in shared.items():
+        near = shamir.near(each.shares, threshold)
+        secret = None if near is None else _secret(near, each)
+        witness.look(each, near if secret is not None else None)
+        if owner not in secrets and (secret := secret or _tried(each, threshold)) is not None:
+            secrets[owner] = secret
     lost = shared.keys() - secrets.keys()
+    honest = witness.honest()
     return Restored(
         secrets=secrets,
         lost=lost,
-        dealers={o for o in lost if len(shared[o].asked & witness.honest()) >= threshold},
+        # With no more than the threshold, one of these could have kept back what others deal.
+        dealers={owner for owner in lost if len(shared[owner].asked & honest) > threshold},
         liars=witness.liars(),
     )
 
@@ -82,25 +79,25 @@ def restore(shared: Mapping[int, Shared], threshold: int) -> Restored:
 class _Witness:
     """What secrets say about the holders of their shares."""
 
-    def __init__(self, threshold: int) -> None:
-        self._threshold = threshold
+    def __init__(self) -> None:
         self._told: Counter[int] = Counter()
         self._false: Counter[int] = Counter()
+        self._true: Counter[int] = Counter()
 
-    def look(self, shared: Shared, polynomial: shamir.Polynomial) -> None:
-        """Compares all shares with a polynomial that gives the secret, if so many are on it that
-        it is not made up: by (m - t) / 2 holders of false shares it could be."""
-        false = {h for h, share in shared.shares.items() if polynomial.share_at(h) != share}
-        if 2 * (len(shared.shares) - len(false)) >= len(shared.shares) + self._threshold:
-            self._told.update(shared.shares.keys())
-            self._false.update(false)
+    def look(self, shared: Shared, polynomial: shamir.Polynomial | None) -> None:
+        """Compares all shares with the polynomial of the secret, if that is known."""
+        self._told.update(shared.shares.keys())
+        if polynomial is not None:
+            true = {h for h, share in shared.shares.items() if polynomial.has(h, share)}
+            self._true.update(true)
+            self._false.update(shared.shares.keys() - true)
 
     def liars(self) -> set[int]:
-        """Of whose shares most are false: a few may be so by those who dealt them."""
+        """Of all whose shares most are false: a few may be so by those who dealt them."""
         return {h for h, count in self._false.items() if count > max(1, self._told[h] / 2)}
 
     def honest(self) -> set[int]:
-        return self._told.keys() - self.liars()
+        return self._true.keys() - self.liars()
 
 
 def _secret(polynomial: shamir.Polynomial, shared: Shared) -> bytes | None:

@@ -63,8 +63,8 @@ STAGE_SECONDS = 60.0
 STAYING = 0.75
 # In a sparse group it takes a look at all to see whether enough is revealed: after every so many.
 LOOK_EVERY = 16
-FALSE_SHARES = "most shares of other devices' secrets that it revealed are false"
-FALSE_DEAL = "the shares of its secrets that it dealt out do not give them"
+FALSE_SHARES = "most shares of others' secrets that it revealed are false"
+FALSE_DEAL = "the shares of its own secrets that it dealt out are false"
 _SEALED_BYTES = masking.NONCE_BYTES + 2 * shamir.SHARE_BYTES + 16
 _COMMITMENT_BYTES = 32
 _LAST_STAGES = (MaskingStage.AGREE, MaskingStage.UNMASK)
@@ -82,7 +82,9 @@ class LostSecretError(AggregationError):
         Args:
             faults: device -> what it did.
         """
-        super().__init__("shares of the masks are false or missing; what was refused says whose")
+        super().__init__(
+            "shares of the masks are false or missing; shares_refused says whose, if that is known"
+        )
         self.faults = faults
 
 

@@ -60,8 +60,9 @@ class Polynomial:
             raise ValueError("these shares are of no secret of 32 bytes")
         return secret.to_bytes(SECRET_BYTES, "big")
 
-    def share_at(self, point: int) -> bytes:
-        return self._value(point).to_bytes(SHARE_BYTES, "big")
+    def has(self, point: int, share: bytes) -> bool:
+        """Whether that is its share at `point`."""
+        return (self._value(point) - int.from_bytes(share, "big")) % PRIME == 0
 
     def _value(self, at: int) -> int:
         value = 0
@@ -91,7 +92,7 @@ def near(shares: Mapping[int, bytes], threshold: int) -> Polynomial | None:
         before, factor = factor, _sum(before, [-each for each in _product(quotient, factor)])
     found, remainder = _divided(follows, factor)
     polynomial = Polynomial(found)
-    on = sum(polynomial.share_at(point) == share for point, share in shares.items())
+    on = sum(polynomial.has(point, share) for point, share in shares.items())
     if remainder or len(found) > threshold or 2 * on < len(shares) + threshold:
         return None
     return polynomial

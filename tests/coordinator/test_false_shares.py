@@ -76,6 +76,35 @@ def test_a_liar_too_many_keeps_a_secret_back() -> None:
     assert not restored.secrets
 
 
+def test_two_that_lie_together_do_not_have_another_one_blamed() -> None:
+    """All but what they dealt out themselves is in doubt, by them; that says their victim lied."""
+    members, bad, victim = range(1, 7), (1, 2), 5
+    everything = {}
+    for owner in members:
+        secret = os.urandom(32)
+        shares = shamir.split(secret, 4, members)
+        lying = (victim,) if owner in bad else bad
+        told = {h: os.urandom(33) if h in lying else share for h, share in shares.items()}
+        everything[owner] = shared(secret, told)
+    restored = restore(everything, 4)
+    assert restored.secrets.keys() == {*members}
+    assert not restored.liars
+
+
+def test_one_that_keeps_another_ones_share_back_does_not_have_it_blamed() -> None:
+    """With no share to spare, it cannot be told who of the two it was."""
+    members = range(1, 11)
+    everything = {}
+    for owner in members:
+        secret = os.urandom(32)
+        told = {h: s for h, s in shamir.split(secret, 8, members).items() if h not in (9, 10)}
+        if owner == 1:
+            told[2] = os.urandom(33)
+        everything[owner] = shared(secret, told)
+    restored = restore(everything, 8)
+    assert (restored.lost, restored.dealers, restored.liars) == ({1}, set(), set())
+
+
 def test_many_holders_with_some_liars() -> None:
     """More sets of shares than anybody could try; as many liars as can be told, (89 - 61) / 2."""
     members = range(1, 90)
@@ -153,8 +182,8 @@ def test_false_shares_of_one_device_do_not_keep_the_sum_back(fleet: Fleet) -> No
         got = vector(bundle, clients[0].download(number + 1))
         np.testing.assert_array_equal(got, expected(start, steps, group=6))
     served.has_said("finished")
-    for refused in (event for event in served.events if event["event"] == "update_refused"):
-        assert (refused["device"], refused["kind"]) == ("device 3", "masking")
+    for refused in (event for event in served.events if event["event"] == "shares_refused"):
+        assert refused["device"] == "device 3"
         assert "that it revealed are false" in refused["reason"]
 
 
@@ -163,9 +192,9 @@ def test_who_deals_out_nothing_is_named_and_the_rounds_go_on_without_it(fleet: F
     number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
     take_part(bundle, clients, number, {2: dealing})
     assert "false or missing" in served.wait_for("round_abandoned", round=number)["reason"]
-    refused = served.wait_for("update_refused", round=number)
-    assert (refused["device"], refused["kind"]) == ("device 2", "masking")
-    assert "dealt out do not give them" in refused["reason"]
+    refused = served.wait_for("shares_refused", round=number)
+    assert refused["device"] == "device 2"
+    assert "that it dealt out are false" in refused["reason"]
     with Administrator(served.administrator()) as administrator:
         administrator.revoke("device 2")
     others = [client for index, client in enumerate(clients) if index != 2]

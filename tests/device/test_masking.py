@@ -51,7 +51,7 @@ def test_half_of_the_shares_beyond_the_threshold_may_be_false(
     found = shamir.near(shares | made_up, threshold)
     assert found is not None
     assert found.secret() == secret
-    assert all(found.share_at(point) == share for point, share in shares.items())
+    assert all(found.has(point, share) for point, share in shares.items())
     nothing = {point: os.urandom(shamir.SHARE_BYTES) for point in points}
     if beyond > 1:
         assert shamir.near(nothing, threshold) is None
