@@ -274,7 +274,7 @@ def _train(bundle: Bundle, engine: str, threads: int, limit: int, count: int) ->
         command = [
             *(sys.executable, "-m", "edge_runtime", "device", "run", "--alone"),
             *("--home", str(folder / "home"), "--data", name, "--bundle", str(bundle.path)),
-            *("--engine", engine, "--threads", str(threads), "--memory", f"{limit}"),
+            *("--engine", engine, "--threads", str(threads), "--memory", f"{limit} B"),
             *("--training", str(folder / "training.json"), "--format", "json"),
         ]
         with (

@@ -8,7 +8,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | 1 | | a bug, with a traceback; or a process of `demo`, `bench` or the quality gate failed |
 | 2 | | wrong usage of the command line |
 | 10 | BundleError | bundle missing, truncated, altered or of another format |
-| 11 | AdapterError | adapters or device state do not fit the bundle, or state is damaged |
+| 11 | AdapterError | adapters or state do not fit the bundle, or state is damaged or not there |
 | 12 | DataError | training text missing, unreadable or too short |
 | 13 | BudgetError | no plan fits the memory budget |
 | 14 | UnreachableError | the coordinator could not be reached |
