@@ -38,6 +38,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -489,6 +490,10 @@ def _bars() -> Progress:
 class _Lines(Progress):
     """Without a terminal: a line when a task begins to move, and for each quarter of it."""
 
+    def __init__(self, *columns: ProgressColumn, **options: Any) -> None:
+        super().__init__(*columns, **options)
+        self._telling = threading.Lock()  # devices are read in threads of their own
+
     def update(self, task_id: TaskID, **changes: Any) -> None:
         super().update(task_id, **changes)
         self._tell(task_id)
@@ -498,8 +503,8 @@ class _Lines(Progress):
         self._tell(task_id)
 
     def _tell(self, task_id: TaskID) -> None:
-        with self._lock:  # devices are read in threads of their own
-            task = self._tasks[task_id]
+        with self._telling:
+            task = self.tasks[task_id]  # none is ever removed
             quarters = int(task.percentage // 25)
             if quarters > task.fields.get("told", -1):
                 task.fields["told"] = quarters

@@ -133,7 +133,8 @@ AddressOption = Annotated[
 CohortOption = Annotated[
     str, typer.Option(help="Which cohort, if there are several.", callback=_printable)
 ]
-DEFAULT_ADMIN = Path("state/admin.json")
+DEFAULT_STATE = Path("state")
+DEFAULT_ADMIN = DEFAULT_STATE / "admin.json"
 
 
 def register(app: typer.Typer) -> None:
@@ -606,12 +607,11 @@ def _refuse_certified(options: dict[str, Any]) -> None:
 StateOption = Annotated[
     Path, typer.Option(help="State directory of a coordinator, running or not.")
 ]
-STATE = Path("state")
 
 
 def rounds(
     *,
-    state: StateOption = STATE,
+    state: StateOption = DEFAULT_STATE,
     database: DatabaseOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
@@ -623,7 +623,7 @@ def rounds(
 
 def models(
     *,
-    state: StateOption = STATE,
+    state: StateOption = DEFAULT_STATE,
     database: DatabaseOption = None,
     output: FormatOption = Format.TEXT,
 ) -> None:

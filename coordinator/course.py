@@ -343,12 +343,11 @@ class Course(Acceptance):
                 )
                 await to_its_end(aggregated)
         except (AggregationError, AdapterError) as error:
-            given_up = False
+            faults: Mapping[str, str] = {}
             async with self._commits.still:
                 if self._is_still(current):  # else its files may have been deleted meanwhile
-                    given_up = self._give_up(current, updates, error)
-            if given_up and isinstance(error, LostSecretError):
-                await self._refuse_shares(current, error.faults)
+                    faults = self._give_up(current, updates, error)
+            await self._refuse_shares(current, faults)
             return
         finally:
             self._closing = None
@@ -378,17 +377,20 @@ class Course(Acceptance):
         gate = self._policy.gate
         return None if gate is None or quality is None else gate.objection(quality)
 
-    def _give_up(self, current: Round, updates: list[Update], error: Exception) -> bool:
-        """What there is to do when a round could not be closed. Returns whether it is over."""
+    def _give_up(
+        self, current: Round, updates: list[Update], error: Exception
+    ) -> Mapping[str, str]:
+        """What there is to do when a round could not be closed. Returns what is to be told of who
+        kept it from that: device -> what it did."""
         if isinstance(error, DamagedUpdateError):
             self._drop(current, error)
-            return False
+            return {}
         if isinstance(error, AdapterError):
             raise error
         if isinstance(error, LostSecretError) and self._may_get_more(current.number):
-            return False
+            return {}
         self._abandon(current, updates, str(error))
-        return True
+        return error.faults if isinstance(error, LostSecretError) else {}
 
     def _may_get_more(self, number: int) -> bool:
         """Whether devices may yet reveal shares of the round's masks."""

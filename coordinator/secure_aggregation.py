@@ -346,13 +346,13 @@ class SecureAggregation:
         count = self._state.count_masking(group.round, said="revealed")
         if not due and count < graph.threshold:
             return False
-        over = not self.may_get_more(group, gone)
+        revealed = self._state.masking_numbers(group.round, said="revealed")
+        over = self._is_over(group, gone, revealed)
         if not over and (
             self._short == (group.round, count) or (not graph.is_complete and count % LOOK_EVERY)
         ):
             return False
-        revealed = _numbered(self._state.masking_numbers(group.round, said="revealed"))
-        if self._ends(group)[0] <= graph.covered(revealed.values()):
+        if self._ends(group)[0] <= graph.covered(_numbered(revealed).values()):
             return True
         if over:
             raise AggregationError(
@@ -364,8 +364,13 @@ class SecureAggregation:
     def may_get_more(self, group: MaskingGroup, gone: set[str]) -> bool:
         """Whether more shares may be revealed, in the last stage."""
         revealed = self._state.masking_numbers(group.round, said="revealed")
+        return not self._is_over(group, gone, revealed)
+
+    def _is_over(
+        self, group: MaskingGroup, gone: set[str], revealed: Mapping[str, int | None]
+    ) -> bool:
         summed = {update.device for update in self._state.updates(group.round)}
-        return bool(self.seconds_left(group) and summed - gone - revealed.keys())
+        return not (self.seconds_left(group) and summed - gone - revealed.keys())
 
     def total(self, number: int, updates: list[Update]) -> Sum:
         """The sum of the steps behind `updates`, all of the round's, without their masks.

@@ -90,9 +90,8 @@ async def serve(options: Options, report: Report) -> None:
     """
     os.umask(0o077)  # the state may be in a directory that others can enter
     share_heap()
-    threadpool_limits(
-        1
-    )  # of numpy's products: else two cohorts that close rounds undo each other's
+    # Of numpy's products: two cohorts that close rounds would undo each other's.
+    threadpool_limits(1)
     report = to_all(report, _tell_service_manager)
     bundles = [open_bundle(path) for path in options.bundles]
     fresh = {bundle.path: adapters.load_fresh(bundle) for bundle in bundles}

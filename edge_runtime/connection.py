@@ -202,18 +202,8 @@ class Connection(Closing):
                 if trouble.endswith(protocol.CLOSING):
                     self.progress()  # it is there, and will say what became of the round
             left = max(started, self._progress) + self._patience.seconds - time.monotonic()
-            if left <= 0 and trouble == protocol.NO_STORAGE:
-                raise UnreachableError(
-                    f"the coordinator at {self.address} answers that it cannot use its disk or "
-                    "database; its own log says why"
-                )
             if left <= 0:
-                tls = "with TLS" if self._secure else "without TLS as this device does"
-                raise UnreachableError(
-                    f"no answer from the coordinator at {self.address} for "
-                    f"{self._patience.seconds:.0f} s ({trouble}); check that it runs there, that "
-                    f"it speaks {tls}, that no firewall is in between, and both sides' clocks"
-                )
+                raise self._given_up(trouble)
             # Jitter keeps devices apart that all lost the same coordinator.
             seconds = min(pause * random.uniform(0.5, 1.0), left)  # noqa: S311
             self._patience.on_wait(
@@ -221,6 +211,19 @@ class Connection(Closing):
             )
             time.sleep(seconds)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _given_up(self, trouble: str) -> UnreachableError:
+        if trouble == protocol.NO_STORAGE:
+            return UnreachableError(
+                f"the coordinator at {self.address} answers that it cannot use its disk or "
+                "database; its own log says why"
+            )
+        tls = "with TLS" if self._secure else "without TLS as this device does"
+        return UnreachableError(
+            f"no answer from the coordinator at {self.address} for {self._patience.seconds:.0f} s "
+            f"({trouble}); check that it runs there, that it speaks {tls}, that no firewall is in "
+            "between, and both sides' clocks"
+        )
 
     def _checked(self, result: T) -> T:
         if isinstance(result, Message):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 SECRET_BYTES = 32
 # The smallest prime above 2^256, so that every secret is a residue.
@@ -38,23 +38,22 @@ def split(secret: bytes, threshold: int, points: Iterable[int]) -> dict[int, byt
     return shares
 
 
-def combine(shares: Mapping[int, bytes]) -> bytes:
-    """The secret that was split, out of exactly as many shares as it takes: point -> share.
-
-    Raises:
-        ValueError: no secret of 32 bytes has these shares.
-    """
-    return through(shares).secret()
+_Coefficients = list[int]
+"""Of a polynomial, the constant first, the last one not 0."""
 
 
 class Polynomial:
-    """Modulo PRIME, by its coefficients, that of the constant first."""
+    """Modulo PRIME."""
 
-    def __init__(self, coefficients: Sequence[int]) -> None:
+    def __init__(self, coefficients: _Coefficients) -> None:
         self._coefficients = coefficients
 
     def secret(self) -> bytes:
-        """Raises as `combine`."""
+        """What was split into the shares on it.
+
+        Raises:
+            ValueError: no secret of 32 bytes has them.
+        """
         secret = self._value(0)
         if secret >> (8 * SECRET_BYTES):
             raise ValueError("these shares are of no secret of 32 bytes")
@@ -72,7 +71,7 @@ class Polynomial:
 
 
 def through(shares: Mapping[int, bytes]) -> Polynomial:
-    """The polynomial on which all these shares are: point -> share."""
+    """The polynomial of the least degree on which all these shares are: point -> share."""
     return Polynomial(_interpolated(shares))
 
 
@@ -85,7 +84,8 @@ def near(shares: Mapping[int, bytes], threshold: int) -> Polynomial | None:
         there = _sum([0, *there], [-point * each for each in there])
     # The extended Euclidean algorithm, up to half of its way.
     rest, follows = there, _interpolated(shares)
-    before, factor = [0], [1]
+    before: _Coefficients = []
+    factor = [1]
     while 2 * (len(follows) - 1) >= len(shares) + threshold:
         quotient, remainder = _divided(rest, follows)
         rest, follows = follows, remainder
@@ -96,10 +96,6 @@ def near(shares: Mapping[int, bytes], threshold: int) -> Polynomial | None:
     if remainder or len(found) > threshold or 2 * on < len(shares) + threshold:
         return None
     return polynomial
-
-
-_Coefficients = list[int]
-"""Of a polynomial, the constant first, the last one not 0."""
 
 
 def _interpolated(shares: Mapping[int, bytes]) -> _Coefficients:

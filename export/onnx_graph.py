@@ -41,7 +41,7 @@ from export.flat_graph import (
     is_transpose,
     untransposed,
 )
-from export.programs import BLOCKS, Blocks
+from export.programs import BLOCK_MULTIPLES, BLOCKS, Blocks
 from export.rounding import SMALLEST_EMBEDDING, block_lengths, coarse_and_even_products, eight_bits
 
 OPSET = 20
@@ -54,7 +54,7 @@ TYPES = {
 }
 # Matrices with fewer numbers stay float32: they cost little and an integer product gains little.
 SMALLEST_QUANTISED = 2**15
-SMALLEST_BLOCK = 16  # that ONNX Runtime has
+BLOCK_MULTIPLE = BLOCK_MULTIPLES["onnxruntime"]
 MIDDLE = 128  # what stands for zero in bytes
 DECOMPOSITIONS: Decompositions = decompositions(lambda x: x.sum(-1, keepdim=True))
 
@@ -284,7 +284,7 @@ class _Translation:
         shape = _shape(node)
         if not self.int8 or node.op != "get_attr" or node.target not in self.factors:
             return False
-        whole = not self.blocks or shape[self.factors[node.target]] % SMALLEST_BLOCK == 0
+        whole = not self.blocks or shape[self.factors[node.target]] % BLOCK_MULTIPLE == 0
         return whole and shape.numel() >= SMALLEST_QUANTISED
 
     def integers(self, attribute: str, transposed: bool) -> tuple[Tensor, Tensor]:

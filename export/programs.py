@@ -59,8 +59,8 @@ class Blocks:
 
 BLOCKS = {"int8": Blocks(8, 256), "int4": Blocks(4, 32)}
 """Of what continues a text, by precision."""
-# A matrix with another number of inputs has eight bits.
-FOUR_BIT_MULTIPLES = {"onnxruntime": 16, "executorch": 32}
+BLOCK_MULTIPLES = {"onnxruntime": 16, "executorch": 32}
+"""Blocks are of so many inputs, or several times that; a matrix with others has eight bits."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def specifications(
     vectors = 16 if decoder.rotary() else 8
     in_place = on_onnx and decoder.architecture.head_dim % vectors == 0
     blocks = BLOCKS["int4"] if manifest.base.precision == "int4" else None
-    multiple = FOUR_BIT_MULTIPLES[engine]
+    multiple = BLOCK_MULTIPLES[engine]
     if blocks and all(each.inputs % multiple for each in decoder.architecture.maps):
         raise BaseModelError(
             f"{engine} has products with weights of four bits for a multiple of {multiple} inputs, "

@@ -22,12 +22,12 @@ from torch import Tensor, fx
 from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the operators
 
 from export.flat_graph import ATEN, is_transpose, untransposed
-from export.programs import Blocks
+from export.programs import BLOCK_MULTIPLES, Blocks
 from export.rounding import SMALLEST_EMBEDDING, coarse_and_even_products, eight_bits
 
 QUANTISED = torch.ops.quantized_decomposed
 SMALLEST_QUANTISED = 2**12  # numbers
-BLOCK_MULTIPLE = 32  # XNNPACK's blocks are of so many inputs, or several times that
+BLOCK_MULTIPLE = BLOCK_MULTIPLES["executorch"]
 # Activations beyond this multiple of a token's mean magnitude are multiplied apart from the others,
 # where rounding both on one scale is too coarse.
 OUTLIER = 10.0

@@ -36,7 +36,7 @@ def test_any_threshold_shares_give_the_secret(
     )
     shares = shamir.split(secret, threshold, points)
     chosen = data.draw(st.permutations(points))[:threshold]
-    assert shamir.combine({point: shares[point] for point in chosen}) == secret
+    assert shamir.through({point: shares[point] for point in chosen}).secret() == secret
     assert {len(share) for share in shares.values()} == {shamir.SHARE_BYTES}
 
 
@@ -78,8 +78,8 @@ def test_fewer_shares_fit_every_secret(secret: bytes, other: bytes, threshold: i
         candidate
         for candidate in (_share_for(held, secret, threshold), _share_for(held, other, threshold))
     ]
-    assert shamir.combine({**held, threshold: missing[0]}) == secret
-    assert shamir.combine({**held, threshold: missing[1]}) == other
+    assert shamir.through({**held, threshold: missing[0]}).secret() == secret
+    assert shamir.through({**held, threshold: missing[1]}).secret() == other
 
 
 def _share_for(held: dict[int, bytes], secret: bytes, point: int) -> bytes:
@@ -99,7 +99,7 @@ def _share_for(held: dict[int, bytes], secret: bytes, point: int) -> bytes:
 def test_shares_of_no_secret_are_refused() -> None:
     shares = {1: (2**256).to_bytes(shamir.SHARE_BYTES, "big")}
     with pytest.raises(ValueError, match="no secret"):
-        shamir.combine(shares)
+        shamir.through(shares).secret()
 
 
 def test_the_mask_is_aes_in_counter_mode() -> None:
