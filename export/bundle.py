@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import stat
 from collections.abc import Callable, Sequence
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edge_runtime import adapters
 from edge_runtime.bundle import (
@@ -24,22 +22,23 @@ from edge_runtime.bundle import (
     write_manifest,
 )
 from edge_runtime.engines import load_engine
-from edge_runtime.errors import StorageError
 from edge_runtime.files import removed_on_failure, storage_errors
 from edge_runtime.measure import measure
 from export import mixture as mixtures
 from export import parity
 from export.base import Base
 from export.decoder import Decoder
+from export.flat_graph import flat_graph, results_of
 from export.gpt2 import GPT2
 from export.llama import Llama
 from export.mixture import Mixture
+from export.parity import Example
+from export.places import TOKENIZER_FILE, places, replace
 from export.programs import Specification, specifications
+from export.rounding import Judged
 from export.tiers import Tier
 from protos import manifest_pb2 as pb
 
-TOKENIZER_FILE = "tokenizer.json"
-OUR_NAMES = {MANIFEST, TOKENIZER_FILE, "adapters", "onnx", "executorch"}  # of what a bundle holds
 DECODERS: dict[str, type[Decoder]] = {"gpt2": GPT2, "llama": Llama}
 Progress = Callable[[str], None]
 
@@ -72,24 +71,12 @@ def export_bundle(
         ValueError: the mixture names other targets than the base has.
         AdapterError: `generalist` cannot be read, or has another rank or other targets.
         ParityError: a program disagrees with PyTorch; `out` is untouched.
-        StorageError: `out` exists and `overwrite` is not set, or is no bundle, or cannot be
-            replaced; or a directory beside it, `out` with `.partial` or `.old`, is in the way; or
-            one cannot be written.
+        StorageError: as `places`, or it cannot be written.
     """
     architecture = base.architecture
     mixture = mixture.on(architecture)
     tier = tier.fitted(architecture.positions)
-    out = out.resolve()  # behind a link, the bundle is replaced and not the link
-    if out.exists() and not overwrite:
-        raise StorageError(f"{out} exists; give another --out, or --overwrite to replace it")
-    if out.is_mount():
-        raise StorageError(
-            f"a file system is mounted at {out}, which cannot be replaced; give a directory in it"
-        )
-    _keep_what_is_not_ours(out)
-    staging, old = (out.with_name(out.name + end) for end in (".partial", ".old"))
-    _keep_what_is_not_ours(staging)
-    _keep_what_is_not_ours(old)
+    out, staging, old = places(out, overwrite=overwrite)
     shutil.rmtree(staging, ignore_errors=True)
     with storage_errors(staging), removed_on_failure(staging):
         staging.mkdir(parents=True)
@@ -104,16 +91,17 @@ def export_bundle(
         longest = max(tier.context, tier.train_length)
         decoder = DECODERS[architecture.name](base, mixture, longest)
         text = None if precision == "float32" else parity.sample_text(base.tokenizer)
+        judged: Judged = {}  # by all programs that train, of either engine
         sources: dict[tuple[str, str], _Source] = {}
         for engine in engines:
             chosen = [
-                _Source(s, parity.example_arguments(s, manifest, seed, text))
+                _Source(s, parity.example(s, manifest, seed, text))
                 for s in specifications(decoder, manifest, tier, engine)
                 if programs is None or s.name.split(".")[0] in programs
             ]
             sources |= {(engine, source.specification.name): source for source in chosen}
             compile_for = _compile_onnx if engine == "onnxruntime" else _compile_executorch
-            manifest.programs.extend(compile_for(chosen, manifest, staging, progress))
+            manifest.programs.extend(compile_for(chosen, manifest, staging, judged, progress))
         list_files(manifest, staging)
         write_manifest(manifest, staging)
         staged = open_bundle(staging)
@@ -122,61 +110,15 @@ def export_bundle(
             source = sources[entry.engine, entry.name]
             engine_here = load_engine(entry.engine)
             entry.parity.CopyFrom(
-                parity.check(source.specification, source.example, staged, engine_here)
+                parity.check(source.specification, source.example.arguments, staged, engine_here)
             )
         for engine in engines:
             progress(f"measuring memory under {engine}")
             _measure(manifest, staging, engine, 4 * base.parameters)
         write_manifest(manifest, staging)
         _let_others_read(manifest, staging)
-        _replace(out, staging, old)
+        replace(out, staging, old)
     return open_bundle(out)
-
-
-def _replace(out: Path, by: Path, old: Path) -> None:
-    """Puts the directory `by` in the place of `out`, if that is there; it is at `old` meanwhile."""
-    shutil.rmtree(old, ignore_errors=True)
-    if not out.exists():
-        by.rename(out)
-        return
-    out.rename(old)
-    try:
-        by.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _keep_what_is_not_ours(path: Path) -> None:
-    """
-    Raises:
-        StorageError: to delete `path` would lose what no export wrote: it is a file, or a directory
-            with something in it that is no part of a bundle, whole or as a kill left it.
-    """
-    if not path.exists():
-        return
-    if not path.is_dir() or not _is_bundle(path):
-        raise StorageError(
-            f"{path} is no bundle, and would be deleted; choose another --out, or move it away"
-        )
-    for each in path.iterdir():
-        if each.name not in OUR_NAMES:
-            raise StorageError(
-                f"{each} is no part of a bundle, and would be deleted; move it out of there, or "
-                "choose another --out"
-            )
-
-
-def _is_bundle(directory: Path) -> bool:
-    """Of any version; an export that was killed wrote the tokenizer first, and nothing before."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return (directory / TOKENIZER_FILE).is_file() or not any(directory.iterdir())
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and "format_version" in manifest
 
 
 def _let_others_read(manifest: pb.Manifest, directory: Path) -> None:
@@ -192,10 +134,10 @@ def _let_others_read(manifest: pb.Manifest, directory: Path) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A program before compilation, with arguments to trace and to check it on."""
+    """A program before compilation."""
 
     specification: Specification
-    example: list[Tensor]
+    example: Example
 
 
 def _manifest(base: Base, mixture: Mixture, tier: Tier, precision: str) -> pb.Manifest:
@@ -229,10 +171,13 @@ def _manifest(base: Base, mixture: Mixture, tier: Tier, precision: str) -> pb.Ma
     )
 
 
-def _entry(source: _Source) -> pb.Program:
-    """The manifest's entry, without what depends on the engine."""
+def _entry(source: _Source, results: Sequence[Tensor]) -> pb.Program:
+    """The manifest's entry, without what depends on the engine.
 
-    specification = source.specification
+    Args:
+        results: of the shapes and dtypes of the program's outputs.
+    """
+    specification, arguments = source.specification, source.example.arguments
 
     def port(name: str, value: Tensor) -> pb.Port:
         result = pb.Port(name=name, dtype=str(value.dtype).removeprefix("torch."))
@@ -244,64 +189,91 @@ def _entry(source: _Source) -> pb.Program:
         return result
 
     inputs = [*(name for name, _, _ in specification.inputs), *specification.adapters]
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # shapes alone
-        results = specification.call(*map(mode.from_tensor, source.example))
     return pb.Program(
         name=specification.name,
-        inputs=[port(n, v) for n, v in zip(inputs, source.example, strict=True)],
+        inputs=[port(n, v) for n, v in zip(inputs, arguments, strict=True)],
         outputs=[port(n, v) for n, v in zip(specification.outputs, results, strict=True)],
     )
 
 
 def _compile_onnx(
-    programs: Sequence[_Source], manifest: pb.Manifest, staging: Path, progress: Progress
+    programs: Sequence[_Source],
+    manifest: pb.Manifest,
+    staging: Path,
+    judged: Judged,
+    progress: Progress,
 ) -> list[pb.Program]:
-    from export import onnx_engine
+    from export import onnx_engine, onnx_graph
 
     store = onnx_engine.WeightStore(staging)
-    entries: list[pb.Program] = []
+    entries: dict[str, pb.Program] = {}
     # Those first that join weights, which the others take a part of.
     for source in sorted(programs, key=lambda each: not each.specification.length):
-        entry = _entry(source)
+        specification = source.specification
+        if specification.same_as in entries:
+            entries[specification.name] = _part(entries[specification.same_as], specification)
+            continue
+        progress(f"compiling {specification.name} for onnxruntime")
+        graph = flat_graph(specification, source.example.arguments, onnx_graph.DECOMPOSITIONS)
+        entry = entries[specification.name] = _entry(source, results_of(graph))
         entry.engine = "onnxruntime"
         entry.data_files.append(onnx_engine.WEIGHTS_FILE)
-        entries.append(entry)
-        same = [e for e in entries if e.name == source.specification.same_as]
-        if same:
-            entry.file, entry.unsigned_file = same[0].file, same[0].unsigned_file
-            continue
-        progress(f"compiling {entry.name} for onnxruntime")
         entry.file = f"onnx/{entry.name}.onnx"
-        unsigned = onnx_engine.compile_program(
-            source.specification,
-            source.example,
+        unsigned = onnx_engine.write_program(
+            graph,
+            specification,
+            source.example.rounded,
             [port.name for port in entry.inputs],
             file=staging / entry.file,
             store=store,
             int8=manifest.base.precision != "float32",
+            judged=judged if specification.trains else {},
         )
         if unsigned:
             entry.unsigned_file = unsigned.relative_to(staging).as_posix()
-    order = [source.specification.name for source in programs]
-    return sorted(entries, key=lambda entry: order.index(entry.name))
+    return [entries[source.specification.name] for source in programs]
+
+
+def _part(whole: pb.Program, specification: Specification) -> pb.Program:
+    """The entry of a program that is `whole` without some of its outputs."""
+    entry = pb.Program()
+    entry.CopyFrom(whole)
+    entry.name = specification.name
+    outputs = {port.name: port for port in whole.outputs}
+    del entry.outputs[:]
+    entry.outputs.extend(outputs[name] for name in specification.outputs)
+    return entry
 
 
 def _compile_executorch(
-    programs: Sequence[_Source], manifest: pb.Manifest, staging: Path, progress: Progress
+    programs: Sequence[_Source],
+    manifest: pb.Manifest,
+    staging: Path,
+    judged: Judged,
+    progress: Progress,
 ) -> list[pb.Program]:
-    from export import executorch_engine
+    from export import executorch_engine, xnnpack
 
-    entries = [_entry(source) for source in programs]
-    progress(f"compiling {', '.join(entry.name for entry in entries)} for executorch")
-    for entry in entries:
+    names = [source.specification.name for source in programs]
+    progress(f"compiling {', '.join(names)} for executorch")
+    entries: list[pb.Program] = []
+    methods: dict[str, executorch_engine.Method] = {}
+    for source in programs:
+        specification, example = source.specification, source.example
+        graph = flat_graph(specification, example.arguments, xnnpack.DECOMPOSITIONS)
+        entry = _entry(source, results_of(graph))
         entry.engine = "executorch"
         entry.file = executorch_engine.PROGRAM_FILE
         entry.method = entry.name.replace(".", "_")
-    arenas = executorch_engine.compile_programs(
-        {e.method: (s.specification, s.example) for e, s in zip(entries, programs, strict=True)},
+        entries.append(entry)
+        methods[entry.method] = graph, specification, example.rounded
+    arenas = executorch_engine.write_programs(
+        methods,
         file=staging / executorch_engine.PROGRAM_FILE,
         integers=manifest.base.precision != "float32",
+        judged=judged,
     )
+    del graph, methods
     gc.collect()  # graphs refer to each other in circles, and they hold the rounded weights
     for entry in entries:
         entry.planned_arena_bytes = arenas[entry.method]

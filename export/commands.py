@@ -10,6 +10,7 @@ import typer
 from edge_runtime.bundle import Bundle
 from edge_runtime.cli import LARGEST_SEED, Format, FormatOption, emit, messages, telling
 from export import PRECISIONS
+from export.places import places
 
 ENGINE_CHOICES = {
     "onnxruntime": ("onnxruntime",),
@@ -77,6 +78,7 @@ def export(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    places(out, overwrite=overwrite)  # what follows takes seconds
     from export.base import load_base
     from export.bundle import export_bundle
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, cached_property, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeAlias, get_type_hints
 from unittest.mock import patch
 
 import torch
@@ -36,10 +36,8 @@ from torch.fx.passes.utils.fuser_utils import validate_partition
 from torch.fx.traceback import NodeSource
 
 from export.edge_dialect import CONFIG, edge_program
-from export.flat_graph import flat_graph
-from export.parity import variants
 from export.programs import Specification
-from export.xnnpack import DECOMPOSITIONS
+from export.rounding import Judged
 from export.xnnpack_integers import Rounded, integer_products
 
 # Where the operator is that calls a delegate, which has the module's name.
@@ -47,36 +45,45 @@ delegates = import_module("torch._higher_order_ops.executorch_call_delegate")
 PROGRAM_FILE = "executorch/programs.pte"
 
 
-def compile_programs(
-    programs: Mapping[str, tuple[Specification, Sequence[Tensor]]], *, file: Path, integers: bool
+Method: TypeAlias = tuple[GraphModule, Specification, Sequence[Sequence[Tensor]]]
+"""A program: `flat_graph` of it with `xnnpack.DECOMPOSITIONS`, and inputs on which to see where
+eight bits are too coarse."""
+
+
+def write_programs(
+    methods: Mapping[str, Method],
+    *,
+    file: Path,
+    integers: bool,
+    judged: Judged,
 ) -> dict[str, int]:
-    """Writes `programs` (method name -> program, example arguments) as the methods of one file.
+    """Writes programs as the methods, of these names, of one file.
 
     Args:
         integers: hold the base's large matrices in eight bits, or as a program says.
+        judged: where programs that train have shown eight bits to be too coarse.
 
     Returns:
         Method name -> planned activation arena in bytes.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    graphs = {
-        name: flat_graph(s, example, DECOMPOSITIONS) for name, (s, example) in programs.items()
-    }
     rounded: Rounded = {}
-    for name, (specification, example) in programs.items() if integers else ():
-        inputs = variants(specification, example)
-        integer_products(graphs[name], inputs, specification.blocks, rounded)
-    for graph in graphs.values():
+    for graph, specification, examples in methods.values():
+        if integers:
+            of_its_kind = judged if specification.trains else {}
+            integer_products(graph, examples, specification.blocks, rounded, of_its_kind)
+    for graph, _, _ in methods.values():
         _separate_storages(graph)
     with torch.no_grad(), _quiet(), _shortened():
         edge = EdgeProgramManager(
-            {name: edge_program(graph) for name, graph in graphs.items()}, compile_config=CONFIG
+            {name: edge_program(graph) for name, (graph, _, _) in methods.items()},
+            compile_config=CONFIG,
         )
         # In a joint graph the weights of matrix products arrive as run-time values (a transpose of
         # a constant); without the flag none of them is delegated. It also keeps the weights
         # ordinary constants, which the methods share, instead of a packed copy per method.
         partitioner = _Partitioner(force_non_static_weights_for_f32_linear=True)
-        edge = edge.to_backend(dict.fromkeys(graphs, partitioner))
+        edge = edge.to_backend(dict.fromkeys(methods, partitioner))
         # Removing view copies fails on views of inputs that a method also returns gradients of.
         program = edge.to_executorch(
             ExecutorchBackendConfig(

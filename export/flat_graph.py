@@ -46,6 +46,12 @@ def flat_graph(
     return graph_module
 
 
+def results_of(graph_module: fx.GraphModule) -> list[Tensor]:
+    """Of the shapes and dtypes of what a flat graph returns."""
+    results: Any = graph_module.graph.output_node().args[0]
+    return [node.meta["val"] for node in results]
+
+
 def decompositions(row_sums: Callable[[Tensor], Tensor]) -> dict[Any, Callable[..., Rewritten]]:
     """Gradients and changes of shape in plainer operators.
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import onnx
 from onnx import external_data_helper
-from torch import Tensor
+from torch import Tensor, fx
 
-from export.flat_graph import flat_graph
 from export.onnx_branches import add_switch
-from export.onnx_graph import DECOMPOSITIONS, translate
-from export.parity import variants
+from export.onnx_graph import translate
 from export.programs import Specification
+from export.rounding import Judged
 
 WEIGHTS_FILE = "onnx/weights.bin"
 # Page-aligned, so that a weight can be mapped into memory on its own.
@@ -68,29 +67,35 @@ def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def compile_program(
+def write_program(
+    graph_module: fx.GraphModule,
     specification: Specification,
-    arguments: Sequence[Tensor],
+    examples: Sequence[Sequence[Tensor]],
     input_names: Sequence[str],
     *,
     file: Path,
     store: WeightStore,
     int8: bool,
+    judged: Judged,
 ) -> Path | None:
     """Writes a program to `file`, its weights to `store`, the large ones in int8 if asked for.
+
+    Args:
+        graph_module: `flat_graph` of it, with `onnx_graph.DECOMPOSITIONS`.
+        examples: inputs on which to see what int8 is too coarse for.
+        judged: where other programs of the same kind have shown int8 to be too coarse.
 
     Returns:
         The file, beside it, of the same program with unsigned weights, if that is another.
     """
-    graph_module = flat_graph(specification, arguments, DECOMPOSITIONS)
-    shape = arguments[0].shape  # of the tokens that the graph is of
     models = translate(
         graph_module,
         input_names,
         specification.outputs,
         int8=int8,
         blocks=specification.blocks,
-        examples=[v for v in variants(specification, arguments) if v[0].shape == shape],
+        examples=examples,
+        judged=judged,
         length=specification.length,
     )
     for model, path in zip(models, (file, file.with_suffix(".unsigned.onnx")), strict=False):

@@ -42,7 +42,14 @@ from export.flat_graph import (
     untransposed,
 )
 from export.programs import BLOCK_MULTIPLES, BLOCKS, Blocks
-from export.rounding import SMALLEST_EMBEDDING, block_lengths, coarse_and_even_products, eight_bits
+from export.rounding import (
+    SMALLEST_EMBEDDING,
+    Judged,
+    block_lengths,
+    coarse_and_even_products,
+    coarse_products,
+    eight_bits,
+)
 
 OPSET = 20
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
@@ -80,6 +87,7 @@ def translate(
     int8: bool = False,
     blocks: Blocks | None = None,
     examples: Sequence[Sequence[Tensor]] = (),
+    judged: Judged,
     length: int = 0,
 ) -> Iterator[onnx.ModelProto]:
     """The ONNX model of a flat graph, with the weights inside.
@@ -90,6 +98,7 @@ def translate(
         int8: quantise the large frozen matrices.
         blocks: quantise them in this way instead of with a scale for each column.
         examples: with `int8`, inputs on which to see which products rounding is too coarse for.
+        judged: what programs with the same weights and the same kind of text have shown of that.
         length: dimensions that are a multiple of it are free (0: none is).
 
     Raises:
@@ -103,12 +112,12 @@ def translate(
             translation.quantised,
             lambda weight, inputs: translation.blocks_of(weight).lengths(inputs),
         )
-    elif int8:
-        translation.coarse, even = coarse_and_even_products(
+    elif int8 and length:  # even ones: a tenth of the time; of a training step less
+        translation.coarse, translation.even = coarse_and_even_products(
             graph_module, examples, translation.quantised
         )
-        if length:  # a tenth of the time there; of a training step less, and it rounds gradients
-            translation.even = even
+    elif int8:
+        translation.coarse = coarse_products(graph_module, examples, translation.quantised, judged)
     yield translation.model(input_names, output_names)
     if translation.matrices:
         unsigned = _Translation(graph_module, int8, blocks, length, signed=False)

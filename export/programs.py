@@ -91,6 +91,11 @@ class Specification:
     optional: tuple[str, ...] = ()
     """Outputs that a program which is the `same_as` this one leaves out, with what they cost."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is for text with its next tokens: a training step, or the loss alone."""
+        return any(name == "targets" for name, _, _ in self.inputs)
+
 
 def specifications(
     decoder: Decoder, manifest: pb.Manifest, tier: Tier, engine: str

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from export.flat_graph import ATEN, untransposed
+from export.flat_graph import ATEN, is_transpose, untransposed
 
 # Tables of which rows are looked up, in numbers: embeddings, but not the angles of positions.
 SMALLEST_EMBEDDING = 2**20
@@ -26,6 +26,10 @@ OWN, TOGETHER = 0, 1  # ways to round: each token on a scale of its own, or all 
 ALLOWED_IN_BLOCKS = 0.0125
 
 
+_Key: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], bool]
+Judged: TypeAlias = dict[_Key, tuple[bool, torch.UntypedStorage]]
+"""Of weights of a base, each way round: whether rounding is too coarse for the other factor. What
+memory they have is kept, so that nothing else can be there."""
 Steps: TypeAlias = dict[int, Tensor]
 """Of each way to round (N, inputs): the width of a step, for every number or for rows of them."""
 
@@ -34,6 +38,46 @@ def eight_bits(value: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (outputs, inputs) as int8 and a float32 scale for each output."""
     scales = value.abs().amax(1).clamp(min=1e-12) / 127.0
     return torch.round(value / scales.unsqueeze(1)).to(torch.int8), scales
+
+
+def coarse_products(
+    graph_module: fx.GraphModule,
+    examples: Sequence[Sequence[Tensor]],
+    quantised: Callable[[fx.Node], bool],
+    judged: Judged,
+) -> set[fx.Node]:
+    """Products with quantised weights for which rounding each token on one scale is too coarse.
+
+    Args:
+        examples: what to run the graph on, if one of its weights is not among the `judged`.
+        quantised: whether a node is a weight that is held in int8.
+        judged: what other graphs have shown; what this one shows is added.
+    """
+    keys = {
+        node: _key(graph_module, node)
+        for node in graph_module.graph.nodes
+        if node.target == ATEN.mm.default and quantised(untransposed(node.args[1]))
+    }
+    if not judged.keys() >= set(keys.values()):
+        for node, errors in _errors(graph_module, examples, quantised, _steps_of_each_token):
+            key, weight = keys[node], _weight(graph_module, node)
+            before = key in judged and judged[key][0]
+            judged[key] = before or errors[OWN] > ALLOWED, weight.untyped_storage()
+    return {node for node, key in keys.items() if judged[key][0]}
+
+
+def _key(graph_module: fx.GraphModule, product: fx.Node) -> _Key:
+    """Where the weight of a product is, and which way round."""
+    weight, factor = _weight(graph_module, product), product.args[1]
+    assert isinstance(factor, fx.Node)
+    return weight.data_ptr(), tuple(weight.shape), weight.stride(), is_transpose(factor)
+
+
+def _weight(graph_module: fx.GraphModule, product: fx.Node) -> Tensor:
+    factor = product.args[1]
+    assert isinstance(factor, fx.Node)
+    weight: Tensor = getattr(graph_module, str(untransposed(factor).target))
+    return weight
 
 
 def coarse_and_even_products(
@@ -45,8 +89,7 @@ def coarse_and_even_products(
     those for which all tokens may as well be on one.
 
     Args:
-        examples: what to run the graph on.
-        quantised: whether a node is a weight that is held in int8.
+        examples, quantised: as above.
     """
     products: set[fx.Node] = set()
     coarse: set[fx.Node] = set()
@@ -63,11 +106,15 @@ def coarse_and_even_products(
     return coarse, {node for node in products if node.args[0] not in factors}
 
 
-def _steps_of_tokens(_: str, x: Tensor) -> Steps:
+def _steps_of_tokens(weight: str, x: Tensor) -> Steps:
     """Between the lowest and the highest number there are 255: of all, or, where each token is
     brought to the same size first, of all then."""
+    return {**_steps_of_each_token(weight, x), TOGETHER: _width(x)}
+
+
+def _steps_of_each_token(_: str, x: Tensor) -> Steps:
     size = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    return {OWN: size * _width(x / size), TOGETHER: _width(x)}
+    return {OWN: size * _width(x / size)}
 
 
 def _width(x: Tensor) -> Tensor:

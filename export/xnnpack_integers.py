@@ -23,7 +23,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the o
 
 from export.flat_graph import ATEN, is_transpose, untransposed
 from export.programs import BLOCK_MULTIPLES, Blocks
-from export.rounding import SMALLEST_EMBEDDING, coarse_and_even_products, eight_bits
+from export.rounding import SMALLEST_EMBEDDING, Judged, coarse_products, eight_bits
 
 QUANTISED = torch.ops.quantized_decomposed
 SMALLEST_QUANTISED = 2**12  # numbers
@@ -41,6 +41,7 @@ def integer_products(
     examples: Sequence[Sequence[Tensor]],
     blocks: Blocks | None,
     known: Rounded,
+    judged: Judged,
 ) -> None:
     """Rewrites a flat graph, in place.
 
@@ -48,6 +49,7 @@ def integer_products(
         examples: inputs on which to see which products rounding is too coarse for.
         blocks: how weights are held that are no embedding (default: a scale for each output).
         known: what weights have been rounded to; programs that share weights share it.
+        judged: what programs with the same kind of text have shown of what is too coarse.
     """
     graph = graph_module.graph
     products = [node for node in graph.nodes if node.target == ATEN.mm.default]
@@ -58,7 +60,7 @@ def integer_products(
         matrix = node.op == "get_attr" and node.target in factors and min(shape) > 1
         return bool(matrix and shape.numel() >= SMALLEST_QUANTISED)
 
-    coarse, _ = coarse_and_even_products(graph_module, examples, quantised)
+    coarse = coarse_products(graph_module, examples, quantised, judged)
     embeddings = {n.args[0].target for n in graph.nodes if n.target == ATEN.index.Tensor}
     rewriting = _Rewriting(graph_module, known)
     for node in products:

@@ -27,7 +27,8 @@ from edge_runtime.predict import Predictor
 from edge_runtime.processor import cuts_sums, features
 from edge_runtime.training import Evaluator, Trainer, new_state
 from export import base as bases
-from export import inference, onnx_engine, onnx_graph, parity
+from export import bundle as bundles
+from export import inference, onnx_graph, parity
 from export.base import load_base
 from export.bundle import export_bundle
 from export.mixture import Mixture
@@ -270,7 +271,7 @@ def test_experts_that_tokens_choose_among_are_written(tmp_path: Path) -> None:
 
 def test_wrong_adapters_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Generalist and specialist exchanged: the outputs as a whole hardly show it."""
-    right, compiled = inference._mlp, onnx_engine.flat_graph
+    right, compiled = inference._mlp, bundles.flat_graph
 
     def exchanged(decoder: Any, stacks: Any, *rest: Any) -> Any:
         of_mlp = {name for name in stacks if ".mlp." in name and name.endswith("lora_B.weight")}
@@ -282,6 +283,6 @@ def test_wrong_adapters_are_not_written(tmp_path: Path, monkeypatch: pytest.Monk
             patch.setattr(inference, "_mlp", exchanged)
             return compiled(*arguments)
 
-    monkeypatch.setattr(onnx_engine, "flat_graph", wrongly_compiled)
+    monkeypatch.setattr(bundles, "flat_graph", wrongly_compiled)
     with pytest.raises(ParityError, match="what adapters change in logits is off by"):
         export_one("decode", tmp_path / "bundle")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from export.programs import BLOCKS
-from export.rounding import block_lengths, coarse_and_even_products
+from export.rounding import Judged, block_lengths, coarse_and_even_products, coarse_products
 
 INPUTS, MASSIVE = 256, 200
 
@@ -15,8 +15,16 @@ INPUTS, MASSIVE = 256, 200
 @pytest.fixture(scope="module")
 def product() -> fx.GraphModule:
     """x @ W, of which W ignores one of the inputs."""
+    return product_with(a_weight())
+
+
+def a_weight() -> Tensor:
     weight = torch.randn(INPUTS, 8, generator=torch.Generator().manual_seed(0))
     weight[MASSIVE] = 0.0
+    return weight
+
+
+def product_with(weight: Tensor) -> fx.GraphModule:
     root = nn.Module()
     root.register_buffer("weight", weight)
     graph = fx.Graph()
@@ -64,6 +72,17 @@ def test_tokens_of_different_size_do_not_share_a_scale(product: fx.GraphModule) 
     sizes = torch.logspace(0, 2, len(activations(1.0)[0])).unsqueeze(1)
     examples = [activations(1.0), [activations(1.0)[0] * sizes]]
     assert coarse_and_even_products(product, examples, is_weight) == (set(), set())
+
+
+def test_programs_with_the_same_weight_share_what_one_has_shown() -> None:
+    judged: Judged = {}
+    weight, first, massive = a_weight(), [activations(1.0)], [activations(1000.0)]
+    assert len(coarse_products(product_with(weight), massive, is_weight, judged)) == 1
+    assert len(coarse_products(product_with(weight), first, is_weight, judged)) == 1
+    assert not coarse_products(product_with(a_weight()), first, is_weight, judged)
+    # What one example shows no other takes back.
+    for examples in (first + massive, massive + first):
+        assert len(coarse_products(product_with(a_weight()), examples, is_weight, {})) == 1
 
 
 def test_blocks_divide_the_inputs() -> None:
