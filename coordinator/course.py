@@ -329,19 +329,22 @@ class Course(Acceptance):
                 if (objection := self._objection(quality)) is not None:
                     # Its quality is told, so it costs privacy like any other.
                     self._abandon(current, updates, objection, quality=quality, noise=noise)
-                    return
-                aggregated = functools.partial(
-                    self._state.aggregate,
-                    current.number,
-                    generalist,
-                    outcome.memory,
-                    quality=quality,
-                    noise=noise,
-                    reach=self._reach(),
-                    clipped=outcome.clipped,
-                    clipped_coordinates=outcome.clipped_coordinates,
-                )
-                await to_its_end(aggregated)
+                else:
+                    aggregated = functools.partial(
+                        self._state.aggregate,
+                        current.number,
+                        generalist,
+                        outcome.memory,
+                        quality=quality,
+                        noise=noise,
+                        reach=self._reach(),
+                        clipped=outcome.clipped,
+                        clipped_coordinates=outcome.clipped_coordinates,
+                    )
+                    await to_its_end(aggregated)
+            if objection is not None:
+                await self._refuse_shares(current, outcome.faults)
+                return
         except (AggregationError, AdapterError) as error:
             faults: Mapping[str, str] = {}
             async with self._commits.still:

@@ -108,7 +108,10 @@ def run(
     ],
     invitation: Annotated[
         str | None,
-        typer.Option(help="What `comigs invite` printed; needed the first time, remembered after."),
+        typer.Option(
+            help="What `comigs invite` printed, or - to read that from standard input, which keeps "
+            "it out of the list of processes; needed the first time, remembered after."
+        ),
     ] = None,
     coordinator: Annotated[
         str | None, typer.Option(help="HOST:PORT of the coordinator if it moved; remembered.")
@@ -150,7 +153,12 @@ def run(
     ] = None,
     retry: Annotated[
         float | None,
-        typer.Option(help="Seconds to retry an unreachable coordinator.", show_default="120"),
+        typer.Option(
+            parser=_parser(planner.parse_seconds),
+            metavar="TIME",
+            help="How long to retry an unreachable coordinator, such as 10m.",
+            show_default="2m",
+        ),
     ] = None,
     compression: Annotated[
         str | None,
@@ -174,7 +182,7 @@ def run(
     from edge_runtime.device import Device
 
     at = Home(home)
-    invited = decode(invitation) if invitation else None
+    invited = _invited(invitation)
     of_coordinators = (invited, coordinator, insecure, require_secure_aggregation, compression)
     if alone and (any(of_coordinators) or retry is not None):
         raise typer.BadParameter("--alone has no coordinator, so no option of one")
@@ -654,12 +662,20 @@ def plan(
         )
 
 
+def _invited(text: str | None) -> pb.Invitation | None:
+    """What --invitation holds."""
+    return decode(sys.stdin.readline() if text == "-" else text) if text else None
+
+
 def doctor(
     home: Annotated[
         Path, typer.Option(help="Whose disk is looked at, and whose coordinator is called.")
     ] = Path(),
     invitation: Annotated[
-        str | None, typer.Option(help="Call the coordinator of this invitation; does not use it.")
+        str | None,
+        typer.Option(
+            help="Call the coordinator of this invitation (- as for `run`); does not use it."
+        ),
     ] = None,
     insecure: Annotated[
         str | None, typer.Option(help="Call the coordinator at HOST:PORT without TLS.")
@@ -671,7 +687,7 @@ def doctor(
     Ends with the exit code of the first thing that is."""
     from edge_runtime.doctor import examine
 
-    findings = examine(home, decode(invitation) if invitation else None, insecure)
+    findings = examine(home, _invited(invitation), insecure)
     if output is Format.JSON:
         checks = [vars(finding) | {"ok": finding.ok} for finding in findings]
         emit({"checks": checks, "ok": all(finding.ok for finding in findings)})

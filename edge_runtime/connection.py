@@ -50,7 +50,12 @@ TRANSIENT = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
+    # Something failed that should not have; a coordinator that was restarted or mended goes on.
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
 }
+FAULTS = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
+FAILED = "it failed"
 
 NO_SUCH_METHOD = "Method not found!"  # gRPC's words
 
@@ -213,6 +218,10 @@ class Connection(Closing):
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _given_up(self, trouble: str) -> UnreachableError:
+        if trouble.startswith(FAILED):
+            return UnreachableError(
+                f"the coordinator at {self.address} answers, but {trouble}; its own log says more"
+            )
         if trouble == protocol.NO_STORAGE:
             return UnreachableError(
                 f"the coordinator at {self.address} answers that it cannot use its disk or "
@@ -246,8 +255,8 @@ class Connection(Closing):
         if self._identity is not None:
             self._identity.check()
         # "failed to connect to all addresses; last error: UNKNOWN: ipv4:...: Connection refused"
-        reason = details.rpartition("last error: ")[2]
-        return reason[:200] or code.name
+        reason = details.rpartition("last error: ")[2][:200] or code.name
+        return f"{FAILED}: {reason}" if code in FAULTS else reason
 
     def _lasting(self, code: grpc.StatusCode, details: str) -> ComigsError | None:
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):

@@ -1,12 +1,16 @@
 """Who gets in, who trusts whom, and what a wrong start or a wrong address is told."""
 
 import asyncio
+import contextlib
 import datetime
+import itertools
 import socket
 import sqlite3
 import ssl
 import stat
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -202,6 +206,42 @@ def test_a_coordinator_that_comes_back_is_found(fleet: Fleet) -> None:
     fleet.serve(fleet.bundle(), "--insecure", listen=listen)
     client.check_in(0)
     assert waited
+
+
+@contextlib.contextmanager
+def failing(times: int) -> Iterator[str]:
+    """The address of a service that fails so often before it answers a check-in."""
+    calls = itertools.count()
+
+    def check_in(request: pb.CheckInRequest, _: grpc.ServicerContext) -> pb.CheckInReply:
+        if next(calls) < times:
+            raise RuntimeError("disk on fire")
+        return pb.CheckInReply(protocol=request.protocol)
+
+    handler = grpc.unary_unary_rpc_method_handler(
+        check_in, pb.CheckInRequest.FromString, pb.CheckInReply.SerializeToString
+    )
+    server = grpc.server(ThreadPoolExecutor(1))
+    name = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
+    handlers = grpc.method_handlers_generic_handler(name, {"CheckIn": handler})
+    server.add_generic_rpc_handlers((handlers,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+def test_a_coordinator_that_fails_inside_is_asked_again(fleet: Fleet) -> None:
+    waited: list[str] = []
+    with failing(2) as address:
+        fleet.client(Unproven(address, "ada"), Patience(30, waited.append)).check_in(0)
+    assert len(waited) == 2
+    assert all("failed" in message and "on fire" in message for message in waited)
+    with (
+        failing(99) as address,
+        pytest.raises(UnreachableError, match=r"answers, but it failed.*its own log"),
+    ):
+        fleet.client(Unproven(address, "ada"), Patience(1, waited.append)).check_in(0)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,11 @@ from edge_runtime.store import Home
 HOUR = datetime.timedelta(hours=1)
 
 
-def comigs(*arguments: object) -> subprocess.CompletedProcess[str]:
+def comigs(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edge_runtime", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False)
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False
+    )
 
 
 class Site:
@@ -42,10 +44,13 @@ class Site:
         served.ready()
         return served
 
-    def run(self, home: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, home: Path, *options: object, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         return comigs(
             *("device", "run", "--home", home, "--data", self.text, "--bundle", self.bundle.path),
             *("--threads", 1, "--retry", 3, "--format", "json", *options),
+            stdin=stdin,
         )
 
     def invitation(self, name: str) -> str:
@@ -92,7 +97,7 @@ def test_a_device_enrols_once(site: Site, tmp_path: Path) -> None:
     assert "give --invitation" in " ".join(site.run(tmp_path / "thief").stderr.split())
     # A name comes with its invitation only.
     other = site.invitation("ben")
-    events(site.run(tmp_path / "laptop", "--invitation", other))
+    events(site.run(tmp_path / "laptop", "--invitation", "-", stdin=f"{other}\n"))
     assert "already used" in refusal(site.run(home, "--invitation", other))
     assert events(site.run(home))[-1]["name"] == "ada"
 
