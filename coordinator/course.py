@@ -315,7 +315,8 @@ class Course(Acceptance):
 
     async def _aggregate(self, current: Round) -> None:
         """Ends a round that was closed to updates."""
-        quality, updates = None, list[Update]()
+        quality, updates, closed = None, list[Update](), False
+        faults: Mapping[str, str] = {}
         try:
             updates = await asyncio.to_thread(self._state.updates, current.number)
             outcome = await asyncio.to_thread(self._ends.close, current, updates)
@@ -342,33 +343,30 @@ class Course(Acceptance):
                         clipped_coordinates=outcome.clipped_coordinates,
                     )
                     await to_its_end(aggregated)
-            if objection is not None:
-                await self._refuse_shares(current, outcome.faults)
-                return
+                    closed = True
+            faults = outcome.faults
         except (AggregationError, AdapterError) as error:
-            faults: Mapping[str, str] = {}
             async with self._commits.still:
                 if self._is_still(current):  # else its files may have been deleted meanwhile
                     faults = self._give_up(current, updates, error)
-            await self._refuse_shares(current, faults)
-            return
         finally:
             self._closing = None
-        self._report(
-            "round_closed",
-            {
-                "round": current.number,
-                "updates": len(updates),
-                "clipped": outcome.clipped,
-                "clipped_coordinates": outcome.clipped_coordinates,
-                "seconds": round(max(0.0, time.time() - (current.opened_at or 0)), 3),
-                **_perplexities(quality),
-            },
-        )
-        self._report_spent(current)
-        # A round's files are many; nobody waits for that.
-        await asyncio.to_thread(self._state.clean)
-        await self._refuse_shares(current, outcome.faults)
+        if closed:
+            self._report(
+                "round_closed",
+                {
+                    "round": current.number,
+                    "updates": len(updates),
+                    "clipped": outcome.clipped,
+                    "clipped_coordinates": outcome.clipped_coordinates,
+                    "seconds": round(max(0.0, time.time() - (current.opened_at or 0)), 3),
+                    **_perplexities(quality),
+                },
+            )
+            self._report_spent(current)
+            # A round's files are many; nobody waits for that.
+            await asyncio.to_thread(self._state.clean)
+        await self._refuse_shares(current, faults)
 
     async def _measure(self, gate: QualityGate, current: Round, generalist: bytes) -> Quality:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ROUNDS, RETRY_SECONDS = 3, 120.0
+LONGEST_RETRY_SECONDS = 1e9
 FRESH = Path("the bundle's own")
 
 HomeOption = Annotated[Path, typer.Option(help="The device's home directory.")]
@@ -154,10 +156,10 @@ def run(
     retry: Annotated[
         float | None,
         typer.Option(
-            parser=_parser(planner.parse_seconds),
-            metavar="TIME",
-            help="How long to retry an unreachable coordinator, such as 10m.",
-            show_default="2m",
+            help="Seconds to retry a coordinator that cannot be reached, or fails.",
+            show_default="120",
+            min=0,
+            max=LONGEST_RETRY_SECONDS,
         ),
     ] = None,
     compression: Annotated[
@@ -184,6 +186,8 @@ def run(
     at = Home(home)
     invited = _invited(invitation)
     of_coordinators = (invited, coordinator, insecure, require_secure_aggregation, compression)
+    if retry is not None and math.isnan(retry):
+        raise typer.BadParameter("--retry nan is no number of seconds")
     if alone and (any(of_coordinators) or retry is not None):
         raise typer.BadParameter("--alone has no coordinator, so no option of one")
     if not alone and (rounds is not None or training is not None):
@@ -663,8 +667,10 @@ def plan(
 
 
 def _invited(text: str | None) -> pb.Invitation | None:
-    """What --invitation holds."""
-    return decode(sys.stdin.readline() if text == "-" else text) if text else None
+    """What --invitation holds; nothing, as when `comigs invite` failed, is none."""
+    if text == "-":
+        text = sys.stdin.readline() if sys.stdin.isatty() else sys.stdin.read()
+    return decode(text) if text and text.strip() else None
 
 
 def doctor(

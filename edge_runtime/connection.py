@@ -56,6 +56,12 @@ TRANSIENT = {
 }
 FAULTS = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
 FAILED = "it failed"
+# gRPC's words, under the same codes, for what is wrong on this side or with what came.
+SENSELESS = (
+    "Exception serializing request",
+    "Exception deserializing response",
+    "Exception iterating requests",
+)
 
 NO_SUCH_METHOD = "Method not found!"  # gRPC's words
 
@@ -141,7 +147,8 @@ class GoneError(RefusedError):
 class Connection(Closing):
     """A channel to one coordinator.
 
-    Everything passed to `retry` is repeated while the coordinator cannot be reached, and raises:
+    Everything passed to `retry` is repeated while the coordinator cannot be reached or fails, and
+    raises:
         UnreachableError: patience ran out.
         TrustError: one side does not accept the other's certificate or role, or ours has lapsed.
         RefusedError: the coordinator answered, and said no, or something senseless.
@@ -268,7 +275,7 @@ class Connection(Closing):
                 f"what answers at {self.address} is no coordinator of this version, or is its port "
                 f"for enrolment ({details}); check the address, and update comigs on both sides"
             )
-        if code not in TRANSIENT:
+        if code not in TRANSIENT or details.startswith(SENSELESS):
             refused = GoneError if code == grpc.StatusCode.NOT_FOUND else RefusedError
             return refused(f"the coordinator at {self.address} refused: {details}")
         for mark, meaning in HANDSHAKE_FAILURES.items():

@@ -11,7 +11,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | 11 | AdapterError | adapters or state do not fit the bundle, or state is damaged or not there |
 | 12 | DataError | training text missing, unreadable or too short |
 | 13 | BudgetError | no plan fits the memory budget |
-| 14 | UnreachableError | the coordinator could not be reached |
+| 14 | UnreachableError | the coordinator could not be reached, or kept failing |
 | 15 | TrustError | a certificate, or an invitation, is not accepted by the other side |
 | 16 | AddressError | the port cannot be listened on |
 | 17 | StorageError | the disk is full or fails, or what is to be written exists or is in use |

@@ -32,7 +32,6 @@ from export.flat_graph import flat_graph, results_of
 from export.gpt2 import GPT2
 from export.llama import Llama
 from export.mixture import Mixture
-from export.parity import Example
 from export.places import TOKENIZER_FILE, places, replace
 from export.programs import Specification, specifications
 from export.rounding import Judged
@@ -95,7 +94,7 @@ def export_bundle(
         sources: dict[tuple[str, str], _Source] = {}
         for engine in engines:
             chosen = [
-                _Source(s, parity.example(s, manifest, seed, text))
+                _Source(s, parity.example_arguments(s, manifest, seed, text))
                 for s in specifications(decoder, manifest, tier, engine)
                 if programs is None or s.name.split(".")[0] in programs
             ]
@@ -110,7 +109,7 @@ def export_bundle(
             source = sources[entry.engine, entry.name]
             engine_here = load_engine(entry.engine)
             entry.parity.CopyFrom(
-                parity.check(source.specification, source.example.arguments, staged, engine_here)
+                parity.check(source.specification, source.example, staged, engine_here)
             )
         for engine in engines:
             progress(f"measuring memory under {engine}")
@@ -134,10 +133,16 @@ def _let_others_read(manifest: pb.Manifest, directory: Path) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A program before compilation."""
+    """A program before compilation, with arguments to trace and to check it on."""
 
     specification: Specification
-    example: Example
+    example: list[Tensor]
+
+    @property
+    def examples(self) -> list[Sequence[Tensor]]:
+        """Inputs of the traced shape, to see what eight bits are too coarse for."""
+        every = parity.variants(self.specification, self.example)
+        return [values for values in every if values[0].shape == self.example[0].shape]
 
 
 def _manifest(base: Base, mixture: Mixture, tier: Tier, precision: str) -> pb.Manifest:
@@ -177,7 +182,7 @@ def _entry(source: _Source, results: Sequence[Tensor]) -> pb.Program:
     Args:
         results: of the shapes and dtypes of the program's outputs.
     """
-    specification, arguments = source.specification, source.example.arguments
+    specification, arguments = source.specification, source.example
 
     def port(name: str, value: Tensor) -> pb.Port:
         result = pb.Port(name=name, dtype=str(value.dtype).removeprefix("torch."))
@@ -207,14 +212,16 @@ def _compile_onnx(
 
     store = onnx_engine.WeightStore(staging)
     entries: dict[str, pb.Program] = {}
-    # Those first that join weights, which the others take a part of.
-    for source in sorted(programs, key=lambda each: not each.specification.length):
+    # Those first that join weights, which the others take a part of; then those of most tokens,
+    # which show best what eight bits are too coarse for.
+    order = sorted(programs, key=lambda s: (not s.specification.length, -s.example[0].numel()))
+    for source in order:
         specification = source.specification
         if specification.same_as in entries:
             entries[specification.name] = _part(entries[specification.same_as], specification)
             continue
         progress(f"compiling {specification.name} for onnxruntime")
-        graph = flat_graph(specification, source.example.arguments, onnx_graph.DECOMPOSITIONS)
+        graph = flat_graph(specification, source.example, onnx_graph.DECOMPOSITIONS)
         entry = entries[specification.name] = _entry(source, results_of(graph))
         entry.engine = "onnxruntime"
         entry.data_files.append(onnx_engine.WEIGHTS_FILE)
@@ -222,7 +229,7 @@ def _compile_onnx(
         unsigned = onnx_engine.write_program(
             graph,
             specification,
-            source.example.rounded,
+            source.examples,
             [port.name for port in entry.inputs],
             file=staging / entry.file,
             store=store,
@@ -256,24 +263,22 @@ def _compile_executorch(
 
     names = [source.specification.name for source in programs]
     progress(f"compiling {', '.join(names)} for executorch")
-    entries: list[pb.Program] = []
-    methods: dict[str, executorch_engine.Method] = {}
-    for source in programs:
-        specification, example = source.specification, source.example
-        graph = flat_graph(specification, example.arguments, xnnpack.DECOMPOSITIONS)
-        entry = _entry(source, results_of(graph))
+    graphs = [flat_graph(s.specification, s.example, xnnpack.DECOMPOSITIONS) for s in programs]
+    entries = [_entry(s, results_of(graph)) for s, graph in zip(programs, graphs, strict=True)]
+    for entry in entries:
         entry.engine = "executorch"
         entry.file = executorch_engine.PROGRAM_FILE
         entry.method = entry.name.replace(".", "_")
-        entries.append(entry)
-        methods[entry.method] = graph, specification, example.rounded
     arenas = executorch_engine.write_programs(
-        methods,
+        {
+            entry.method: (graph, source.specification, source.examples)
+            for entry, graph, source in zip(entries, graphs, programs, strict=True)
+        },
         file=staging / executorch_engine.PROGRAM_FILE,
         integers=manifest.base.precision != "float32",
         judged=judged,
     )
-    del graph, methods
+    graphs.clear()
     gc.collect()  # graphs refer to each other in circles, and they hold the rounded weights
     for entry in entries:
         entry.planned_arena_bytes = arenas[entry.method]

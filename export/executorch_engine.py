@@ -68,10 +68,11 @@ def write_programs(
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     rounded: Rounded = {}
-    for graph, specification, examples in methods.values():
-        if integers:
-            of_its_kind = judged if specification.trains else {}
-            integer_products(graph, examples, specification.blocks, rounded, of_its_kind)
+    # Those of most tokens first: they show best what eight bits are too coarse for.
+    largest_first = sorted(methods.values(), key=lambda method: -method[2][0][0].numel())
+    for graph, specification, examples in largest_first if integers else ():
+        of_its_kind = judged if specification.trains else {}
+        integer_products(graph, examples, specification.blocks, rounded, of_its_kind)
     for graph, _, _ in methods.values():
         _separate_storages(graph)
     with torch.no_grad(), _quiet(), _shortened():

@@ -86,7 +86,7 @@ def translate(
     *,
     int8: bool = False,
     blocks: Blocks | None = None,
-    examples: Sequence[Sequence[Tensor]] = (),
+    examples: Sequence[Sequence[Tensor]],
     judged: Judged,
     length: int = 0,
 ) -> Iterator[onnx.ModelProto]:
@@ -122,7 +122,7 @@ def translate(
     if translation.matrices:
         unsigned = _Translation(graph_module, int8, blocks, length, signed=False)
         unsigned.coarse, unsigned.even = translation.coarse, translation.even
-        unsigned.rounded = translation.rounded
+        unsigned.block_lengths, unsigned.rounded = translation.block_lengths, translation.rounded
         yield unsigned.model(input_names, output_names)
 
 

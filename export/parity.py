@@ -8,7 +8,6 @@ but with quantised weights they are prose.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -46,37 +45,9 @@ LOSSES = ("loss", "cross_entropy", "losses")
 EFFECTS = ("logits", "losses")
 EFFECT_TOLERANCE = 0.5
 
-# Of text that tells where eight bits are too coarse.
-ROUNDED_TOKENS = 512
-
 Outputs: TypeAlias = Mapping[str, Tensor]  # of PyTorch, by name
 # Arguments, and PyTorch's outputs; perhaps the same with adapters that change nothing.
 _Case: TypeAlias = tuple[Sequence[Tensor], Outputs, tuple[Sequence[Tensor], Outputs] | None]
-
-
-@dataclass(frozen=True)
-class Example:
-    """What a program is run on before it is compiled."""
-
-    arguments: list[Tensor]
-    """To trace and to check it on."""
-    rounded: list[Sequence[Tensor]]
-    """To see which numbers fit into eight bits. Of programs that train, which share what they
-    show, more text than a small one of them takes at once."""
-
-
-def example(
-    specification: Specification, manifest: pb.Manifest, seed: int, text: Array | None = None
-) -> Example:
-    """As `example_arguments`."""
-    arguments = example_arguments(specification, manifest, seed, text)
-    tokens = arguments[0]
-    rounded = [v for v in variants(specification, arguments) if v[0].shape == tokens.shape]
-    if text is not None and specification.trains:
-        for start in range(tokens.numel(), min(len(text), ROUNDED_TOKENS), tokens.numel()):
-            later = np.roll(text, -start)
-            rounded.append(example_arguments(specification, manifest, seed, later))
-    return Example(arguments, rounded)
 
 
 def example_arguments(

@@ -49,21 +49,32 @@ def coarse_products(
     """Products with quantised weights for which rounding each token on one scale is too coarse.
 
     Args:
-        examples: what to run the graph on, if one of its weights is not among the `judged`.
+        examples: what to run the graph on, if a product is not among the `judged`.
         quantised: whether a node is a weight that is held in int8.
-        judged: what other graphs have shown; what this one shows is added.
+        judged: what other graphs have shown, and of as many tokens or more, since they share the
+            steps of a scale; what this one shows is added.
     """
-    keys = {
-        node: _key(graph_module, node)
+    keys = {node: _key(graph_module, node) for node in _products(graph_module, quantised)}
+    new = set(keys.values()) - judged.keys()
+    # Both ways round of a weight: which one is forward, the first that is looked at tells.
+    weights = {key[:-1] for key in new}
+    products = {node for node, key in keys.items() if key[:-1] in weights}
+    of_these = _errors(graph_module, examples, products, _steps_of_each_token)
+    for node, errors in of_these if new else ():
+        key = keys[node]
+        if key in new:
+            before = key in judged and judged[key][0]
+            storage = _weight(graph_module, node).untyped_storage()
+            judged[key] = before or errors[OWN] > ALLOWED, storage
+    return {node for node, key in keys.items() if judged[key][0]}
+
+
+def _products(graph_module: fx.GraphModule, quantised: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    return {
+        node
         for node in graph_module.graph.nodes
         if node.target == ATEN.mm.default and quantised(untransposed(node.args[1]))
     }
-    if not judged.keys() >= set(keys.values()):
-        for node, errors in _errors(graph_module, examples, quantised, _steps_of_each_token):
-            key, weight = keys[node], _weight(graph_module, node)
-            before = key in judged and judged[key][0]
-            judged[key] = before or errors[OWN] > ALLOWED, weight.untyped_storage()
-    return {node for node, key in keys.items() if judged[key][0]}
 
 
 def _key(graph_module: fx.GraphModule, product: fx.Node) -> _Key:
@@ -91,11 +102,10 @@ def coarse_and_even_products(
     Args:
         examples, quantised: as above.
     """
-    products: set[fx.Node] = set()
+    products = _products(graph_module, quantised)
     coarse: set[fx.Node] = set()
     uneven: set[fx.Node] = set()
-    for node, errors in _errors(graph_module, examples, quantised, _steps_of_tokens):
-        products.add(node)
+    for node, errors in _errors(graph_module, examples, products, _steps_of_tokens):
         own, together = errors[OWN], errors[TOGETHER]
         if own > ALLOWED:
             coarse.add(node)
@@ -144,7 +154,8 @@ def block_lengths(
         return found
 
     chosen: dict[fx.Node, int] = {}
-    for node, errors in _errors(graph_module, examples, quantised, steps):
+    products = _products(graph_module, quantised)
+    for node, errors in _errors(graph_module, examples, products, steps):
         fitting = (length for length, error in errors.items() if error <= ALLOWED_IN_BLOCKS)
         length = next(fitting, min(errors))
         chosen[node] = min(length, chosen.get(node, length))
@@ -154,14 +165,15 @@ def block_lengths(
 def _errors(
     graph_module: fx.GraphModule,
     examples: Sequence[Sequence[Tensor]],
-    quantised: Callable[[fx.Node], bool],
+    products: set[fx.Node],
     steps: Callable[[str, Tensor], Steps],
 ) -> Iterator[tuple[fx.Node, dict[int, float]]]:
-    """For every example and product: by how much each way to round misses its outputs.
+    """For every example and each of these products: by how much each way to round misses its
+    outputs.
 
     Relative errors of the whole output of a token, the worst of all tokens."""
     for arguments in examples:
-        rounding = _Rounding(graph_module, quantised, steps)
+        rounding = _Rounding(graph_module, products, steps)
         with torch.no_grad():
             rounding.run(*arguments)
         yield from rounding.errors.items()
@@ -173,27 +185,25 @@ class _Rounding(fx.Interpreter):
     def __init__(
         self,
         graph_module: fx.GraphModule,
-        quantised: Callable[[fx.Node], bool],
+        products: set[fx.Node],
         steps: Callable[[str, Tensor], Steps],
     ) -> None:
         super().__init__(graph_module)
-        self.quantised = quantised
+        self.products = products
         self.steps = steps
         self.errors: dict[fx.Node, dict[int, float]] = {}
         self.scales: dict[str, tuple[bool, Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target == ATEN.mm.default:
+        if n in self.products:
             a, b = n.args
             assert isinstance(a, fx.Node)
             assert isinstance(b, fx.Node)
             weight = untransposed(b)
-            if self.quantised(weight):
-                x, transposed = self.env[a], weight is not b
-                self.errors[n] = self._worst_errors(
-                    str(weight.target), x, self.env[b], transposed, result
-                )
+            self.errors[n] = self._worst_errors(
+                str(weight.target), self.env[a], self.env[b], weight is not b, result
+            )
         return result
 
     def _worst_errors(

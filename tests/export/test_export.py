@@ -1080,4 +1080,4 @@ def test_an_operator_without_a_translation_is_refused_by_name() -> None:
     )
     graph = flat_graph(specification, [torch.zeros(2)], onnx_graph.DECOMPOSITIONS)
     with pytest.raises(NotImplementedError, match=r"aten\.erfinv"):
-        list(onnx_graph.translate(graph, ["x"], ["y"], judged={}))
+        list(onnx_graph.translate(graph, ["x"], ["y"], examples=[], judged={}))

@@ -108,7 +108,8 @@ def test_four_bits_where_attention_is_not_over_a_cache_in_place(tmp_path: Path) 
     """Heads of 20 are not whole vectors; and numbers of inputs that no engine has four bits for."""
     torch.manual_seed(0)
     sizes = {"intermediate_size": 640, "num_hidden_layers": 1, "num_attention_heads": 16}
-    config = LlamaConfig(vocab_size=300, hidden_size=320, max_position_embeddings=64, **sizes)
+    # With an embedding large enough to be held in eight bits, too.
+    config = LlamaConfig(vocab_size=3400, hidden_size=320, max_position_embeddings=64, **sizes)
 
     def exported(config: LlamaConfig, engine: str) -> Bundle:
         tensors = LlamaForCausalLM(config).model.state_dict()

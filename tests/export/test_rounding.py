@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -24,12 +26,16 @@ def a_weight() -> Tensor:
     return weight
 
 
-def product_with(weight: Tensor) -> fx.GraphModule:
+def product_with(weight: Tensor, *, transposed: bool = False) -> fx.GraphModule:
     root = nn.Module()
     root.register_buffer("weight", weight)
     graph = fx.Graph()
     x = graph.placeholder("x")
-    graph.output(graph.call_function(torch.ops.aten.mm.default, (x, graph.get_attr("weight"))))
+    factor = graph.get_attr("weight")
+    if transposed:
+        factor = graph.call_function(torch.ops.aten.t.default, (factor,))
+        factor.meta["val"] = weight.T
+    graph.output(graph.call_function(torch.ops.aten.mm.default, (x, factor)))
     return fx.GraphModule(root, graph)
 
 
@@ -77,9 +83,18 @@ def test_tokens_of_different_size_do_not_share_a_scale(product: fx.GraphModule) 
 def test_programs_with_the_same_weight_share_what_one_has_shown() -> None:
     judged: Judged = {}
     weight, first, massive = a_weight(), [activations(1.0)], [activations(1000.0)]
+    place = weight.data_ptr()
     assert len(coarse_products(product_with(weight), massive, is_weight, judged)) == 1
     assert len(coarse_products(product_with(weight), first, is_weight, judged)) == 1
-    assert not coarse_products(product_with(a_weight()), first, is_weight, judged)
+    # Neither another weight, not even in the place of one that is gone, nor the other way round.
+    transposed = product_with(weight, transposed=True)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
+    assert not coarse_products(transposed, [[x]], is_weight, judged)
+    del weight, transposed
+    gc.collect()
+    others = [a_weight() for _ in range(20)]
+    assert place not in {other.data_ptr() for other in others}
+    assert not coarse_products(product_with(others[0]), first, is_weight, judged)
     # What one example shows no other takes back.
     for examples in (first + massive, massive + first):
         assert len(coarse_products(product_with(a_weight()), examples, is_weight, {})) == 1
