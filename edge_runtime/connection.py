@@ -42,6 +42,8 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 
+# Something failed that should not have; a coordinator that was restarted or mended goes on.
+FAULTS = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
 # CANCELLED is what calls get that a stopping coordinator did not wait for, ABORTED an upload that
 # is to be taken up again.
 TRANSIENT = {
@@ -50,11 +52,8 @@ TRANSIENT = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
-    # Something failed that should not have; a coordinator that was restarted or mended goes on.
-    grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.INTERNAL,
+    *FAULTS,
 }
-FAULTS = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
 FAILED = "it failed"
 # gRPC's words, under the same codes, for what is wrong on this side or with what came.
 SENSELESS = (
