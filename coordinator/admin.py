@@ -102,7 +102,7 @@ class Admin(coordinator_pb2_grpc.AdminServicer):
         elif not invited:
             await context.abort(
                 grpc.StatusCode.NOT_FOUND,
-                f"no device is called {request.name}, or it is revoked already",
+                f"no device is called {request.name}, and none is invited",
             )
         self._report("device_revoked", {"device": request.name})
         return pb.RevokeReply()

@@ -83,12 +83,11 @@ class Roster(Store):
         """Accepts no certificate of the device of that name any more.
 
         Returns:
-            The device; None if there is none that is not revoked already.
+            The device, which may have been revoked before; None if there is none.
         """
         with self._transaction() as session:
-            chosen = select(Device).where(Device.name == name, Device.revoked_at.is_(None))
-            device = session.scalar(chosen)
-            if device is not None:
+            device = session.scalar(select(Device).where(Device.name == name))
+            if device is not None and device.revoked_at is None:
                 device.enrolment = None
                 device.revoked_at = time.time()
             return device

@@ -465,7 +465,7 @@ class AdminServicer:
 
     def Revoke(self, request, context):
         """Refuses a device, and an invitation for its name, from now on, also on connections and calls
-        that are open. NOT_FOUND if there is neither, or the device is revoked already.
+        that are open. A device that is revoked stays so. NOT_FOUND if there is neither.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

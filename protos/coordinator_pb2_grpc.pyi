@@ -205,7 +205,7 @@ class AdminStub:
     """Makes an invitation for one device. One that was made before for the same name works no more."""
     Revoke: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RevokeRequest, _coordinator_pb2.RevokeReply]
     """Refuses a device, and an invitation for its name, from now on, also on connections and calls
-    that are open. NOT_FOUND if there is neither, or the device is revoked already.
+    that are open. A device that is revoked stays so. NOT_FOUND if there is neither.
     """
     ListDevices: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ListDevicesRequest, _coordinator_pb2.ListDevicesReply]
     """All devices that ever enrolled, in the order of their names."""
@@ -232,7 +232,7 @@ class AdminAsyncStub(AdminStub):
     """Makes an invitation for one device. One that was made before for the same name works no more."""
     Revoke: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RevokeRequest, _coordinator_pb2.RevokeReply]  # type: ignore[assignment]
     """Refuses a device, and an invitation for its name, from now on, also on connections and calls
-    that are open. NOT_FOUND if there is neither, or the device is revoked already.
+    that are open. A device that is revoked stays so. NOT_FOUND if there is neither.
     """
     ListDevices: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ListDevicesRequest, _coordinator_pb2.ListDevicesReply]  # type: ignore[assignment]
     """All devices that ever enrolled, in the order of their names."""
@@ -268,7 +268,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.RevokeReply, _abc.Awaitable[_coordinator_pb2.RevokeReply]]:
         """Refuses a device, and an invitation for its name, from now on, also on connections and calls
-        that are open. NOT_FOUND if there is neither, or the device is revoked already.
+        that are open. A device that is revoked stays so. NOT_FOUND if there is neither.
         """
 
     @_abc_1.abstractmethod
