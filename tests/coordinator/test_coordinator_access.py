@@ -9,7 +9,7 @@ import sqlite3
 import ssl
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
@@ -209,18 +209,9 @@ def test_a_coordinator_that_comes_back_is_found(fleet: Fleet) -> None:
 
 
 @contextlib.contextmanager
-def failing(times: int) -> Iterator[str]:
-    """The address of a service that fails so often before it answers a check-in."""
-    calls = itertools.count()
-
-    def check_in(request: pb.CheckInRequest, _: grpc.ServicerContext) -> pb.CheckInReply:
-        if next(calls) < times:
-            raise RuntimeError("disk on fire")
-        return pb.CheckInReply(protocol=request.protocol)
-
-    handler = grpc.unary_unary_rpc_method_handler(
-        check_in, pb.CheckInRequest.FromString, pb.CheckInReply.SerializeToString
-    )
+def answering(check_in: Callable[[bytes], bytes]) -> Iterator[str]:
+    """The address of a service that answers check-ins so."""
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, _: check_in(request))
     server = grpc.server(ThreadPoolExecutor(1))
     name = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
     handlers = grpc.method_handlers_generic_handler(name, {"CheckIn": handler})
@@ -229,6 +220,29 @@ def failing(times: int) -> Iterator[str]:
     server.start()
     yield f"127.0.0.1:{port}"
     server.stop(None).wait()
+
+
+def failing(times: int) -> contextlib.AbstractContextManager[str]:
+    """Likewise; it fails so often before it answers one."""
+    calls = itertools.count()
+
+    def check_in(request: bytes) -> bytes:
+        if next(calls) < times:
+            raise RuntimeError("disk on fire")
+        protocol = pb.CheckInRequest.FromString(request).protocol
+        return pb.CheckInReply(protocol=protocol).SerializeToString()
+
+    return answering(check_in)
+
+
+def test_an_answer_that_cannot_be_read_is_not_waited_for(fleet: Fleet) -> None:
+    waited: list[str] = []
+    with (
+        answering(lambda _: b"\xff not protobuf") as address,
+        pytest.raises(RefusedError, match="deserializing"),
+    ):
+        fleet.client(Unproven(address, "ada"), Patience(30, waited.append)).check_in(0)
+    assert not waited
 
 
 def test_a_coordinator_that_fails_inside_is_asked_again(fleet: Fleet) -> None:

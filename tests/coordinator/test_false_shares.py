@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from coordinator_help import Fleet, Served, check_in_until, in_parallel
@@ -202,3 +203,19 @@ def test_who_deals_out_nothing_is_named_and_the_rounds_go_on_without_it(fleet: F
     assert {reply.round for reply in replies} == {number + 1}
     take_part(bundle, others, number + 1, {})
     assert served.wait_for("round_closed", round=number + 1)["updates"] == 3
+
+
+def test_false_shares_are_told_though_the_quality_gate_refuses_the_round(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path
+) -> None:
+    gate = ("--quality-gate", str(text_dir / "test.txt"), "--rounds", "2")
+    served = fleet.serve(tiny_bundle, *OPTIONS, *gate)
+    clients = fleet.enrolled(served, tiny_bundle, *(f"device {i}" for i in range(6)))
+    number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+    maskers = [Masked(client, number) for client in clients]
+    revealing(maskers[3])
+    worse = np.full_like(vector(tiny_bundle, clients[0].download(number)), 3.0)
+    in_parallel(*(lambda m=m: m.run(worse) for m in maskers))
+    abandoned = served.wait_for("round_abandoned", round=number)
+    assert "perplexity" in abandoned["reason"]
+    assert served.wait_for("shares_refused", round=number)["device"] == "device 3"
