@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,16 +104,16 @@ def export_bundle(
         list_files(manifest, staging)
         write_manifest(manifest, staging)
         staged = open_bundle(staging)
-        for entry in manifest.programs:
+        references = parity.References()
+        for entry, source in _by_function(manifest.programs, sources):
             progress(f"checking {entry.name} for {entry.engine} against PyTorch")
-            source = sources[entry.engine, entry.name]
             engine_here = load_engine(entry.engine)
             entry.parity.CopyFrom(
-                parity.check(source.specification, source.example, staged, engine_here)
+                parity.check(source.specification, source.example, staged, engine_here, references)
             )
-        for engine in engines:
-            progress(f"measuring memory under {engine}")
-            _measure(manifest, staging, engine, 4 * base.parameters)
+        del references
+        progress("measuring memory")
+        _measure(manifest, staging, engines, 4 * base.parameters)
         write_manifest(manifest, staging)
         _let_others_read(manifest, staging)
         replace(out, staging, old)
@@ -143,6 +143,15 @@ class _Source:
         """Inputs of the traced shape, to see what eight bits are too coarse for."""
         every = parity.variants(self.specification, self.example)
         return [values for values in every if values[0].shape == self.example[0].shape]
+
+
+def _by_function(
+    programs: Iterable[pb.Program], sources: Mapping[tuple[str, str], _Source]
+) -> list[tuple[pb.Program, _Source]]:
+    """Programs of the same function one after the other."""
+    paired = [(entry, sources[entry.engine, entry.name]) for entry in programs]
+    functions = list(dict.fromkeys(source.specification.function for _, source in paired))
+    return sorted(paired, key=lambda pair: functions.index(pair[1].specification.function))
 
 
 def _manifest(base: Base, mixture: Mixture, tier: Tier, precision: str) -> pb.Manifest:
@@ -285,43 +294,56 @@ def _compile_executorch(
     return entries
 
 
-def _measure(manifest: pb.Manifest, staging: Path, engine: str, base_bytes: int) -> None:
-    """Fills in what each program of `engine` needs, and what the engine costs as a whole."""
-    runtime = 0
-    files: set[str] = set()
-    every = [p for p in manifest.programs if p.engine == engine]
-    # A router's step that is part of a training step needs nothing besides.
-    steps = {(p.file, p.method): p for p in every if p.name.startswith("train_step")}
-    parts = [p for p in every if p.name.startswith("router_step") and (p.file, p.method) in steps]
-    entries = [p for p in every if p not in parts]
-    training = [
-        entry
-        for entry in reversed(entries)  # so that not both measure the largest at once
-        if entry.name.startswith(("train_step", "eval_loss")) and engine == "onnxruntime"
-    ]
+def _measure(manifest: pb.Manifest, staging: Path, engines: Sequence[str], base_bytes: int) -> None:
+    """Fills in what each program needs, and what each engine costs as a whole."""
+    measured = [entry for entry in manifest.programs if _whole(entry, manifest) is entry]
+    jobs = []
+    for engine in engines:
+        packed = [entry for entry in measured if entry.engine == engine]
+        # Reversed, so that not both measure the largest at once.
+        unpacked = [entry for entry in reversed(packed) if _unpacks(entry)]
+        jobs += [(engine, True, packed), (engine, False, unpacked)]
     with ThreadPoolExecutor(2) as pool:  # each measures in a process of its own, on one core
-        figures, unpacked = pool.map(
-            lambda chosen, packed: measure(
-                staging, [e.name for e in chosen], engine, packed=packed
-            ),
-            (entries, training),
-            (True, False),
+        figures = pool.map(
+            lambda job: measure(staging, [p.name for p in job[2]], job[0], packed=job[1]), jobs
         )
-    for entry, measured in zip(entries, figures, strict=True):
-        entry.memory_bytes = measured["program_bytes"]
-        runtime = max(runtime, measured["runtime_bytes"])
-        files.update(n for n in (entry.file, entry.unsigned_file, *entry.data_files) if n)
-    for entry, measured in zip(training, unpacked, strict=True):
-        entry.unpacked_memory_bytes = measured["program_bytes"]
-    for entry in parts:
-        step = steps[entry.file, entry.method]
-        entry.memory_bytes = step.memory_bytes
-        entry.unpacked_memory_bytes = step.unpacked_memory_bytes
-    manifest.engines.append(
-        pb.EngineCost(
-            engine=engine,
-            base_bytes=base_bytes,
-            disk_bytes=sum((staging / file).stat().st_size for file in files),
-            runtime_bytes=runtime,
+    runtime = dict.fromkeys(engines, 0)
+    for (engine, is_packed, entries), found in zip(jobs, figures, strict=True):
+        for entry, figure in zip(entries, found, strict=True):
+            if is_packed:
+                entry.memory_bytes = figure["program_bytes"]
+                runtime[engine] = max(runtime[engine], figure["runtime_bytes"])
+            else:
+                entry.unpacked_memory_bytes = figure["program_bytes"]
+    for entry in manifest.programs:
+        whole = _whole(entry, manifest)
+        entry.memory_bytes = whole.memory_bytes
+        entry.unpacked_memory_bytes = whole.unpacked_memory_bytes
+    for engine in engines:
+        files: set[str] = set()
+        for entry in manifest.programs:
+            if entry.engine == engine:
+                files.update(n for n in (entry.file, entry.unsigned_file, *entry.data_files) if n)
+        manifest.engines.append(
+            pb.EngineCost(
+                engine=engine,
+                base_bytes=base_bytes,
+                disk_bytes=sum((staging / file).stat().st_size for file in files),
+                runtime_bytes=runtime[engine],
+            )
         )
-    )
+
+
+def _unpacks(entry: pb.Program) -> bool:
+    """Whether an engine can run the program with weights as they are in their file."""
+    return entry.engine == "onnxruntime" and entry.name.startswith(("train_step", "eval_loss"))
+
+
+def _whole(entry: pb.Program, manifest: pb.Manifest) -> pb.Program:
+    """The training step that a router's step is a part of, and nothing besides; else the program
+    itself."""
+    if not entry.name.startswith("router_step"):
+        return entry
+    steps = (p for p in manifest.programs if p.name.startswith("train_step"))
+    place = entry.engine, entry.file, entry.method
+    return next((p for p in steps if (p.engine, p.file, p.method) == place), entry)

@@ -77,6 +77,8 @@ class Specification:
     """Names of the adapters that it takes: tensors of the manifest, or stacks of them."""
     outputs: tuple[str, ...]
     call: Callable[..., tuple[Tensor, ...]]
+    function: str
+    """The same for programs of which each computes some or all outputs of the same function."""
     base: nn.Module
     """Holds the frozen weights that `call` uses."""
     length: int = 0
@@ -170,6 +172,7 @@ def train_step(
         adapters=tuple(names),
         outputs=("loss", "cross_entropy", *(f"grad:{name}" for name in learning)),
         call=call,
+        function=f"train_step.b{batch}",
         base=decoder,
         same_as=f"train_step.{variant}" if router_only else "",
         optional=tuple(f"grad:{name}" for name in left_out),
@@ -193,6 +196,7 @@ def eval_loss(
         adapters=tuple(names),
         outputs=("losses",),
         call=call,
+        function="eval_loss",
         base=decoder,
     )
 
@@ -230,6 +234,7 @@ def extend(
             *_cache_names("new", a.layers),
         ),
         call=call,
+        function="extend",
         base=decoder,
         blocks=blocks,
     )
@@ -277,6 +282,7 @@ def in_place_programs(
             *_cache_names("updated", a.layers),
         ),
         call=call,
+        function="extend",
         base=decoder,
         length=length,
         longest=context,

@@ -1066,6 +1066,37 @@ def test_lowering_leaves_no_graph_in_memory(tiny_base_dir: Path, tmp_path: Path)
     assert not [each for each in gc.get_objects() if type(each) is LoweredBackendModule]
 
 
+def test_pytorch_is_asked_once_for_programs_of_one_function(
+    tiny_bundle: Bundle, tiny_base_dir: Path
+) -> None:
+    manifest, asked = tiny_bundle.manifest, list[str]()
+    decoder = GPT2(load_base(str(tiny_base_dir)), Mixture(rank=4), 32)
+
+    def counted(each: Specification) -> Specification:
+        def call(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            asked.append(each.name)
+            return each.call(*values)
+
+        return replace(each, call=call)
+
+    known = {s.name: counted(s) for s in specifications(decoder, manifest, TIER, "onnxruntime")}
+    whole, part = known["train_step.b1"], known["router_step.b1"]
+    examples = [parity.example_arguments(whole, manifest, seed) for seed in (3, 4)]
+    references = parity.References()
+
+    def loss(specification: Specification, example: int) -> float:
+        ((_, outputs, _),) = references.cases(specification, examples[example], ())
+        assert tuple(outputs) == specification.outputs
+        return float(outputs["loss"])
+
+    assert loss(whole, 0) == loss(part, 0) == loss(whole, 0)
+    assert asked == ["train_step.b1"]
+    assert loss(part, 1) != loss(part, 0), "of other arguments"
+    assert asked == ["train_step.b1", "router_step.b1", "router_step.b1"]
+    assert loss(whole, 0) != loss(whole, 1), "with other outputs"
+    assert asked[3:] == ["train_step.b1"] * 2
+
+
 def test_an_operator_without_a_translation_is_refused_by_name() -> None:
     def call(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (torch.erfinv(x),)
@@ -1076,6 +1107,7 @@ def test_an_operator_without_a_translation_is_refused_by_name() -> None:
         adapters=(),
         outputs=("y",),
         call=call,
+        function="f",
         base=torch.nn.Module(),
     )
     graph = flat_graph(specification, [torch.zeros(2)], onnx_graph.DECOMPOSITIONS)
