@@ -228,4 +228,5 @@ class Rounds(Course):
             seconds_left=left or 0,
             secure_aggregation=self._masked is not None,
             compressions=self._policy.compressions,
+            rounds_done=current.done,
         )

@@ -185,7 +185,7 @@ class Device:
             return
         for number in range(max(1, self.progress.round), config.rounds + 1):
             if number != self.progress.round:
-                self._start_round(number, config)
+                self._start_round(number, config, done=number - 1)
             self._train(config)
         self.progress.finished = config.rounds
         self._save()
@@ -231,7 +231,8 @@ class Device:
             self._receive(client, reply.round)
             self.progress.task = self._task(client, reply)
             self._choose_compression(client, reply)
-            self._start_round(reply.round, config, seconds_left=reply.seconds_left)
+            done = reply.rounds_done if reply.HasField("rounds_done") else reply.round - 1
+            self._start_round(reply.round, config, done=done, seconds_left=reply.seconds_left)
         self._train(config)
         steps = self.state.expert_steps - self.progress.round_start
         header = pb.UploadHeader(
@@ -392,17 +393,17 @@ class Device:
         return _Start(number, hashlib.sha256(payload).digest(), received)
 
     def _start_round(
-        self, number: int, config: pb.TrainingConfig, *, seconds_left: float = 0
+        self, number: int, config: pb.TrainingConfig, *, done: int, seconds_left: float = 0
     ) -> None:
         """
         Args:
+            done: how many rounds came to something before.
             seconds_left: until the round's deadline; 0 if it has none.
         """
         if not self.progress.curve:
             self._measure_curve()
         # Whatever it trained before, missed or had no time for: it is where the other devices are.
-        before = (number - 1) * config.local_steps
-        self.progress.schedule_start = self.state.expert_steps - before
+        self.progress.schedule_start = self.state.expert_steps - done * config.local_steps
         self.progress.round = number
         self.progress.round_start = self.state.expert_steps
         self.progress.round_seconds = 0.0
@@ -410,7 +411,8 @@ class Device:
         self.progress.uploaded = False
         self._save()
         fields = {"seconds_left": round(seconds_left, 1)} if seconds_left else {}
-        self.report({"event": "round", "round": number, "rounds": config.rounds, **fields})
+        last = number + config.rounds - done - 1
+        self.report({"event": "round", "round": number, "rounds": last, **fields})
 
     def _train(self, config: pb.TrainingConfig) -> None:
         """The rest of the current round's steps, and how good the experts are then."""

@@ -601,6 +601,7 @@ class CheckInReply(_message.Message):
     SECURE_AGGREGATION_FIELD_NUMBER: _builtins.int
     COMPRESSIONS_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
+    ROUNDS_DONE_FIELD_NUMBER: _builtins.int
     action: Global___CheckInReply.Action.ValueType
     round: _builtins.int
     """Round to take part in, from 1; with FINISH, the round whose generalist is final."""
@@ -615,6 +616,10 @@ class CheckInReply(_message.Message):
     history: _builtins.str
     """Names the course of rounds that `round` is one of. After the coordinator was restored from a
     backup it is another one, and rounds of the same number are not the same.
+    """
+    rounds_done: _builtins.int
+    """With TRAIN: how many rounds have made the generalist that it starts from, fewer than `round`
+    says where some were abandoned or rolled back. Absent from older coordinators.
     """
     @_builtins.property
     def training(self) -> Global___TrainingConfig:
@@ -636,12 +641,15 @@ class CheckInReply(_message.Message):
         secure_aggregation: _builtins.bool = ...,
         compressions: _abc.Iterable[Global___Compression.ValueType] | None = ...,
         history: _builtins.str = ...,
+        rounds_done: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rounds_done", b"_rounds_done", "rounds_done", b"rounds_done", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "compressions", b"compressions", "history", b"history", "protocol", b"protocol", "retry_seconds", b"retry_seconds", "round", b"round", "seconds_left", b"seconds_left", "secure_aggregation", b"secure_aggregation", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rounds_done", b"_rounds_done", "action", b"action", "compressions", b"compressions", "history", b"history", "protocol", b"protocol", "retry_seconds", b"retry_seconds", "round", b"round", "rounds_done", b"rounds_done", "seconds_left", b"seconds_left", "secure_aggregation", b"secure_aggregation", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__rounds_done: _TypeAlias = _typing.Literal["rounds_done"]  # noqa: Y015
+    _WhichOneofArgType__rounds_done: _TypeAlias = _typing.Literal["_rounds_done", b"_rounds_done"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rounds_done) -> _WhichOneofReturnType__rounds_done | None: ...
 
 Global___CheckInReply: _TypeAlias = CheckInReply  # noqa: Y015
 
@@ -665,7 +673,9 @@ class TrainingConfig(_message.Message):
     TAU_FIELD_NUMBER: _builtins.int
     ROUTER_STEPS_FIELD_NUMBER: _builtins.int
     rounds: _builtins.int
-    """Rounds in all; the cosine schedule ends with the last step of the last one."""
+    """Rounds in all, without those that were abandoned; the cosine schedule ends with the last step of
+    the last one.
+    """
     local_steps: _builtins.int
     """Expert steps per round [10]."""
     batch_sequences: _builtins.int

@@ -351,6 +351,11 @@ def in_parallel(*tasks: Callable[[], Any]) -> list[Any]:
     return results
 
 
+def comigs(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edge_runtime", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
 def join_round(*clients: Client) -> list[Any]:
     """Checks all in together until each is told to train."""
     return in_parallel(

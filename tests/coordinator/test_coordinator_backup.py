@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from coordinator_help import (
-    TIMEOUT,
     Fleet,
+    comigs,
     enrol_with,
     finish,
     free_port,
@@ -35,11 +35,6 @@ from edge_runtime.client import Client
 from edge_runtime.errors import BackupError, StorageError, TrustError
 from edge_runtime.store import Home
 from protos import coordinator_pb2 as pb
-
-
-def comigs(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "edge_runtime", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False)
 
 
 def test_backups_while_rounds_end(fleet: Fleet, tmp_path: Path) -> None:

@@ -14,11 +14,14 @@ import pytest
 from coordinator_help import (
     Fleet,
     check_in_until,
+    comigs,
+    enrol_with,
     files_of,
     finish,
     free_port,
     header,
     in_parallel,
+    invited,
     join_round,
     train,
     until,
@@ -33,6 +36,7 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.client import Client
 from edge_runtime.connection import Patience
 from edge_runtime.errors import RefusedError, TrustError
+from edge_runtime.store import Home
 from protos import coordinator_pb2 as pb
 
 # How often a coordinator is killed while it is commanded.
@@ -196,6 +200,33 @@ def test_roll_back(fleet: Fleet) -> None:
     assert pair[0].download(9) == pair[0].download(6)
     text = command(fleet.state, "rollback", "1").stdout
     assert text == "round 10 starts from what round 1 started from\n"
+
+
+def test_after_a_roll_back_a_device_learns_as_fast_as_in_those_rounds(
+    fleet: Fleet, tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    """Its learning rate falls with the rounds that came to something."""
+    training = tmp_path / "training.json"
+    training.write_text('{"local_steps": 3, "batch_sequences": 2}')
+    options = ("--rounds", "2", "--min-devices", "1", "--training", str(training))
+    served = fleet.serve(tiny_bundle, *options)
+    (invitation,) = invited(served, "ada")
+    home = Home(tmp_path / "home")
+    home.save_identity(enrol_with(invitation, tiny_bundle))
+    at = ("--home", home.path, "--data", text_dir, "--bundle", tiny_bundle.path, "--threads", 1)
+
+    def device() -> list[tuple[int, int]]:
+        done = comigs("device", "run", *at, "--format", "json")
+        assert done.returncode == 0, done.stderr
+        events = map(json.loads, done.stdout.splitlines())
+        return [(e["round"], e["rounds"]) for e in events if e["event"] == "round"]
+
+    assert device() == [(1, 2), (2, 2)]
+    assert commanded(fleet.state, "rollback", "1") == {"rolled_back_to": 1, "round": 4}
+    assert device() == [(4, 5), (5, 5)]
+    _, progress = home.load_state(tiny_bundle)
+    # Of its twelve steps the last six are the whole schedule again.
+    assert (progress.round_start, progress.schedule_start) == (9, 6)
 
 
 def test_of_the_generalists_the_latest_are_kept(fleet: Fleet) -> None:

@@ -16,6 +16,7 @@ import pytest
 from coordinator_help import (
     Fleet,
     Served,
+    comigs,
     free_port,
     header,
     in_parallel,
@@ -31,11 +32,6 @@ from edge_runtime import wire
 from edge_runtime.client import Client
 from edge_runtime.connection import Patience
 from edge_runtime.errors import UnreachableError
-
-
-def comigs(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "edge_runtime", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_rounds_with_postgres_and_what_is_kept_there(fleet: Fleet, url: str) -> None:
