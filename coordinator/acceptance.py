@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from coordinator.buffering import Buffering
 from coordinator.commits import Commits
@@ -65,48 +66,51 @@ class Acceptance:
                 contract_sha256=device.contract_sha256,
             )
 
+        def counted(made: Change) -> None:
+            assert isinstance(made, Update)
+            self._report(
+                "update_accepted",
+                {
+                    "round": made.counted,
+                    "device": device.name,
+                    "bytes": header.total_bytes,
+                    "behind": made.counted - header.round,
+                },
+            )
+            self._nudged.set()
+
         try:
-            made = await self._commits.make(device.id, count)
+            await self._commits.make(device.id, count, counted)
         except RefusedUpdateError:
             self._state.drop_file(file)  # nobody else will ask for it
             raise
-        if not isinstance(made, Update):
-            return
-        self._report(
-            "update_accepted",
-            {
-                "round": made.counted,
-                "device": device.name,
-                "bytes": header.total_bytes,
-                "behind": made.counted - header.round,
-            },
-        )
-        self._nudged.set()
 
     async def refuse(self, device: Device, number: int, error: RefusedUpdateError) -> None:
         """Records a refused update; the round goes on without it."""
-        await self._note_refusal(device, number, str(error))
-        self._report(
-            "update_refused",
-            {
-                "round": number,
-                "device": device.name,
-                "reason": str(error),
-                "kind": error.reason,
-                "certificate": device.enrolment,
-            },
+        await self._note_refusal(
+            "update_refused", device, number, str(error), {"kind": error.reason}
         )
-        self._nudged.set()
 
     async def refuse_shares(self, device: Device, number: int, reason: str) -> None:
         """Records that shares of masks' secrets that `device` dealt out or revealed are false."""
-        await self._note_refusal(device, number, reason)
-        known = {"device": device.name, "certificate": device.enrolment}
-        self._report("shares_refused", {"round": number, "reason": reason, **known})
+        await self._note_refusal("shares_refused", device, number, reason)
 
-    async def _note_refusal(self, device: Device, number: int, reason: str) -> None:
+    async def _note_refusal(
+        self,
+        event: str,
+        device: Device,
+        number: int,
+        reason: str,
+        more: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         refusal = Refusal(round=number, device=device.id, reason=reason, time=time.time())
-        await self._commits.make(device.id, lambda _: refusal)
+        known = {"device": device.name, "certificate": device.enrolment}
+
+        def noted(_: Change) -> None:
+            self._report(event, {"round": number, "reason": reason, **known, **more})
+            self._nudged.set()
+
+        await self._commits.make(device.id, lambda _: refusal, noted)
 
     async def settled(self) -> None:
         """Returns when everything that devices have caused is durable."""
@@ -226,5 +230,5 @@ class Acceptance:
             return False
         if self._masked is not None:
             more = sum(isinstance(row, MaskingStep) and row.first for row in beside)
-            return self._state.count_masking(number) + more >= selection.wanted
+            return self._state.count_trained(number) + more >= selection.wanted
         return self._count(number, beside) >= selection.wanted

@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from coordinator import rows
 from coordinator.audit import COORDINATOR, LOG, AuditLog
-from coordinator.database import read_only
+from coordinator.database import damaged, is_damage, postgres_engine, read_only
 from coordinator.state import DATABASE, GENERALISTS, MEMORIES, State
 from coordinator.tables import SCHEMA
 from coordinator.tls import ADMIN_FILE, CA_FILE, CA_KEY_FILE
@@ -115,13 +115,15 @@ def restore(file: Path, state: Path, url: str | None = None) -> Summary:
         url: of an empty PostgreSQL database for the rows; None: SQLite, in `state`.
 
     Raises:
-        ValueError: the database is not empty.
+        ValueError: `url` is no address of a PostgreSQL database, or that is not empty.
         BackupError: `file` is no backup, is damaged, or is of another version of comigs.
         StorageError: `state` exists and is not empty, or cannot be written; it is as it was then.
     """
     there = state.exists()
     if there and (not state.is_dir() or any(p.name != LOST_AND_FOUND for p in state.iterdir())):
         raise StorageError(f"{state} is not empty; give a directory that is, or one to be made")
+    if url is not None:
+        postgres_engine(url).dispose()  # raises
     with storage_errors(state):
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         # In it, not beside it: it may be a mount point, or its parent be somebody else's.
@@ -170,6 +172,8 @@ def _copy_database(source: Path, target: Path) -> None:
             running.backup(copy)
             copy.execute("pragma journal_mode=delete")
     except sqlite3.Error as error:
+        if is_damage(error):
+            raise damaged(source, str(error)) from error
         raise StorageError(f"cannot copy {source}: {error}; nothing was backed up") from error
 
 

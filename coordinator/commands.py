@@ -758,7 +758,7 @@ def restore(
     try:
         summary = backup.restore(file, state, database)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--state") from error
+        raise typer.BadParameter(str(error), param_hint="--database") from error
     if output is Format.JSON:
         emit(vars(summary))
     else:

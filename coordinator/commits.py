@@ -20,6 +20,7 @@ T = TypeVar("T")
 class _Wanted(Generic[R]):
     who: str
     decide: Callable[[list[R]], R | None]
+    after: Callable[[R], None]
     done: asyncio.Future[R | None]
 
 
@@ -37,18 +38,24 @@ class Commits(Generic[R]):
         self.still = asyncio.Lock()
         """Held during a commit; whoever holds it may decide and change what it depends on."""
 
-    async def make(self, who: str, decide: Callable[[list[R]], R | None]) -> R | None:
+    async def make(
+        self,
+        who: str,
+        decide: Callable[[list[R]], R | None],
+        after: Callable[[R], None] = lambda _: None,
+    ) -> R | None:
         """Makes the change that `decide` wants; durable on return.
 
         Args:
             who: it is about; in one commit there is one change of each.
             decide: gets the changes that will be in the same commit. None: there is no need.
+            after: is told of a change that was made, also when whoever wanted it has gone.
 
         Raises:
             What `decide` and the commit raise; nothing has changed then.
         """
         done = asyncio.get_running_loop().create_future()
-        self._wanted.append(_Wanted(who, decide, done))
+        self._wanted.append(_Wanted(who, decide, after, done))
         if self._running is None:
             self._running = asyncio.create_task(self._run())
         change: R | None = await done
@@ -75,16 +82,19 @@ class Commits(Generic[R]):
         try:
             await asyncio.to_thread(self._commit, changes)
         except Exception as error:  # for everybody who waits to deal with
-            for done in waiting:
-                if not done.done():
-                    done.set_exception(error)
+            for wanted in waiting:
+                if not wanted.done.done():
+                    wanted.done.set_exception(error)
         else:
-            for done, change in zip(waiting, changes, strict=True):
-                if not done.done():
-                    done.set_result(change)
+            made = list(zip(waiting, changes, strict=True))
+            for wanted, change in made:
+                if not wanted.done.done():
+                    wanted.done.set_result(change)
+            for wanted, change in made:
+                wanted.after(change)
 
-    def _decided(self, changes: list[R]) -> Iterator[asyncio.Future[R | None]]:
-        """Puts what is to be committed now into `changes`. Yields who waits for each of them."""
+    def _decided(self, changes: list[R]) -> Iterator[_Wanted[R]]:
+        """Puts what is to be committed now into `changes`. Yields what each of them was."""
         present, self._wanted = self._wanted, []
         seen: set[str] = set()
         for wanted in present:
@@ -101,7 +111,7 @@ class Commits(Generic[R]):
                     wanted.done.set_result(None)
                 else:
                     changes.append(change)
-                    yield wanted.done
+                    yield wanted
 
 
 async def to_its_end(work: Callable[[], T]) -> T:

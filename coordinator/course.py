@@ -190,7 +190,9 @@ class Course(Acceptance):
             else:
                 plain = group is None and bool(updates)
                 unfit = plain or not self._masked.fits(current.number, group)
-            if unfit:
+            if current.done >= self._policy.rounds:
+                self._abandon(current, updates, "no more rounds are wanted")
+            elif unfit:
                 reason = "it began with other training or privacy than it was resumed with"
                 self._abandon(current, updates, reason)
             elif self._ledger is not None and not (

@@ -61,6 +61,18 @@ class DamagedDatabaseError(StorageError):
     code = AdapterError.code
 
 
+def is_damage(error: BaseException | None) -> bool:
+    """Whether SQLite says so of its file."""
+    codes = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in codes
+
+
+def damaged(place: object, reason: str) -> DamagedDatabaseError:
+    return DamagedDatabaseError(
+        f"{place} is damaged: {reason}; restore the state directory from a backup"
+    )
+
+
 class Database(ABC):
     """Of one coordinator, from when it takes the state until it ends."""
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, NullPool, Select, create_engine, func, select
+from sqlalchemy import Engine, NullPool, Select, create_engine, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from coordinator.database import postgres_engine, read_only
+from coordinator.database import damaged, is_damage, postgres_engine, read_only
 from coordinator.state import DATABASE
-from coordinator.tables import Participant, Refusal, Round, Settings, Status, Update
-from edge_runtime.errors import StorageError
+from coordinator.tables import SCHEMA, Participant, Refusal, Round, Settings, Status, Update
+from edge_runtime.errors import StorageError, VersionError
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def reading(state: Path, url: str | None = None) -> Iterator[Session]:
 
     Raises:
         ValueError: there is no coordinator's state.
+        VersionError: another version of comigs made it.
+        DamagedDatabaseError: it is damaged.
         StorageError: it cannot be read.
     """
     if url is None:
@@ -81,12 +83,18 @@ def reading(state: Path, url: str | None = None) -> Iterator[Session]:
         place = engine.url.render_as_string(hide_password=True)
     try:
         with Session(engine) as session:
+            mark = "pragma user_version" if url is None else "select schema from lead"
+            if session.scalar(text(mark)) not in (0, SCHEMA):  # 0: it is only just made
+                raise VersionError(
+                    f"{place} was made by another version of comigs; look at it with that one"
+                )
             yield session
     except DBAPIError as error:
         reason = " ".join(str(error.orig).split())
+        if is_damage(error.orig):
+            raise damaged(place, reason) from error
         raise StorageError(
-            f"cannot read {place}: {reason}; check that it is there, whole, and of this version of "
-            "comigs"
+            f"cannot read {place}: {reason}; check that it is there, whole, and a coordinator's"
         ) from error
     finally:
         engine.dispose()

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from coordinator.queries import QUERIES
 from coordinator.roster import Roster
 from coordinator.tables import (
+    Device,
     MaskingGroup,
     MaskingMember,
     MaskingStage,
@@ -108,6 +109,13 @@ class PrivateRows(Roster):
         counted = select(func.count()).where(self._in(MaskingMember, number), column.is_not(None))
         with self._transaction() as session:
             return session.scalar(counted) or 0
+
+    def count_trained(self, number: int) -> int:
+        """How many devices have advertised keys and are not revoked."""
+        members = self._in(MaskingMember, number), MaskingMember.keys.is_not(None)
+        known = Device.id == MaskingMember.device, Device.revoked_at.is_(None)
+        with self._transaction() as session:
+            return session.scalar(select(func.count()).where(*members, *known)) or 0
 
     def settle(
         self,

@@ -178,10 +178,9 @@ class Rounds(Course):
             return None if full else step
 
         if request.WhichOneof("step") is not None:
-            await self._commits.make(device.id, note)
+            await self._commits.make(device.id, note, lambda _: self._nudged.set())
             if full:
                 return over(f"round {request.round} has all the updates that it wanted")
-            self._nudged.set()
         while True:
             changed = self._changed
             if not self._takes_part(device.id, request.round):
@@ -201,8 +200,8 @@ class Rounds(Course):
         """`device` has stored the generalist of round `number`."""
         current = self._state.current()
         if self._is_over(current) and number == current.number:
-            await self._commits.make(device, lambda _: Delivery(number, device))
-            self._nudged.set()
+            delivery = Delivery(number, device)
+            await self._commits.make(device, lambda _: delivery, lambda _: self._nudged.set())
 
     def _answer(self, device: str) -> pb.CheckInReply | None:
         """None: it is to train, and to become a participant first."""

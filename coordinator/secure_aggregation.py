@@ -64,6 +64,8 @@ STAYING = 0.75
 # In a sparse group it takes a look at all to see whether enough is revealed: after every so many.
 LOOK_EVERY = 16
 FALSE_SHARES = "most shares of others' secrets that it revealed are false"
+# Without its file, whose name has the device in it: the page and traces name none.
+LOST_STEP = "a masked step was lost or damaged after it had been accepted"
 FALSE_DEAL = "the shares of its own secrets that it dealt out are false"
 _SEALED_BYTES = masking.NONCE_BYTES + 2 * shamir.SHARE_BYTES + 16
 _COMMITMENT_BYTES = 32
@@ -446,10 +448,11 @@ class SecureAggregation:
         try:
             content = (self._state.directory / update.file).read_bytes()
         except OSError as error:
-            said = f"cannot read {update.file}: {error.strerror}"
-            raise (AggregationError if is_lost(error) else StorageError)(said) from error
+            if is_lost(error):
+                raise AggregationError(LOST_STEP) from error
+            raise StorageError(f"cannot read {update.file}: {error.strerror}") from error
         if len(content) != 4 * numbers or hashlib.sha256(content).digest() != update.sha256:
-            raise AggregationError(f"{update.file} is damaged, though it was accepted")
+            raise AggregationError(LOST_STEP)
         return np.frombuffer(content, "<u4").astype(np.uint32, copy=False)
 
     def _sum(

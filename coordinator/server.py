@@ -60,7 +60,7 @@ from edge_runtime.adapters import Vectors
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.connection import Traffic
 from edge_runtime.errors import MissingPartError, StorageError
-from edge_runtime.identity import read_identity
+from edge_runtime.identity import read_identity, write_identity
 from protos import coordinator_pb2_grpc, link_pb2_grpc, manifest_pb2
 
 if TYPE_CHECKING:  # it needs packages of the extra "tracing"
@@ -378,10 +378,12 @@ class _Secure:
         options, authority, ports = parts.options, self._authority, self._ports
         host = reached(ports.host, options.names)
         before = self._administrator
-        holder = administrator(authority, options.state, f"{host or 'localhost'}:{ports.port}")
+        holder = administrator(authority, before, f"{host or 'localhost'}:{ports.port}")
         holder_id = subject_of(holder.certificate.encode()).id
-        if before is None or before.certificate != holder.certificate:
+        if before is None or before.certificate != holder.certificate:  # told before it is one
             await parts.log("administrator_made", {"administrator": holder_id})
+        if holder != before:
+            write_identity(options.state / ADMIN_FILE, holder)
         callers = parts.callers(holder_id)
         parts.live.calls.administrator = holder_id
         service = parts.service(callers, authority)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -14,13 +13,11 @@ from sqlalchemy import ColumnElement, Select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from coordinator.database import DamagedDatabaseError, Database
+from coordinator.database import Database, damaged, is_damage
 from coordinator.tables import Base, MaskingGroup, MaskingMember, Participant, Update
 from edge_runtime.errors import StorageError
 
 E = TypeVar("E", bound="Base")
-
-DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 class Store:
@@ -76,11 +73,8 @@ class Store:
         except DBAPIError as error:
             self._database.lost()
             reason = " ".join(str(error.orig).split())
-            if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in DAMAGED:
-                raise DamagedDatabaseError(
-                    f"{self._database.place} is damaged: {reason}; restore the state directory "
-                    "from a backup"
-                ) from error
+            if is_damage(error.orig):
+                raise damaged(self._database.place, reason) from error
             raise StorageError(
                 f"cannot use {self._database.place}: {reason}; free some space or check that it "
                 "is there: what was acknowledged before is intact"

@@ -29,7 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from edge_runtime.errors import TrustError
 from edge_runtime.files import storage_errors, write_atomic
-from edge_runtime.identity import Identity, new_key, public_key_of, read_identity, write_identity
+from edge_runtime.identity import Identity, new_key, public_key_of
 
 CA_FILE = "ca.pem"
 CA_KEY_FILE = "ca-key.pem"
@@ -186,29 +186,23 @@ class Authority:
         )
 
 
-def administrator(authority: Authority, directory: Path, address: str) -> Identity:
-    """The one administrator: ADMIN_FILE in `directory`, made if there is none of this authority.
+def administrator(authority: Authority, known: Identity | None, address: str) -> Identity:
+    """The one administrator, whose place is ADMIN_FILE: another than is `known` if that is none of
+    this authority.
 
-    Whoever holds a copy of the file is the administrator, until it is deleted here.
+    Whoever holds a copy of the file is the administrator, until it is deleted there.
 
     Args:
+        known: what the file holds.
         address: HOST:PORT by which the coordinator is reached; kept in the file.
-
-    Raises:
-        StorageError: the file cannot be written.
-        TrustError: it is damaged.
     """
-    path = directory / ADMIN_FILE
     ca = authority.pem.decode()
-    identity = read_identity(path)
+    identity = known
     if identity is None or identity.ca != ca:
         key = new_key()
         issued = authority.issue_to_administrator(public_key_of(key))
         identity = Identity(coordinator="", ca=ca, certificate=issued.pem, key=key)
-    if identity.coordinator != address:
-        identity = replace(identity, coordinator=address)
-        write_identity(path, identity)
-    return identity
+    return replace(identity, coordinator=address)
 
 
 @functools.lru_cache(maxsize=4096)

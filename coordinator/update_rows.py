@@ -7,7 +7,7 @@ import contextlib
 import glob
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sqlalchemy import func, select, update
@@ -96,8 +96,12 @@ class UpdateRows(PrivateRows):
         return relative if (self.directory / relative).exists() else None
 
     def begin_partial(self, path: Path) -> None:
-        """Makes that file, or takes it up again; other unfinished updates of the device go."""
-        with storage_errors(path):
+        """Makes that file, or takes it up again; other unfinished updates of the device go.
+
+        Raises:
+            FileNotFoundError: the round is over, and its directory goes meanwhile.
+        """
+        with round_errors(path):
             make_directory(path.parent.parent)  # where the update will be
             path.parent.mkdir(exist_ok=True)
             rounds = path.parents[2]  # asynchronous ones are there together
@@ -123,9 +127,7 @@ class UpdateRows(PrivateRows):
             FileNotFoundError: the round is over, and they are gone.
         """
         relative = self._kept(number, device, sha256)
-        if not path.exists():
-            raise FileNotFoundError(path)
-        with storage_errors(self.directory / relative):
+        with round_errors(self.directory / relative):
             sync(path)
             os.replace(path, self.directory / relative)
         return relative
@@ -210,6 +212,19 @@ class UpdateRows(PrivateRows):
 
     def _updates_of(self, number: int) -> str:
         return updates_directory(self.cohort, number)
+
+
+@contextlib.contextmanager
+def round_errors(path: Path) -> Iterator[None]:
+    """`storage_errors`, but for a file that is gone: those of a round go with it."""
+    gone: FileNotFoundError | None = None
+    with storage_errors(path):
+        try:
+            yield
+        except FileNotFoundError as error:
+            gone = error
+    if gone is not None:
+        raise gone
 
 
 def updates_directory(cohort: str, number: int) -> str:

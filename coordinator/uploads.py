@@ -28,10 +28,10 @@ from coordinator.commits import to_its_end
 from coordinator.limits import TooSlowError, Transfers
 from coordinator.policy import RefusedUpdateError
 from coordinator.tables import Device
+from coordinator.update_rows import round_errors
 from edge_runtime import compression, wire
 from edge_runtime.connection import Traffic
 from edge_runtime.errors import AdapterError, StorageError
-from edge_runtime.files import storage_errors
 from protos import coordinator_pb2 as pb
 
 # Written at once; as much more of an update may wait for that.
@@ -249,8 +249,8 @@ class Uploads:
                             return
                         kept = self._state.kept(header.round, device.id, header.sha256)
                         if kept is None:
-                            self._state.begin_partial(path)
-                            with storage_errors(path):
+                            with round_errors(path):
+                                self._state.begin_partial(path)
                                 file = held.enter_context(_alone(path))
                                 gathered = await self._gather(file, header, parts, moved)
                     if kept is None:
@@ -265,6 +265,8 @@ class Uploads:
                 raise
             except TooSlowError as error:
                 raise BrokenUploadError(str(error)) from error
+            except FileNotFoundError as error:  # its files went with the round
+                raise BrokenUploadError(f"round {header.round} ended meanwhile") from error
             except RefusedUpdateError:
                 if path is not None:
                     path.unlink(missing_ok=True)
@@ -361,8 +363,6 @@ class Uploads:
             return self._state.keep_partial(path, header.round, device.id, header.sha256)
         except AdapterError as error:
             raise RefusedUpdateError(str(error)) from error
-        except FileNotFoundError as error:
-            raise BrokenUploadError(f"round {header.round} ended meanwhile") from error
 
     def _checker(self, device: Device) -> wire.Checker:
         contract = device.contract_sha256
@@ -387,7 +387,7 @@ class Uploads:
         payload = wire.encode(manifest, vectors)
         wire.decode(manifest, payload)  # a sum may be beyond float32
         unpacked = path.with_suffix(".unpacked")
-        with storage_errors(unpacked):
+        with round_errors(unpacked):
             unpacked.write_bytes(payload)
         path.unlink()
         return unpacked

@@ -62,6 +62,24 @@ def test_what_comes_meanwhile_is_committed_together() -> None:
     asyncio.run(run())
 
 
+def test_what_is_to_follow_does_though_nobody_waits_any_more() -> None:
+    async def run() -> None:
+        disk, told = Disk(), list[str]()
+        commits = Commits(disk.commit)
+        gone = asyncio.create_task(commits.make("ada", wanting("a"), told.append))
+        await disk.has_begun()
+        waiting = asyncio.create_task(commits.make("ben", wanting("b"), told.append))
+        gone.cancel()
+        disk.go_on.release(2)
+        assert await waiting == "b"
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        await commits.settled()
+        assert told == ["a", "b"]
+
+    asyncio.run(run())
+
+
 def test_a_commit_that_fails_fails_for_all_in_it_and_for_nobody_else() -> None:
     async def run() -> None:
         disk = Disk()

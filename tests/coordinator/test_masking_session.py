@@ -339,7 +339,7 @@ def test_keys_are_of_devices_that_this_authority_knows(world: World, tmp_path: P
     signer = verify(Session(known, ROUND, HISTORY, TASK).advertisement, ROUND, HISTORY, authority)
     assert signer.enrolment == "enrolment of known"
     stranger = World(tmp_path / "other").device("known")
-    admin = administrator(world.authority, tmp_path, "nowhere:1")
+    admin = administrator(world.authority, None, "nowhere:1")
     for who, number, history, complaint in (
         (stranger, ROUND, HISTORY, "without a certificate of this coordinator"),
         (admin, ROUND, HISTORY, "not a device's"),

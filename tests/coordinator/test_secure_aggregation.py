@@ -21,6 +21,7 @@ from coordinator_help import (
 )
 from masking_help import Masked, expected, joined, say, step_of, vector
 
+from coordinator.administrator import Administrator
 from coordinator.listing import rounds, table
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle
@@ -330,3 +331,22 @@ def test_two_cohorts_at_once(fleet: Fleet) -> None:
         got = vector(bundle, clients[0].download(2))
         np.testing.assert_array_equal(got, expected(starts[place], steps, group=4))
     assert members[0][0].manifest != members[1][0].manifest
+
+
+def test_another_takes_the_place_of_a_device_that_is_revoked_before_the_group_is_made(
+    fleet: Fleet,
+) -> None:
+    bundle = fleet.bundle()
+    selection = ("--devices-per-round", "3", "--over-selection", "2")
+    served = fleet.serve(bundle, *MASKED, *selection)
+    clients = fleet.enrolled(served, bundle, *(f"device {i}" for i in range(6)))
+    (number,) = set(in_parallel(*(lambda c=c: joined([c]) for c in clients)))
+    maskers = [Masked(client, number) for client in clients[:4]]
+    advertised = [(m.client, m.session.advertisement) for m in maskers]
+    for client, keys in advertised[:2]:
+        say(client, number, 0, keys=keys)
+    with Administrator(served.administrator()) as administrator:
+        administrator.revoke("device 0")
+    for client, keys in advertised[2:]:
+        assert say(client, number, 0, keys=keys).WhichOneof("next") != "over"
+    assert served.wait_for("masking_began", round=number)["devices"] == 3
