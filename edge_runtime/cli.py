@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -58,7 +59,8 @@ messages = Console(stderr=True)
 def emit(value: dict[str, Any], *, in_a_line: bool = False) -> None:
     """Prints a command's result, or one of several in a line each, as a JSON document."""
     indent = None if in_a_line else 2
-    sys.stdout.write(dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    plain = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    sys.stdout.write(dumps(value, indent=indent, ensure_ascii=plain) + "\n")
 
 
 @contextlib.contextmanager
@@ -157,11 +159,38 @@ def _run() -> None:
 
 
 def _refuse(error: ComigsError) -> NoReturn:
-    messages.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+    with contextlib.suppress(OSError):  # a log on a full disk: the code has to say it
+        messages.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
     sys.exit(error.code)
 
 
+def _refuse_output(error: OSError) -> NoReturn:
+    """What is left in the buffers would fail once more at the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    try:
+        _refuse(StorageError(f"standard output: {error.strerror}; free some space there"))
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        os.dup2(nowhere, sys.stderr.fileno())
+
+
+def _open_streams() -> None:
+    """Opens those that whoever started this has closed, as daemons are started: else the next file
+    would take their place. What the terminal's encoding lacks is written as an escape."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
+    _open_streams()
     # gRPC reads the first two when it is imported. It logs handshakes and the like from C; what
     # matters of it is in our own messages.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -177,9 +206,7 @@ def main() -> None:
         _refuse(error)
     except OSError as error:
         if error.filename is None and error.errno in NO_SPACE:
-            # What is left in the buffer would fail once more at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            _refuse(StorageError(f"standard output: {error.strerror}; free some space there"))
+            _refuse_output(error)
         if error.errno not in NO_PLACE or error.filename is None:
             raise
         _refuse(StorageError(f"{error.filename}: {error.strerror}; give another path"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from io import RawIOBase
@@ -27,7 +28,7 @@ from edge_runtime.connection import (
 )
 from edge_runtime.errors import RefusedError, TrustError, VersionError
 from edge_runtime.files import storage_errors
-from edge_runtime.identity import Identity, new_key, signing_request
+from edge_runtime.identity import Identity, began, new_key, signing_request
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc
 
@@ -45,6 +46,7 @@ def connect_to_enrol(invitation: pb.Invitation, patience: Patience) -> Connectio
         f"{invitation.host}:{invitation.enrolment_port}",
         grpc.ssl_channel_credentials(_authority(invitation).encode()),
         patience,
+        began=began(_authority(invitation)),
     )
 
 
@@ -81,6 +83,7 @@ def enrol(
         certificate=traffic.receive(reply).pem,
         key=key,
         invitation=invitations.token_sha256(invitation),
+        received=time.time(),
     )
 
 
@@ -141,7 +144,8 @@ class Client(Closing):
         reply = self._connection.retry(
             lambda: self._stub.Renew(self.traffic.send(request), timeout=CALL_SECONDS)
         )
-        return replace(identity, key=key, certificate=self.traffic.receive(reply).pem)
+        certificate = self.traffic.receive(reply).pem
+        return replace(identity, key=key, certificate=certificate, received=time.time())
 
     def use(self, identity: Identity) -> None:
         """Goes on with another identity, on another connection."""

@@ -106,7 +106,8 @@ def register(app: typer.Typer) -> None:
 def run(
     home: HomeOption,
     data: Annotated[
-        Path, typer.Option(help="train.txt, valid.txt and test.txt, or any text files.")
+        Path,
+        typer.Option(help="train.txt, valid.txt and test.txt, or any text files.", readable=False),
     ],
     invitation: Annotated[
         str | None,
@@ -537,7 +538,7 @@ def predict(
     vectors = at.load_state(opened)[0].vectors
     return_freed_memory()  # of the optimizer's moments
     predictor = Predictor(opened, load_engine(engine or config.engine, threads=threads), vectors)
-    if text is None and sys.stdin.isatty():
+    if text is None and output is Format.TEXT and sys.stdin.isatty() and sys.stdout.isatty():
         from edge_runtime.interactive import converse
 
         def refresh() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import random
 import time
@@ -22,7 +23,7 @@ from edge_runtime.errors import (
     UnreachableError,
     VersionError,
 )
-from edge_runtime.identity import Identity
+from edge_runtime.identity import Identity, began
 
 CALL_SECONDS = 15.0
 FIRST_PAUSE_SECONDS = 0.25
@@ -67,10 +68,11 @@ NO_SUCH_METHOD = "Method not found!"  # gRPC's words
 # gRPC reports failed handshakes as UNAVAILABLE; these, found in the details, will not pass. That
 # the coordinator does not take our certificate is not among them: gRPC only says that the
 # connection was closed.
+NOT_VERIFIED = "1000007d"  # OpenSSL's CERTIFICATE_VERIFY_FAILED
 HANDSHAKE_FAILURES = {
-    # OpenSSL's CERTIFICATE_VERIFY_FAILED
-    "1000007d": "has a certificate of another authority than the invitation was from; if that "
-    "coordinator was set up anew, ask for a new invitation, and if it was not, do not go on",
+    NOT_VERIFIED: "has a certificate of another authority than the invitation was from, or this "
+    "machine's clock is wrong; if it is right and that coordinator was set up anew, ask for a new "
+    "invitation, and if it was not, do not go on",
     "Hostname Verification": "has a certificate for other names; use an address that is on it, or "
     "start the coordinator with --name and the one that devices use",
     # OpenSSL's WRONG_VERSION_NUMBER
@@ -160,17 +162,20 @@ class Connection(Closing):
         credentials: grpc.ChannelCredentials | None,
         patience: Patience,
         identity: Identity | None = None,
+        began: datetime.datetime | None = None,
     ) -> None:
         """
         Args:
             address: HOST:PORT.
             credentials: None for no TLS.
             identity: what the credentials are made of, if they hold a client's certificate.
+            began: when the certificate of the coordinator's authority did.
         """
         self.address = address
         self._secure = credentials is not None
         self._patience = patience
         self._identity = identity
+        self._began = began
         self._progress = -math.inf
         self.channel = (
             grpc.insecure_channel(address, CHANNEL_OPTIONS)
@@ -255,6 +260,13 @@ class Connection(Closing):
             TrustError, RefusedError, VersionError: it will not pass.
         """
         code, details = error.code(), " ".join((error.details() or "").split())
+        now = datetime.datetime.now(datetime.UTC)
+        if NOT_VERIFIED in details and self._began is not None and now < self._began:
+            # Of a machine that has just started it will be right in a moment.
+            return (
+                f"this machine's clock says {now:%Y-%m-%d %H:%M} UTC, which is before the "
+                "coordinator was set up; set it"
+            )
         lasting = self._lasting(code, details)
         if lasting is not None:
             raise lasting from error
@@ -295,4 +307,4 @@ def connect(who: Identity | Unproven, patience: Patience) -> Connection:
     credentials = grpc.ssl_channel_credentials(
         who.ca.encode(), who.key.encode(), who.certificate.encode()
     )
-    return Connection(who.coordinator, credentials, patience, who)
+    return Connection(who.coordinator, credentials, patience, who, began(who.ca))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import functools
 import hashlib
 import math
@@ -32,6 +33,16 @@ ENCODING_BYTES = 280
 _BETWEEN_WORDS = re.compile(
     r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W_])"
     r"|(?<=[^\W_])(?=[,.;:!?\"(\[{<=+/\u3001\u3002\uff0c\uff0e\uff01\uff1f\uff1a\uff1b\u300c-\u300f\uff08\uff09])"
+)
+
+# Folders with all of these are a device's home, a bundle and a coordinator's state: no text, and
+# what must not be trained on, such as private keys.
+OURS = (
+    {"lock", "device.json"},
+    {"lock", "identity.json"},
+    {"lock", "enrolment.json"},
+    {"manifest.json", "adapters"},
+    {"ca.pem", "ca-key.pem"},
 )
 
 # The fewest characters that make a split: about one sequence of 64 tokens.
@@ -102,8 +113,21 @@ def _cut(text: str, target: int, slack: int) -> int:
     return target
 
 
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+@_readable()
 def stored_bytes(directory: Path) -> int:
-    """Size of the files that `read_splits` would read: at least so much memory their text takes."""
+    """Size of the files that `read_splits` would read: at least so much memory their text takes.
+
+    Raises:
+        DataError: they cannot be looked at.
+    """
     if not directory.is_dir():
         return 0
     return sum(
@@ -111,6 +135,7 @@ def stored_bytes(directory: Path) -> int:
     )
 
 
+@_readable()
 def read_splits(directory: Path, needed: Sequence[str] = ("train", "valid")) -> dict[str, str]:
     """The splits of one person's text.
 
@@ -119,8 +144,8 @@ def read_splits(directory: Path, needed: Sequence[str] = ("train", "valid")) -> 
     on its own, so that another one moves nothing from a split into another: what was trained on
     must not be held out later. That holds for files of 5,120 characters and more. Shorter ones are
     joined in sorted order and split as one text or, while that is too short and there are longer
-    files, are for training. Names that start with a dot are passed over, as is a file that repeats
-    an earlier one.
+    files, are for training. Names that start with a dot are passed over, as are a device's home, a
+    bundle and a coordinator's state in there, and a file that repeats an earlier one.
 
     Raises:
         DataError: no directory, no text, not UTF-8, or too short to split.
@@ -148,6 +173,7 @@ def _named(directory: Path) -> dict[str, Path]:
     return {s: directory / f"{s}.txt" for s in SPLITS if (directory / f"{s}.txt").is_file()}
 
 
+@_readable()
 def read_all(path: Path) -> str:
     """The text of a file, or of all text files in a directory, joined in sorted order.
 
@@ -190,19 +216,25 @@ def _split_files(directory: Path) -> tuple[str, str, str]:
 
 
 def _text_files(directory: Path) -> list[Path]:
-    """Files in a directory and its folders, but those whose names start with a dot."""
+    """Files in a directory and its folders, but those whose names start with a dot, and folders
+    that are OURS."""
     found = []
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}")
 
     for folder, folders, names in os.walk(directory, onerror=refuse):
+        if any(kind <= {*folders, *names} for kind in OURS):
+            if folder == str(directory):
+                raise DataError(
+                    f"{directory} is a home, a bundle or a coordinator's state, not text; give a "
+                    "folder with text files in it"
+                )
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
-    try:
-        return sorted(path for path in found if path.is_file())
-    except PermissionError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return sorted(path for path in found if path.is_file())
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:

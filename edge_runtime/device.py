@@ -170,7 +170,8 @@ class Device:
                 self._finish(client, reply.round)
                 return
             else:
-                time.sleep(min(max(reply.retry_seconds, 0.2), CHECK_IN_SECONDS))
+                # In this order a NaN is the least.
+                time.sleep(min(max(0.2, reply.retry_seconds), CHECK_IN_SECONDS))
 
     def train_alone(self, config: pb.TrainingConfig) -> None:
         """The same rounds without a coordinator: nothing is exchanged."""
@@ -407,10 +408,12 @@ class Device:
         self.progress.round = number
         self.progress.round_start = self.state.expert_steps
         self.progress.round_seconds = 0.0
+        self._gradient_seconds.clear()  # what held a step up then does not now
         self.progress.stopped = 0
         self.progress.uploaded = False
         self._save()
-        fields = {"seconds_left": round(seconds_left, 1)} if seconds_left else {}
+        known = seconds_left > 0 and math.isfinite(seconds_left)
+        fields = {"seconds_left": round(seconds_left, 1)} if known else {}
         last = number + config.rounds - done - 1
         self.report({"event": "round", "round": number, "rounds": last, **fields})
 

@@ -13,6 +13,9 @@ from edge_runtime.errors import StorageError
 # However much space is free.
 NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
 
+# What files end with that are being written; nobody else's do.
+UNFINISHED = ".comigs-tmp"
+
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
@@ -24,6 +27,24 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(
             f"cannot write {path}: {error.strerror}; {mend} another directory, then start again: "
             "what was saved before is intact"
+        ) from error
+
+
+def check_readable(path: Path) -> None:
+    """Whoever is not let at a file has not lost it.
+
+    Raises:
+        StorageError: it is there, and cannot be read.
+    """
+    try:
+        with path.open("rb"):
+            pass
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {path}: {error.strerror}; let this user read it: nothing says that it is "
+            "damaged"
         ) from error
 
 
@@ -47,7 +68,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     with storage_errors(path):
         make_directory(path.parent)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -92,5 +113,5 @@ def sync(path: Path) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """Deletes what an interrupted `write_atomic` left in `directory`."""
-    for path in directory.glob(".*.tmp"):
+    for path in directory.glob(f".*{UNFINISHED}"):
         path.unlink(missing_ok=True)

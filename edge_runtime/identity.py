@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from edge_runtime.errors import TrustError
-from edge_runtime.files import write_atomic
+from edge_runtime.files import check_readable, write_atomic
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Identity:
     """Private key: a secret."""
     invitation: str = ""
     """SHA-256 (hex) of the token of the invitation that it came from; an administrator has none."""
+    received: float = 0.0
+    """When the certificate came, in seconds since the epoch by this machine's clock; 0: unknown."""
 
     @property
     def name(self) -> str:
@@ -46,9 +48,15 @@ class Identity:
         return self._x509.not_valid_after_utc
 
     def needs_renewal(self) -> bool:
-        """Whether less than a third of the certificate's time is left."""
+        """Whether less than a third of the certificate's time is left: by how long it has been
+        here, since this machine's clock may be another than the coordinator's."""
         lifetime = self.valid_until - self._x509.not_valid_before_utc
-        return self.valid_until - datetime.datetime.now(datetime.UTC) < lifetime / 3
+        now = datetime.datetime.now(datetime.UTC)
+        if not self.received:
+            return self.valid_until - now < lifetime / 3
+        age = now.timestamp() - self.received
+        # The clock was set back: nobody knows how long.
+        return age < 0 or age > lifetime.total_seconds() * 2 / 3
 
     def check(self) -> None:
         """
@@ -65,6 +73,11 @@ class Identity:
     @functools.cached_property
     def _x509(self) -> x509.Certificate:
         return x509.load_pem_x509_certificate(self.certificate.encode())
+
+
+def began(pem: str) -> datetime.datetime:
+    """Since when a certificate is good."""
+    return x509.load_pem_x509_certificate(pem.encode()).not_valid_before_utc
 
 
 def new_key() -> str:
@@ -104,13 +117,16 @@ def read_identity(path: Path) -> Identity | None:
     """What `write_identity` wrote, or None if there is no such file.
 
     Raises:
-        TrustError: the file is damaged or cannot be read.
+        TrustError: the file is damaged.
+        StorageError: it cannot be read.
     """
+    check_readable(path)
     try:
         identity = Identity(**json.loads(path.read_text(encoding="utf-8")))
         certified = x509.load_pem_x509_certificate(identity.certificate.encode()).public_key()
         if certified != public_key_of(identity.key):
             raise ValueError("its key is not that of its certificate")
+        began(identity.ca)
     except FileNotFoundError:
         return None
     except (OSError, TypeError, ValueError, AttributeError) as error:

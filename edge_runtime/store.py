@@ -31,7 +31,7 @@ from edge_runtime.adapters import load_fresh
 from edge_runtime.bundle import Bundle, contract_sha256
 from edge_runtime.compression import Feedback
 from edge_runtime.errors import AdapterError, StorageError, VersionError
-from edge_runtime.files import remove_leftovers, storage_errors, write_atomic
+from edge_runtime.files import check_readable, remove_leftovers, storage_errors, write_atomic
 from edge_runtime.training import TrainingState, new_state
 
 if TYPE_CHECKING:
@@ -102,12 +102,13 @@ class Home:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / "lock").open("w")
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StorageError(
-                    f"another process trains in {self.path}; stop it, or use another --home"
-                ) from None
+            with storage_errors(self.path / "lock"):  # of some networks' disks: there are no locks
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise StorageError(
+                        f"another process trains in {self.path}; stop it, or use another --home"
+                    ) from None
             remove_leftovers(self.path)
             yield
 
@@ -175,9 +176,11 @@ class Home:
 
         Raises:
             AdapterError: the state is damaged or belongs to another bundle.
+            StorageError: it cannot be read.
             VersionError: it was written by another version of comigs.
         """
         path = self.path / "state.safetensors"
+        check_readable(path)
         if not path.exists():
             return new_state(bundle.manifest, load_fresh(bundle)), Progress()
         try:
@@ -196,11 +199,12 @@ class Home:
 
     def _json(self, name: str, kind: Callable[..., T]) -> T | None:
         path = self.path / name
+        check_readable(path)
         if not path.exists():
             return None
         try:
             return kind(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, RecursionError, TypeError, ValueError) as error:
             raise AdapterError(f"{path} is damaged: {error}; restore it from a copy") from error
 
     def _save_json(self, name: str, value: dict[str, Any]) -> None:

@@ -367,7 +367,7 @@ def test_devices_of_two_ranks_share_rounds_and_a_kill(fleet: Fleet, ranks: list[
     served.kill()
     fitted = fleet.state / "fitted"
     assert list(fitted.iterdir())
-    (fitted / ".torn.tmp").touch()
+    (fitted / ".torn.x.comigs-tmp").touch()
     served = fleet.serve(ranks[1], *options, "--enrolment-port", port, listen=address)
     served.ready()
     assert not list(fitted.iterdir()), "what only a bundle needs that is not served any more"

@@ -45,13 +45,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.administrator import Administrator
-from coordinator.tls import ADMIN_FILE, CA_FILE, CA_KEY_FILE
+from coordinator.tls import ADMIN_FILE, CA_FILE, CA_KEY_FILE, Authority
 from edge_runtime import invitation as invitations
 from edge_runtime.bundle import contract_sha256
 from edge_runtime.client import connect_to_enrol
-from edge_runtime.connection import Traffic, connect
+from edge_runtime.connection import Patience, Traffic, connect
 from edge_runtime.enrolment import identity_from
-from edge_runtime.errors import RefusedError, TrustError
+from edge_runtime.errors import RefusedError, TrustError, UnreachableError
 from edge_runtime.identity import Identity, new_key
 from edge_runtime.invitation import is_name
 from edge_runtime.store import Enrolment, Home
@@ -523,6 +523,31 @@ def test_renewal(fleet: Fleet) -> None:
         with pytest.raises(TrustError, match=r"lapsed on .* ask for a new invitation"):
             late()
     ada.check_in(0)
+
+
+def test_renewal_where_the_device_s_clock_is_another(fleet: Fleet) -> None:
+    """A certificate that has just come is fresh, and one that has been here for long is not."""
+    bundle = fleet.bundle()
+    (ada,) = fleet.enrolled(fleet.serve(bundle, "--certificate-days", "30"), bundle, "ada")
+    now, day = time.time(), 86400
+    assert not ada.who.needs_renewal()
+    assert not replace(ada.who, received=now - 19 * day).needs_renewal()
+    assert replace(ada.who, received=now - 21 * day).needs_renewal()
+    assert replace(ada.who, received=now + day).needs_renewal(), "the clock was set back"
+
+
+def test_who_starts_before_its_clock_is_right_waits_for_that(fleet: Fleet) -> None:
+    bundle, waited = fleet.bundle(), list[str]()
+    (ada,) = fleet.enrolled(fleet.serve(bundle), bundle, "ada")
+    other = Authority.open(fleet.state.parent / "other", datetime.timedelta(days=30))
+    stranger = replace(ada.who, ca=other.pem.decode())
+    client = fleet.client(stranger, Patience(1, waited.append))
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
+    client._connection._began = later  # as if this machine's clock were a day behind
+    with pytest.raises(UnreachableError, match="before the coordinator was set up"):
+        client.check_in(0)
+    with pytest.raises(TrustError, match="or this machine's clock is wrong"):
+        fleet.client(stranger).check_in(0)
 
 
 # The administrator

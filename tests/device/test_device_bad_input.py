@@ -7,10 +7,12 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -494,6 +496,55 @@ def test_a_full_disk_behind_standard_output(
             cwd=tmp_path,
         )
     assert "standard output: No space left" in refusal(done, STORAGE)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this machine")
+@pytest.mark.parametrize("streams", ["2>/dev/full", "<&- >&- 2>&-", "0>&- 1<&-"])
+def test_the_code_tells_what_the_messages_cannot(streams: str, tmp_path: Path) -> None:
+    words = shlex.join(map(str, command_of("predict", "--home", tmp_path / "none")))
+    done = subprocess.run(["sh", "-c", f"{words} {streams}"], timeout=TIMEOUT, check=False)
+    assert done.returncode == AdapterError.code
+
+
+def test_a_program_at_a_terminal_gets_json(
+    tiny_bundle: Bundle, text_dir: Path, tmp_path: Path
+) -> None:
+    run_alone(tmp_path / "home", text_dir, "--bundle", tiny_bundle.path, "--rounds", 1)
+    here, there = os.openpty()
+    command = command_of("predict", "--home", tmp_path / "home", "--format", "json", "--top", 1)
+    with subprocess.Popen(command, stdin=there, stdout=subprocess.PIPE, text=True) as asking:
+        os.close(there)
+        os.write(here, b"hello\n\x04")
+        told, _ = asking.communicate(timeout=TIMEOUT)
+    os.close(here)
+    assert (json.loads(told)["text"], asking.returncode) == ("hello", 0)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("device.json", "identity.json"):
+        (home / name).write_text("{}")
+        (home / name).chmod(0)
+    script = """if True:
+        import os, sys
+        from pathlib import Path
+        import edge_runtime.identity
+        from edge_runtime.store import Home
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        getattr(Home(Path(sys.argv[1])), sys.argv[2])()
+    """
+    for what in ("config", "identity"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(home), what],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        assert "StorageError" in done.stderr
+        assert "let this user read it" in done.stderr
 
 
 def test_a_configuration_of_other_kinds(

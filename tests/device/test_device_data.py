@@ -72,6 +72,27 @@ def test_files_that_are_too_short_alone_are_split_together(tmp_path: Path) -> No
     assert tuple(read_splits(tmp_path).values()) == together
 
 
+def test_what_is_not_a_person_s_text_is_passed_over(tmp_path: Path) -> None:
+    """A device's key must never be trained on, wherever its home is."""
+    (tmp_path / "long").write_text(file_of(0, 100))
+    want = read_splits(tmp_path)
+    kinds = {
+        "home": ("lock", "device.json", "identity.json"),
+        "enrolling": ("lock", "enrolment.json"),
+        "bundle": ("manifest.json", "tokenizer.json", "adapters/notes.txt"),
+        "state": ("ca.pem", "ca-key.pem"),
+    }
+    for kind, names in kinds.items():
+        for name in names:
+            path = tmp_path / "deeper" / kind / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("a secret\n" * 1000)
+    assert read_splits(tmp_path) == want
+    for kind in kinds:
+        with pytest.raises(DataError, match="not text; give a folder"):
+            read_splits(tmp_path / "deeper" / kind)
+
+
 # --- tokens ------------------------------------------------------------------------------------
 
 GPT2_MINI = Path(export.__file__).parent / "gpt2_mini" / "tokenizer.json"

@@ -160,11 +160,11 @@ def test_leftovers_of_a_killed_write_go_at_the_next_start(
 ) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    for name in (".state.safetensors.abc12.tmp", ".device.json.x.tmp"):
+    for name in (".state.safetensors.abc12.comigs-tmp", ".device.json.x.comigs-tmp", ".my.tmp"):
         (home / name).write_bytes(b"half of it")
     run_alone(home, text_dir, "--bundle", tiny_bundle.path, "--rounds", 1)
     names = {path.name for path in home.iterdir()}
-    assert names == {"device.json", "state.safetensors", "lock"}
+    assert names == {"device.json", "state.safetensors", "lock", ".my.tmp"}
 
 
 def test_a_finished_device_stays_as_it_is(
