@@ -178,7 +178,7 @@ def onnx_operators(bundle: Bundle, threads: int, program: str, calls: int) -> li
         seconds[operator] += event["dur"]
         count[operator] += 1
         around.append((operator, event["ts"] + event["dur"]))
-    total = sum(seconds.values())
+    total = sum(run["dur"] for run in runs)
     rows = [
         {
             "operator": operator,
@@ -189,7 +189,7 @@ def onnx_operators(bundle: Bundle, threads: int, program: str, calls: int) -> li
         for operator, spent in seconds.most_common(SHOWN)
     ]
     rest = [operator for operator, _ in seconds.most_common()[SHOWN:]]
-    between = (sum(run["dur"] for run in runs) - total) / calls / 1e3
+    between = (total - sum(seconds.values())) / calls / 1e3
     for name, spent, number in (
         (
             "other operators",

@@ -269,12 +269,14 @@ def profile_table(result: dict[str, Any]) -> str:
         programs.setdefault(name, []).append(row)
     parts = []
     for name, rows in programs.items():
+        # Of the whole call, with what is between operators.
+        whole = sum(row["milliseconds"] or 0 for row in rows)
         lines = [
             (
                 row["operator"],
                 str(row["calls"]),
                 "" if row["milliseconds"] is None else f"{row['milliseconds']:.2f}",
-                "" if row["share"] is None else f"{row['share']:.0%}",
+                "" if row["milliseconds"] is None else f"{row['milliseconds'] / whole:.0%}",
             )
             for row in rows
         ]

@@ -265,13 +265,20 @@ def _cosines(everyone: dict[str, Contestant], folder: Path) -> dict[str, dict[st
         path.unlink()
     wanted = found.pop(REFERENCE)
 
-    def cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
-
     return {
         name: {key: cosine(gradients[key], wanted[key]) for key in gradients}
         for name, gradients in found.items()
     }
+
+
+def cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """Of two vectors (D,); of two that are zero 1, and 0 if one is, or holds a NaN."""
+    lengths = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    if lengths == (0.0, 0.0):
+        return 1.0
+    if 0.0 in lengths or not np.isfinite(lengths).all():
+        return 0.0
+    return float(a @ b) / (lengths[0] * lengths[1])
 
 
 def table(result: Result) -> Any:

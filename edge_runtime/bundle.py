@@ -173,14 +173,31 @@ def open_bundle(path: Path) -> Bundle:
             raise BundleError(
                 f"{file} is not a valid manifest: {name} leads out of the bundle; copy it again"
             )
-    sizes = {role.name: role.size for role in manifest.roles}
-    for tensor in manifest.tensors:
-        if tensor.offset + math.prod(tensor.shape) > sizes.get(tensor.role, 0):
-            raise BundleError(
-                f"{file} is not a valid manifest: {tensor.name} does not fit into its role; copy "
-                "the bundle again"
-            )
+    if (odd := _odd(manifest)) is not None:
+        raise BundleError(f"{file} is not a valid manifest: {odd}; copy the bundle again")
     return Bundle(path, manifest)
+
+
+def _odd(manifest: pb.Manifest) -> str | None:
+    """What in the manifest cannot be; None if nothing is seen."""
+    ends = {role.name: 0 for role in manifest.roles}
+    for tensor in sorted(manifest.tensors, key=lambda tensor: tensor.offset):
+        if ends.get(tensor.role) != tensor.offset or 0 in tensor.shape:
+            return f"{tensor.name} is not where its role has room for it"
+        ends[tensor.role] += math.prod(tensor.shape)
+    for role in manifest.roles:
+        if ends[role.name] != role.size:
+            return f"{role.name} has {role.size} numbers, and its tensors {ends[role.name]}"
+    needed = {
+        "rank": manifest.mixture.rank,
+        "alpha": manifest.mixture.alpha,
+        "vocabulary": manifest.base.vocabulary,
+        "context": manifest.tier.context,
+        "train_length": manifest.tier.train_length,
+        "micro_batches": len(manifest.tier.micro_batches),
+    }
+    without = [name for name, value in needed.items() if not value > 0]
+    return f"{without[0]} is missing" if manifest.programs and without else None
 
 
 def shared_tensors(manifest: pb.Manifest) -> list[pb.Tensor]:

@@ -5,6 +5,7 @@ tensors.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import json
@@ -140,10 +141,30 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> Base
         tokenizer = _load_tokenizer(name, source, config.vocab_size)
         if random_weights:
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            with _unavailable_errors(name):
+                model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         else:
             model = _load_weights(name, source, config)
+            _check_plain(name, config, model)
     return _base(name, config, model, tokenizer)
+
+
+def _check_plain(name: str, config: Config, model: Any) -> None:
+    """Refuses a model that is not made of what its architecture is, but of modules that round."""
+    plain_config = copy.deepcopy(config)
+    plain_config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(plain_config)  # type: ignore[no-untyped-call]
+
+    def made_of(model: Any) -> tuple[list[type], dict[str, torch.Size]]:
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        return [type(module) for module in model.modules()], shapes
+
+    if made_of(model) != made_of(plain):
+        raise BaseModelError(
+            f"{name} is quantised, or has modules that its architecture has not; save it "
+            "dequantised"
+        )
 
 
 def _base(name: str, config: Config, model: Any, tokenizer: Tokenizer) -> Base:
@@ -309,6 +330,7 @@ def _odd_gpt2(config: GPT2Config) -> list[str]:
         (config.scale_attn_by_inverse_layer_idx, "attention scaled by layer"),
         (config.add_cross_attention, "cross attention"),
         (config.n_inner not in (None, 4 * config.n_embd), f"an MLP of {config.n_inner}"),
+        (config.n_layer < 1, "no blocks"),
     )
     return [text for wrong, text in cases if wrong]
 
@@ -323,6 +345,7 @@ def _odd_llama(config: LlamaConfig) -> list[str]:
         (rope not in STATIC_ROPE, f"rotary positions of type {rope}"),
         (parameters.get("partial_rotary_factor", 1.0) != 1.0, "rotary positions in part of a head"),
         (heads % key_heads != 0, f"{heads} heads that share {key_heads} of keys"),
+        (config.num_hidden_layers < 1, "no blocks"),
     )
     return [text for wrong, text in cases if wrong]
 

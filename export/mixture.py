@@ -13,6 +13,8 @@ from protos import manifest_pb2 as pb
 
 MIXINGS = ("per_linear", "per_block")
 GENERALIST = "generalist"
+# Beyond, float32 does not hold what comes of it.
+LEAST_ALPHA, MOST_ALPHA = 1e-6, 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,10 @@ class Mixture:
             raise ValueError(f"mixing is {self.mixing!r}; it must be one of {', '.join(MIXINGS)}")
         if self.specialists < 0 or self.rank < 1:
             raise ValueError("specialists must be 0 or more and rank 1 or more")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha is {self.alpha:g}; it must be a number above 0")
+        if not LEAST_ALPHA <= self.alpha <= MOST_ALPHA:
+            raise ValueError(
+                f"alpha is {self.alpha:g}; it must be between {LEAST_ALPHA:g} and {MOST_ALPHA:g}"
+            )
 
     def on(self, architecture: Architecture) -> Mixture:
         """The same with the targets of this architecture filled in.

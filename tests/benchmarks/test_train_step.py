@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from benchmarks.train_step import cosine
 
 
 def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -73,3 +76,10 @@ def test_unknown_weights_are_refused(tiny_base_dir: Path) -> None:
     done = bench("--base", tiny_base_dir, "--weights", "rnd")
     assert done.returncode == 2
     assert "pretrained or random" in done.stderr
+
+
+def test_the_cosine_of_a_gradient_that_is_none() -> None:
+    zero, one, nan = np.zeros(3), np.array([1.0, 2.0, 3.0]), np.array([1.0, np.nan, 3.0])
+    assert cosine(one, 2 * one) == pytest.approx(1)
+    assert cosine(zero, zero) == 1
+    assert [cosine(zero, one), cosine(one, zero), cosine(nan, one), cosine(one, nan)] == [0] * 4

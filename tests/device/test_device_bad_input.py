@@ -136,6 +136,18 @@ def no_micro_batch(bundle: Path) -> None:
     change_manifest(bundle, lambda manifest: manifest["tier"].update(micro_batches=[0]))
 
 
+def one_place_for_all(bundle: Path) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        for tensor in manifest["tensors"]:
+            tensor["offset"] = "0"
+
+    change_manifest(bundle, change)
+
+
+def no_rank(bundle: Path) -> None:
+    change_manifest(bundle, lambda manifest: manifest["mixture"].pop("rank"))
+
+
 def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     change(manifest)
@@ -163,6 +175,8 @@ def remove_tokenizer(bundle: Path) -> None:
         (no_engines, "does not say what engine onnxruntime costs; copy the bundle again"),
         (no_micro_batch, "a micro-batch of 0; copy the bundle again"),
         (leading_out, "leads out of the bundle"),
+        (one_place_for_all, "is not where its role has room for it; copy the bundle again"),
+        (no_rank, "rank is missing; copy the bundle again"),
         (cut_weights, r"weights\.bin has \d+ bytes instead of \d+; copy the bundle again"),
         (alter_program, "SHA-256.*copy the bundle again"),
         (remove_programs, "missing; copy the bundle again"),

@@ -774,6 +774,18 @@ def test_a_directory_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
         load_base(str(tmp_path))
 
 
+def test_a_base_that_rounds_as_it_goes_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Its weights look like those of any other."""
+    for file in tiny_llama_dir.iterdir():
+        shutil.copy(file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    how = {"linear_class": "autobitlinear", "quantization_mode": "online"}
+    config["quantization_config"] = {"quant_method": "bitnet", **how}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match="save it dequantised"):
+        load_base(str(tmp_path))
+
+
 def test_a_base_that_stays_quantised_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(
         tiny_llama_dir, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
