@@ -364,9 +364,11 @@ class SecureAggregation:
         return False
 
     def may_get_more(self, group: MaskingGroup, gone: set[str]) -> bool:
-        """Whether more shares may be revealed, in the last stage."""
+        """Whether more shares may be revealed than the last sum had, in the last stage, or were
+        since."""
         revealed = self._state.masking_numbers(group.round, said="revealed")
-        return not self._is_over(group, gone, revealed)
+        more = self._short != (group.round, len(revealed))
+        return more or not self._is_over(group, gone, revealed)
 
     def _is_over(
         self, group: MaskingGroup, gone: set[str], revealed: Mapping[str, int | None]

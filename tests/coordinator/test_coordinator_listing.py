@@ -9,7 +9,7 @@ import pytest
 from coordinator_help import Fleet, header, join_round, train
 
 from coordinator.backup import back_up, restore
-from edge_runtime.errors import StorageError
+from edge_runtime.errors import AdapterError
 
 
 def listed(state: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -114,7 +114,7 @@ def test_what_is_no_state_is_told(tmp_path: Path) -> None:
     for state, code, message in (
         (tmp_path / "missing", 2, "holds no state of a coordinator"),
         (tmp_path, 2, "holds no state of a coordinator"),
-        (tmp_path / "damaged", StorageError.code, "not a database"),
+        (tmp_path / "damaged", AdapterError.code, "not a database"),
     ):
         done = listed(state)
         assert done.returncode == code
