@@ -5,7 +5,7 @@ Every error is one line for a person: what is wrong, and what to do about it.
 | code | class | meaning |
 |---|---|---|
 | 0 | | success |
-| 1 | | a bug, with a traceback; or a process of `demo`, `bench` or the quality gate failed |
+| 1 | | a bug, with a traceback; a process of `demo`, `bench` or the gate failed; a reader left |
 | 2 | | wrong usage of the command line |
 | 10 | BundleError | bundle missing, truncated, altered or of another format |
 | 11 | AdapterError | adapters or state do not fit the bundle, or state is damaged or not there |
