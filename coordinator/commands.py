@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import typer
 
 from edge_runtime import training_config
-from edge_runtime.cli import Format, FormatOption, emit, messages
+from edge_runtime.cli import Format, FormatOption, emit, messages, prints_all
 from edge_runtime.finite import dumps
 
 if TYPE_CHECKING:
@@ -980,6 +980,7 @@ def _administrator(path: Path, coordinator: str | None) -> Identity:
 
     Raises:
         TrustError: it is damaged or not there.
+        StorageError: it cannot be read.
     """
     from edge_runtime.errors import TrustError
     from edge_runtime.identity import read_identity
@@ -1009,7 +1010,8 @@ def _moment(time: float) -> str:
 
 
 def _json_line(event: str, fields: dict[str, Any]) -> str:
-    return dumps({"event": event, **fields}, separators=(",", ":"), ensure_ascii=False)
+    line = {"event": event, **fields}
+    return dumps(line, separators=(",", ":"), ensure_ascii=not prints_all())
 
 
 def _text_line(event: str, fields: dict[str, Any]) -> str:

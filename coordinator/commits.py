@@ -91,7 +91,7 @@ class Commits(Generic[R]):
                 if not wanted.done.done():
                     wanted.done.set_result(change)
             for wanted, change in made:
-                wanted.after(change)
+                _tell(wanted, change)
 
     def _decided(self, changes: list[R]) -> Iterator[_Wanted[R]]:
         """Puts what is to be committed now into `changes`. Yields what each of them was."""
@@ -112,6 +112,16 @@ class Commits(Generic[R]):
                 else:
                     changes.append(change)
                     yield wanted
+
+
+def _tell(wanted: _Wanted[R], change: R) -> None:
+    """A bug in one's `after` must not keep from others what they wait for."""
+    try:
+        wanted.after(change)
+    except Exception as error:
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": f"what follows a commit for {wanted.who} failed", "exception": error}
+        )
 
 
 async def to_its_end(work: Callable[[], T]) -> T:

@@ -84,7 +84,8 @@ def reading(state: Path, url: str | None = None) -> Iterator[Session]:
     try:
         with Session(engine) as session:
             mark = "pragma user_version" if url is None else "select schema from lead"
-            if session.scalar(text(mark)) not in (0, SCHEMA):  # 0: it is only just made
+            # 0 or none: it is only just made.
+            if (session.scalar(text(mark)) or SCHEMA) != SCHEMA:
                 raise VersionError(
                     f"{place} was made by another version of comigs; look at it with that one"
                 )

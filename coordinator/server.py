@@ -362,7 +362,7 @@ class _Secure:
 
         Raises:
             AddressError: they cannot be listened on.
-            StorageError: the authority is new and cannot be written.
+            StorageError: the authority is new and cannot be written, or a file cannot be read.
             TrustError: the authority or the administrator's file is damaged.
         """
         self._authority = Authority.open(options.state, options.certificate_lifetime)

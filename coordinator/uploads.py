@@ -235,7 +235,7 @@ class Uploads:
             RefusedUpdateError: it could not count, is not what was announced, or not this bundle's
                 shared tensors.
             BrokenUploadError: it ended early or was too slow, the bytes before the offset are not
-                here, or another upload of the device took its place.
+                here, another upload of the device took its place, or its round went meanwhile.
             StorageError: it cannot be written.
         """
         async with self._turn(device.id):

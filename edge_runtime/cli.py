@@ -59,8 +59,12 @@ messages = Console(stderr=True)
 def emit(value: dict[str, Any], *, in_a_line: bool = False) -> None:
     """Prints a command's result, or one of several in a line each, as a JSON document."""
     indent = None if in_a_line else 2
-    plain = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
-    sys.stdout.write(dumps(value, indent=indent, ensure_ascii=plain) + "\n")
+    sys.stdout.write(dumps(value, indent=indent, ensure_ascii=not prints_all()) + "\n")
+
+
+def prints_all() -> bool:
+    """Whether standard output takes every character; JSON has escapes of its own for others."""
+    return (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
 
 
 @contextlib.contextmanager
@@ -183,7 +187,10 @@ def _open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+            os.set_inheritable(number, True)
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -45,6 +45,11 @@ OURS = (
     {"ca.pem", "ca-key.pem"},
 )
 
+# A small file with a private key in it is passed over wherever it lies; in a large one somebody
+# writes about them.
+_PRIVATE_KEY = re.compile("-----BEGIN [A-Z ]*PRIVATE KEY-----")
+KEY_FILE_CHARACTERS = 2**14
+
 # The fewest characters that make a split: about one sequence of 64 tokens.
 SHORTEST_PART = 256
 
@@ -188,6 +193,8 @@ def _read_files(directory: Path) -> Iterator[str]:
     seen = set()
     for path in _text_files(directory):
         text = read_text(path)
+        if len(text) <= KEY_FILE_CHARACTERS and _PRIVATE_KEY.search(text):
+            continue
         digest = hashlib.sha256(text.encode()).digest()
         if text.strip() and digest not in seen:
             seen.add(digest)

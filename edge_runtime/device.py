@@ -232,8 +232,9 @@ class Device:
             self._receive(client, reply.round)
             self.progress.task = self._task(client, reply)
             self._choose_compression(client, reply)
-            done = reply.rounds_done if reply.HasField("rounds_done") else reply.round - 1
-            self._start_round(reply.round, config, done=done, seconds_left=reply.seconds_left)
+            self._start_round(
+                reply.round, config, done=rounds_done(reply), seconds_left=reply.seconds_left
+            )
         self._train(config)
         steps = self.state.expert_steps - self.progress.round_start
         header = pb.UploadHeader(
@@ -607,3 +608,9 @@ class Device:
             "peak_rss_mib": round(peak_bytes() / 2**20, 1),
             "held_out_loss": self.progress.curve,
         }
+
+
+def rounds_done(reply: pb.CheckInReply) -> int:
+    """Rounds that made the generalist which the round of `reply` starts from. A coordinator that
+    does not know of them has ended as many as it counts."""
+    return reply.rounds_done if reply.HasField("rounds_done") else reply.round - 1

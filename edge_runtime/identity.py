@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from cryptography import x509
@@ -48,15 +49,16 @@ class Identity:
         return self._x509.not_valid_after_utc
 
     def needs_renewal(self) -> bool:
-        """Whether less than a third of the certificate's time is left: by how long it has been
-        here, since this machine's clock may be another than the coordinator's."""
+        """Whether less than a third of the certificate's time is left, by its dates or by how long
+        it has been here: this machine's clock may be another than the coordinator's. One that has
+        just come is not renewed, whatever the clock says, unless that was set back since."""
         lifetime = self.valid_until - self._x509.not_valid_before_utc
         now = datetime.datetime.now(datetime.UTC)
+        due = self.valid_until - now < lifetime / 3
         if not self.received:
-            return self.valid_until - now < lifetime / 3
-        age = now.timestamp() - self.received
-        # The clock was set back: nobody knows how long.
-        return age < 0 or age > lifetime.total_seconds() * 2 / 3
+            return due
+        age = (now.timestamp() - self.received) / lifetime.total_seconds()
+        return age < 0 or age > 2 / 3 or (due and age > 1 / 30)
 
     def check(self) -> None:
         """
@@ -121,15 +123,20 @@ def read_identity(path: Path) -> Identity | None:
         StorageError: it cannot be read.
     """
     check_readable(path)
+    known = {each.name for each in fields(Identity)}
     try:
-        identity = Identity(**json.loads(path.read_text(encoding="utf-8")))
+        written = json.loads(path.read_text(encoding="utf-8"))
+        # What a newer version may have added is not needed.
+        identity = Identity(**{name: written[name] for name in written if name in known})
         certified = x509.load_pem_x509_certificate(identity.certificate.encode()).public_key()
         if certified != public_key_of(identity.key):
             raise ValueError("its key is not that of its certificate")
+        if not math.isfinite(identity.received):
+            raise ValueError(f"received {identity.received} is no time")
         began(identity.ca)
     except FileNotFoundError:
         return None
-    except (OSError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise TrustError(
             f"{path} is damaged: {error}; restore it from a copy, or move it away: a device then "
             "needs a new invitation, and a coordinator makes its administrator's anew"

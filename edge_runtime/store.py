@@ -123,6 +123,7 @@ class Home:
 
         Raises:
             TrustError: the file is damaged.
+            StorageError: it cannot be read.
         """
         from edge_runtime.identity import read_identity  # with cryptography, which takes a while
 

@@ -260,17 +260,18 @@ def aged(identity: Identity, state: Path, left: datetime.timedelta) -> Identity:
     certificate = x509.load_pem_x509_certificate(identity.certificate.encode())
     key = load_pem_private_key((state / CA_KEY_FILE).read_bytes(), password=None)
     end = datetime.datetime.now(datetime.UTC) + left
+    begin = end - datetime.timedelta(days=30)
     builder = (
         x509.CertificateBuilder(extensions=list(certificate.extensions))
         .subject_name(certificate.subject)
         .issuer_name(certificate.issuer)
         .public_key(certificate.public_key())
         .serial_number(certificate.serial_number)
-        .not_valid_before(end - datetime.timedelta(days=30))
+        .not_valid_before(begin)
         .not_valid_after(end)
     )
     pem = builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
-    return replace(identity, certificate=pem.decode())
+    return replace(identity, certificate=pem.decode(), received=begin.timestamp())
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

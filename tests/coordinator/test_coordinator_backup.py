@@ -235,10 +235,12 @@ def test_damaged_backups_and_places_that_are_taken(fleet: Fleet, tmp_path: Path)
         (("restore", tmp_path / "bad", "--state", target), BackupError.code, "damaged"),
         (("restore", tmp_path / "none", "--state", target), BackupError.code, "there is no"),
         (("restore", tmp_path, "--state", target), BackupError.code, f"{tmp_path} cannot be read"),
+        (("restore", good, "--state", target, "--database", "mysql://x/y"), 2, "--database"),
     ):
         result = comigs(*arguments)
         assert result.returncode == code, result.stderr
         assert words in " ".join(result.stderr.replace("│", " ").split())
+        assert not target.exists()
     assert good.read_bytes() == whole
     start = wire.encode(bundle.manifest, adapters.load_fresh(bundle))
     backup.restore(good, target)

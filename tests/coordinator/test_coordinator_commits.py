@@ -80,6 +80,34 @@ def test_what_is_to_follow_does_though_nobody_waits_any_more() -> None:
     asyncio.run(run())
 
 
+def test_what_fails_after_a_commit_holds_up_nobody() -> None:
+    async def run() -> None:
+        disk, told, failures = Disk(), list[str](), list[str]()
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: failures.append(str(context["exception"]))
+        )
+        commits = Commits(disk.commit)
+        first = asyncio.create_task(commits.make("ada", wanting("a")))
+        await disk.has_begun()
+
+        def fail(name: str) -> None:
+            raise ValueError(f"a bug with {name}")
+
+        others = [
+            asyncio.create_task(commits.make(who, wanting(who), after))
+            for who, after in (("ben", fail), ("eve", told.append), ("ben", told.append))
+        ]
+        await asyncio.sleep(0)
+        disk.go_on.release(3)
+        assert await first == "a"
+        assert [await task for task in others] == ["ben", "eve", "ben"]
+        await commits.settled()
+        assert told == ["eve", "ben"]
+        assert failures == ["a bug with ben"]
+
+    asyncio.run(run())
+
+
 def test_a_commit_that_fails_fails_for_all_in_it_and_for_nobody_else() -> None:
     async def run() -> None:
         disk = Disk()

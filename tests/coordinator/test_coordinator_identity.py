@@ -535,6 +535,13 @@ def test_renewal_where_the_device_s_clock_is_another(fleet: Fleet) -> None:
     assert replace(ada.who, received=now - 21 * day).needs_renewal()
     assert replace(ada.who, received=now + day).needs_renewal(), "the clock was set back"
 
+    # By a clock that is far ahead, what has just come is about to lapse; it was set right, and its
+    # dates say more than when it came.
+    late = aged(ada.who, fleet.state, left=datetime.timedelta(days=5))
+    assert not replace(late, received=now).needs_renewal()
+    assert replace(late, received=now - 2 * day).needs_renewal()
+    assert abs(ada.who.received - now) < 60
+
 
 def test_who_starts_before_its_clock_is_right_waits_for_that(fleet: Fleet) -> None:
     bundle, waited = fleet.bundle(), list[str]()

@@ -1,6 +1,8 @@
 """`comigs rounds`, beside a running coordinator and after its end."""
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 from coordinator_help import Fleet, header, join_round, train
 
 from coordinator.backup import back_up, restore
-from edge_runtime.errors import AdapterError
+from coordinator.state import DATABASE
+from coordinator.tables import SCHEMA
+from edge_runtime.errors import AdapterError, VersionError
 
 
 def listed(state: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -106,6 +110,18 @@ def test_a_state_on_a_disk_that_nobody_can_write(fleet: Fleet, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert "waiting" in done.stdout
     restore(tmp_path / "backup", tmp_path / "restored")
+
+
+def test_a_state_of_another_version_is_told(fleet: Fleet) -> None:
+    served = fleet.serve(fleet.bundle())
+    served.ready()
+    served.stop()
+    for version, code in ((0, 0), (SCHEMA + 1, VersionError.code), (SCHEMA, 0)):
+        with contextlib.closing(sqlite3.connect(fleet.state / DATABASE)) as connection:
+            connection.execute(f"pragma user_version = {version}")
+        done = listed(fleet.state)
+        assert done.returncode == code, done.stderr
+        assert ("by another version of comigs" in " ".join(done.stderr.split())) == (code != 0)
 
 
 def test_what_is_no_state_is_told(tmp_path: Path) -> None:

@@ -360,6 +360,22 @@ def test_a_restart_keeps_the_round_and_restarts_its_clock(fleet: Fleet) -> None:
     until(lambda: not files_of(fleet.state, "updates/*/*"), "updates stay")
 
 
+def test_a_round_that_a_restart_has_no_use_for_is_ended(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, "--rounds", "3", "--min-devices", "1")
+    (ada,) = fleet.enrolled(served, bundle, "ada")
+    join_round(ada)
+    assert ada.upload(header(1), train(bundle, ada.download(1), 0, 1)).accepted
+    served.wait_for("round_opened", round=2)
+    address = served.ready()
+    served.stop()
+    again = fleet.serve(
+        bundle, "--rounds", "1", "--min-devices", "1", "--enrolment-port", "0", listen=address
+    )
+    assert again.wait_for("round_abandoned", round=2)["reason"] == "no more rounds are wanted"
+    check_in_until(ada, pb.CheckInReply.FINISH)
+
+
 def beyond(payload: bytes) -> bytes:
     """`payload`, with tensors at places that no file has."""
     end = 8 + int.from_bytes(payload[:8], "little")

@@ -32,6 +32,7 @@ from coordinator_help import (
 from coordinator.closing import read_start
 from coordinator.state import State
 from coordinator.tables import Refusal, Round, Settings
+from coordinator.update_rows import round_errors
 from edge_runtime import wire
 from edge_runtime.connection import GoneError, Unproven
 from edge_runtime.errors import AdapterError, StorageError
@@ -405,3 +406,10 @@ def test_who_has_the_final_generalist_survives_a_kill(fleet: Fleet) -> None:
     assert again.end()[-1]["event"] == "finished"
     # Killed at the very end, it has nothing left to do.
     assert fleet.serve(bundle, *options, listen=listen).end()[-1]["event"] == "finished"
+
+
+def test_a_file_that_went_with_its_round_is_no_failing_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), round_errors(tmp_path):
+        (tmp_path / "gone").read_bytes()
+    with pytest.raises(StorageError, match="cannot write"), round_errors(tmp_path):
+        tmp_path.read_bytes()

@@ -304,6 +304,31 @@ def test_a_masked_step_that_cannot_be_read_for_now_is_not_given_up(fleet: Fleet)
     np.testing.assert_array_equal(got, expected(start, steps, group=3))
 
 
+def test_a_masked_step_that_is_lost_ends_the_round_and_names_nobody(fleet: Fleet) -> None:
+    bundle = fleet.bundle()
+    served = fleet.serve(bundle, *MASKED, "--rounds", "1")
+    clients = fleet.enrolled(served, bundle, "ada", "ben", "cy")
+    number = in_parallel(*(lambda c=c: joined([c]) for c in clients))[0]
+    maskers = [Masked(client, number) for client in clients]
+    asked, one_at_a_time = threading.Event(), threading.Lock()
+    damaged: list[Path] = []
+
+    def damage() -> None:
+        with one_at_a_time:
+            if asked.is_set() and not damaged:
+                damaged.append(files_of(fleet.state, "updates/*/*.safetensors")[0])
+                damaged[0].write_bytes(b"")
+
+    for masker in maskers:
+        masker.reached = ("unmask", asked)
+    steps = [step_of(bundle, index, number) for index in range(3)]
+    pairs = zip(maskers, steps, strict=True)
+    in_parallel(*(lambda m=m, step=step: m.run(step, pause=damage) for m, step in pairs))
+    assert damaged
+    reason = served.wait_for("round_abandoned", round=number)["reason"]
+    assert reason == "a masked step was lost or damaged after it had been accepted"
+
+
 def test_two_cohorts_at_once(fleet: Fleet) -> None:
     """Each sums up its own devices, in a round of the same number, though one of each vanishes."""
     bundles = [fleet.bundle(), fleet.bundle(width=24)]

@@ -87,6 +87,9 @@ def test_what_is_not_a_person_s_text_is_passed_over(tmp_path: Path) -> None:
             path = tmp_path / "deeper" / kind / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("a secret\n" * 1000)
+    key = "-----BEGIN EC PRIVATE KEY-----\na secret\n-----END EC PRIVATE KEY-----\n"
+    (tmp_path / "ca-key.pem").write_text(key)
+    (tmp_path / "admin.json").write_text(json.dumps({"coordinator": "localhost:1", "key": key}))
     assert read_splits(tmp_path) == want
     for kind in kinds:
         with pytest.raises(DataError, match="not text; give a folder"):

@@ -27,6 +27,7 @@ from transformers import GPT2LMHeadModel
 from edge_runtime import training_config
 from edge_runtime.adapters import load_fresh, views, zeros
 from edge_runtime.bundle import Bundle
+from edge_runtime.device import rounds_done
 from edge_runtime.engines import load_engine
 from edge_runtime.errors import StorageError
 from edge_runtime.predict import Predictor
@@ -35,6 +36,7 @@ from edge_runtime.training import Evaluator
 from export import mixture
 from export.mixture import Mixture
 from protos import manifest_pb2 as pb
+from protos.coordinator_pb2 import CheckInReply
 
 EXPERTS = ("generalist", "specialist.1")
 
@@ -302,3 +304,9 @@ def test_evaluation_predicts_every_token_once(
     assert evaluator.loss(text) == pytest.approx(np.mean(losses), rel=1e-5)
     some = count // 2
     assert evaluator.loss(text, most_tokens=some) == pytest.approx(np.mean(losses[:some]), rel=1e-5)
+
+
+def test_the_rounds_behind_a_generalist_as_coordinators_tell_them() -> None:
+    assert rounds_done(CheckInReply(round=5, rounds_done=2)) == 2
+    assert rounds_done(CheckInReply(round=5, rounds_done=0)) == 0
+    assert rounds_done(CheckInReply(round=5)) == 4, "one that is older does not say"

@@ -454,6 +454,9 @@ def test_whole_blocks_with_another_rank_and_some_targets(export_tiny: ExportTiny
         {"mixing": "per_head"},
         {"rank": 0},
         {"alpha": 0.0},
+        {"alpha": 1e-7},
+        {"alpha": 1e7},
+        {"alpha": float("nan")},
         {"specialists": -1},
         {"targets": ("mlp.c_fc", "lm_head")},
         {"targets": ("mlp.gate_proj",)},  # of another family
@@ -916,6 +919,8 @@ def test_architectures_that_are_not_supported(
         ("relu", tiny_base_dir, {"activation_function": "relu"}, "activation relu"),
         ("by-layer", tiny_base_dir, {"scale_attn_by_inverse_layer_idx": True}, "scaled by layer"),
         ("wide", tiny_base_dir, {"n_inner": 99}, "MLP of 99"),
+        ("empty", tiny_base_dir, {"n_layer": 0}, "no blocks"),
+        ("hollow", tiny_llama_dir, {"num_hidden_layers": 0}, "no blocks"),
         ("gelu", tiny_llama_dir, {"hidden_act": "gelu"}, "activation gelu"),
         ("both", tiny_base_dir, {"is_causal": False}, "attention in both directions"),
         ("all", tiny_llama_dir, {"is_causal": False}, "attention in both directions"),
