@@ -127,8 +127,11 @@ def list_files(manifest: pb.Manifest, directory: Path) -> None:
 
 
 def write_manifest(manifest: pb.Manifest, directory: Path) -> None:
+    """Replaces it at once: another process may be about to read it."""
     text = json_format.MessageToJson(manifest, preserving_proto_field_name=True)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    written = directory / f".{MANIFEST}"
+    written.write_text(text + "\n", encoding="utf-8")
+    written.replace(directory / MANIFEST)
 
 
 def open_bundle(path: Path) -> Bundle:

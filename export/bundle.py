@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from edge_runtime.bundle import (
 from edge_runtime.engines import load_engine
 from edge_runtime.files import removed_on_failure, storage_errors
 from edge_runtime.measure import measure
+from edge_runtime.memory import return_freed_memory
 from export import mixture as mixtures
 from export import parity
 from export.base import Base
@@ -92,28 +94,38 @@ def export_bundle(
         text = None if precision == "float32" else parity.sample_text(base.tokenizer)
         judged: Judged = {}  # by all programs that train, of either engine
         sources: dict[tuple[str, str], _Source] = {}
-        for engine in engines:
-            chosen = [
-                _Source(s, parity.example_arguments(s, manifest, seed, text))
-                for s in specifications(decoder, manifest, tier, engine)
-                if programs is None or s.name.split(".")[0] in programs
-            ]
-            sources |= {(engine, source.specification.name): source for source in chosen}
-            compile_for = _compile_onnx if engine == "onnxruntime" else _compile_executorch
-            manifest.programs.extend(compile_for(chosen, manifest, staging, judged, progress))
-        list_files(manifest, staging)
-        write_manifest(manifest, staging)
-        staged = open_bundle(staging)
-        references = parity.References()
-        for entry, source in _by_function(manifest.programs, sources):
-            progress(f"checking {entry.name} for {entry.engine} against PyTorch")
-            engine_here = load_engine(entry.engine)
-            entry.parity.CopyFrom(
-                parity.check(source.specification, source.example, staged, engine_here, references)
-            )
-        del references
-        progress("measuring memory")
-        _measure(manifest, staging, engines, 4 * base.parameters)
+        # Each measures in a process of its own, on one core.
+        with ThreadPoolExecutor(2) as pool:
+            measurements: list[_Measurement] = []
+            for engine in engines:
+                chosen = [
+                    _Source(s, parity.example_arguments(s, manifest, seed, text))
+                    for s in specifications(decoder, manifest, tier, engine)
+                    if programs is None or s.name.split(".")[0] in programs
+                ]
+                sources |= {(engine, source.specification.name): source for source in chosen}
+                compile_for = _compile_onnx if engine == "onnxruntime" else _compile_executorch
+                manifest.programs.extend(compile_for(chosen, manifest, staging, judged, progress))
+                _list_and_write(manifest, staging)
+                # Beside the next engine's compilation, which takes one core and little memory; not
+                # beside the checks, which take both cores and all the memory there may be.
+                if engine != engines[-1]:
+                    measurements += _measure(pool, manifest, staging, engine)
+            staged = open_bundle(staging)
+            references = parity.References()
+            for entry, source in _by_function(manifest.programs, sources):
+                progress(f"checking {entry.name} for {entry.engine} against PyTorch")
+                engine_here = load_engine(entry.engine)
+                entry.parity.CopyFrom(
+                    parity.check(
+                        source.specification, source.example, staged, engine_here, references
+                    )
+                )
+            del references, sources, decoder
+            return_freed_memory()
+            progress("measuring memory")
+            measurements += _measure(pool, manifest, staging, engines[-1])
+            _fill_in_costs(manifest, staging, measurements, 4 * base.parameters)
         write_manifest(manifest, staging)
         _let_others_read(manifest, staging)
         replace(out, staging, old)
@@ -294,32 +306,59 @@ def _compile_executorch(
     return entries
 
 
-def _measure(manifest: pb.Manifest, staging: Path, engines: Sequence[str], base_bytes: int) -> None:
-    """Fills in what each program needs, and what each engine costs as a whole."""
-    measured = [entry for entry in manifest.programs if _whole(entry, manifest) is entry]
-    jobs = []
-    for engine in engines:
-        packed = [entry for entry in measured if entry.engine == engine]
-        # Reversed, so that not both measure the largest at once.
-        unpacked = [entry for entry in reversed(packed) if _unpacks(entry)]
-        jobs += [(engine, True, packed), (engine, False, unpacked)]
-    with ThreadPoolExecutor(2) as pool:  # each measures in a process of its own, on one core
-        figures = pool.map(
-            lambda job: measure(staging, [p.name for p in job[2]], job[0], packed=job[1]), jobs
+def _list_and_write(manifest: pb.Manifest, staging: Path) -> None:
+    """Puts the bundle as far as it is there into its manifest, and writes that."""
+    del manifest.files[:]
+    list_files(manifest, staging)
+    write_manifest(manifest, staging)
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """What a process finds out."""
+
+    entries: Sequence[pb.Program]
+    packed: bool
+    found: Future[list[dict[str, int]]]
+
+
+def _measure(
+    pool: Executor, manifest: pb.Manifest, staging: Path, engine: str
+) -> list[_Measurement]:
+    """Has an engine's programs measured."""
+
+    def begin(entries: Sequence[pb.Program], *, packed: bool) -> _Measurement:
+        names = [entry.name for entry in entries]
+        return _Measurement(
+            entries, packed, pool.submit(measure, staging, names, engine, packed=packed)
         )
-    runtime = dict.fromkeys(engines, 0)
-    for (engine, is_packed, entries), found in zip(jobs, figures, strict=True):
-        for entry, figure in zip(entries, found, strict=True):
-            if is_packed:
+
+    entries = [e for e in manifest.programs if e.engine == engine and _whole(e, manifest) is e]
+    entries.sort(key=lambda entry: math.prod(entry.inputs[0].shape))
+    # Not both measure the largest at once.
+    return [
+        begin(entries, packed=True),
+        begin([entry for entry in reversed(entries) if _unpacks(entry)], packed=False),
+    ]
+
+
+def _fill_in_costs(
+    manifest: pb.Manifest, staging: Path, measurements: Sequence[_Measurement], base_bytes: int
+) -> None:
+    """What each program needs, and what each engine costs as a whole."""
+    runtime: dict[str, int] = {}
+    for measurement in measurements:
+        for entry, figure in zip(measurement.entries, measurement.found.result(), strict=True):
+            if measurement.packed:
                 entry.memory_bytes = figure["program_bytes"]
-                runtime[engine] = max(runtime[engine], figure["runtime_bytes"])
+                runtime[entry.engine] = max(runtime.get(entry.engine, 0), figure["runtime_bytes"])
             else:
                 entry.unpacked_memory_bytes = figure["program_bytes"]
     for entry in manifest.programs:
         whole = _whole(entry, manifest)
         entry.memory_bytes = whole.memory_bytes
         entry.unpacked_memory_bytes = whole.unpacked_memory_bytes
-    for engine in engines:
+    for engine, runtime_bytes in runtime.items():
         files: set[str] = set()
         for entry in manifest.programs:
             if entry.engine == engine:
@@ -329,7 +368,7 @@ def _measure(manifest: pb.Manifest, staging: Path, engines: Sequence[str], base_
                 engine=engine,
                 base_bytes=base_bytes,
                 disk_bytes=sum((staging / file).stat().st_size for file in files),
-                runtime_bytes=runtime[engine],
+                runtime_bytes=runtime_bytes,
             )
         )
 
